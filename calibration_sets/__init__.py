@@ -1,0 +1,1 @@
+"""Calibration sets, one YAML manifest a set; `quantkit calib` lists them."""

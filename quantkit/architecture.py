@@ -1,0 +1,112 @@
+"""Model families as data: where the decoder blocks are, which matrices read which input, and what can absorb a scale.
+
+A `Group` is the unit of work: matrices that read one input. The groups of a block are listed in the order in which the
+block runs them. Adding a family is adding a row to FAMILIES.
+"""
+
+from dataclasses import dataclass, replace
+
+from quantkit.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What can be divided by a per-channel scale so that a group's input is.
+
+    Where a fused matrix produces more than the group's input (qkv, gate_up), its last rows are the ones that do.
+
+    Attributes:
+        producer: module inside the block whose output channels become the group's input channels.
+        offset: 1.0 where a norm multiplies by (1 + weight), as Gemma's does.
+        heads: the input is one value row per query head, repeated from the KV heads.
+    """
+
+    producer: str
+    offset: float = 0.0
+    heads: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices inside a block that read the same input.
+
+    Attributes:
+        names: modules with a `weight` [N, K], first the one that runs first.
+        fold: what a scale of the input can be folded into, or None.
+    """
+
+    names: tuple[str, ...]
+    fold: Fold | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family of transformers.
+
+    Attributes:
+        groups: one block's groups in run order.
+        attention: attention implementation; "eager" where the fast path would drop a soft cap.
+        blocks: path of the list of decoder blocks.
+    """
+
+    groups: tuple[Group, ...]
+    attention: str = "sdpa"
+    blocks: str = "model.layers"
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """All quantizable modules of a block in run order."""
+        return tuple(name for group in self.groups for name in group.names)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_OUT = Group(("self_attn.o_proj",), Fold("self_attn.v_proj", heads=True))
+_DOWN = Group(("mlp.down_proj",), Fold("mlp.up_proj"))
+
+LLAMA = Family((Group(_QKV, Fold("input_layernorm")), _OUT, Group(_GATE_UP, Fold("post_attention_layernorm")), _DOWN))
+GEMMA = Family(
+    (
+        Group(_QKV, Fold("input_layernorm", offset=1.0)),
+        _OUT,
+        Group(_GATE_UP, Fold("pre_feedforward_layernorm", offset=1.0)),
+        _DOWN,
+    )
+)
+PHI3 = Family(
+    (
+        Group(("self_attn.qkv_proj",), Fold("input_layernorm")),
+        Group(("self_attn.o_proj",), Fold("self_attn.qkv_proj", heads=True)),
+        Group(("mlp.gate_up_proj",), Fold("post_attention_layernorm")),
+        Group(("mlp.down_proj",), Fold("mlp.gate_up_proj")),
+    )
+)
+# OLMo 2 normalises the outputs of attention and MLP: their inputs are the residual stream, which nothing can absorb.
+OLMO2 = Family((Group(_QKV, None), _OUT, Group(_GATE_UP, None), _DOWN))
+
+#: `model_type` of config.json -> family.
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "granite": LLAMA,
+    "phi3": PHI3,
+    "gemma2": replace(GEMMA, attention="eager"),
+    "gemma3_text": GEMMA,
+    "olmo2": OLMO2,
+}
+
+
+def family_of(model_type: str, where: str) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+        CheckpointError: the family is not known.
+    """
+    try:
+        return FAMILIES[model_type]
+    except KeyError:
+        raise CheckpointError(
+            f"{where}: architecture '{model_type}' is not supported; supported: {', '.join(sorted(FAMILIES))}"
+        ) from None

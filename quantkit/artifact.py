@@ -1,0 +1,132 @@
+"""A finished artifact: its metadata out, its packed weights back in as dense ones."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.writer import disk_errors, write_json
+from quantkit.errors import CheckpointError, FormatError
+from quantkit.formats import FORMATS, Format, Plan, format_of
+from quantkit.methods.grid import QuantizedWeight, Scheme
+
+#: Not copied from the source: weights in any form, what is written anew, and another tool's metadata.
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_WRITTEN_ANEW = ("config.json", "quantize_config.json", "quantkit.json")
+
+
+def write_metadata(source: Checkpoint, folder: Path, form: str, plan: Plan) -> None:
+    """Everything in an artifact beside weights and report: config, tokenizer, generation settings, licence."""
+    with disk_errors(folder):
+        for path in sorted(source.folder.iterdir()):
+            if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name not in _WRITTEN_ANEW:
+                shutil.copyfile(path, folder / path.name)
+    quantization = FORMATS[form].config(plan)
+    write_json(folder / "config.json", source.config | {"quantization_config": quantization})
+    if form == "gptq":
+        write_json(folder / "quantize_config.json", quantization)
+
+
+class PackedReader:
+    """The packed matrices of an opened artifact, ours or anyone's.
+
+    Attributes:
+        form: its format.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """
+        Raises:
+            FormatError: the format or its config cannot be read.
+        """
+        self._checkpoint = checkpoint
+        self._config: dict[str, Any] = checkpoint.config["quantization_config"]
+        if not isinstance(self._config, dict):
+            raise FormatError(f"{checkpoint.folder / 'config.json'}: quantization_config is not an object")
+        self.form: Format = format_of(self._config)
+        marker = "." + self.form.suffixes[0]
+        self.modules = [name.removesuffix(marker) for name in checkpoint.under("") if name.endswith(marker)]
+        try:
+            self._schemes = self.form.schemes(self._config, self.modules)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"{checkpoint.folder / 'config.json'}: quantization_config is incomplete ({error!r})") from None
+
+    def scheme(self, module: str) -> Scheme:
+        """How a packed matrix is quantized.
+
+        Raises:
+            FormatError: config.json says that it is not.
+        """
+        scheme = self._schemes[module]
+        if scheme is None:
+            raise FormatError(f"{self._checkpoint.folder}: '{module}' is packed, but config.json says it is not quantized")
+        return scheme
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(N, K) of a packed matrix, from the header alone."""
+        info, bits = self._checkpoint.tensors[f"{module}.{self.form.suffixes[0]}"], self.scheme(module).bits
+        return self.form.dense_shape(info.shape, bits)
+
+    def read(self, module: str) -> QuantizedWeight:
+        """One packed matrix.
+
+        Raises:
+            FormatError: its tensors are missing or disagree with config.json.
+        """
+        names = {suffix: f"{module}.{suffix}" for suffix in self.form.suffixes}
+        stored = self._checkpoint.read(name for name in names.values() if name in self._checkpoint.tensors)
+        tensors = {suffix: stored[name] for suffix, name in names.items() if name in stored}
+        try:
+            return self.form.decode(tensors, self.scheme(module), self._config)
+        except KeyError as error:
+            raise FormatError(f"{self._checkpoint.folder}: '{module}' lacks {error}; fetch the model again") from None
+        except (FormatError, RuntimeError, AssertionError) as error:
+            raise FormatError(f"{self._checkpoint.folder}: '{module}': {error}") from None
+
+
+def dense_source(checkpoint: Checkpoint) -> Callable[[list[str]], dict[str, Tensor]]:
+    """A reader of dense tensors by name, whether they are stored dense or packed.
+
+    Raises:
+        FormatError: the checkpoint is quantized in a format that cannot be read.
+    """
+    if "quantization_config" not in checkpoint.config:
+        return checkpoint.read
+    packed = PackedReader(checkpoint)
+    modules = set(packed.modules)
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        dense = {}
+        for name in names:
+            module = name.removesuffix(".weight")
+            if name.endswith(".weight") and module in modules:
+                dense[name] = packed.read(module).dequantize(torch.float32)
+            else:
+                dense |= checkpoint.read([name])
+        return dense
+
+    return read
+
+
+def bits_per_weight(checkpoint: Checkpoint) -> float:
+    """Stored bits a weight over the packed matrices; over all matrices of a dense checkpoint."""
+    if "quantization_config" not in checkpoint.config:
+        matrices = [info for info in checkpoint.tensors.values() if len(info.shape) == 2]
+        return 8 * sum(info.nbytes for info in matrices) / sum(info.nbytes // info.dtype.itemsize for info in matrices)
+    packed = PackedReader(checkpoint)
+    bits = weights = 0
+    for module in packed.modules:
+        rows, columns = packed.shape(module)
+        bits += 8 * sum(
+            checkpoint.tensors[name].nbytes
+            for suffix in packed.form.suffixes
+            if suffix not in ("g_idx", "weight_shape") and (name := f"{module}.{suffix}") in checkpoint.tensors
+        )
+        weights += rows * columns
+    if not weights:
+        raise CheckpointError(f"{checkpoint.folder}: config.json says quantized, but no packed matrix is there")
+    return bits / weights

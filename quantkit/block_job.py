@@ -1,0 +1,167 @@
+"""Quantize the matrices of one block, group by group, in the order in which the block runs them."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from quantkit.architecture import Group
+from quantkit.calibrate import Stream, Walk
+from quantkit.errors import NumericsError
+from quantkit.fold import Written, fold_into, foldable, tied_channels
+from quantkit.methods.awq import search_channel_scale
+from quantkit.methods.grid import Scheme
+from quantkit.methods.hessian import Hessian
+from quantkit.methods.solve import Moments, Settings, prepare, solve
+from quantkit.report import MatrixReport
+
+
+@dataclass
+class BlockJob:
+    """One block at work.
+
+    Attributes:
+        block: the decoder block, real.
+        prefix: start of its tensor names.
+        schemes: module name inside the block -> scheme, for the matrices to quantize.
+        config: the model's transformers config.
+        settings: how to solve.
+        announce: called with each matrix's report.
+        written: what the block will be written as, filled group by group.
+    """
+
+    block: nn.Module
+    prefix: str
+    schemes: Mapping[str, Scheme]
+    config: PreTrainedConfig
+    settings: Settings
+    announce: Callable[[MatrixReport], None]
+    written: Written = field(default_factory=lambda: Written({}, {}))
+
+    def weight(self, name: str) -> Tensor:
+        """A matrix of the block, float32 [N, K]."""
+        weight = self.block.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().float()
+
+    def active(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        """The groups of which at least one matrix is quantized."""
+        return tuple(group for group in groups if any(name in self.schemes for name in group.names))
+
+    def run(self, groups: tuple[Group, ...], walk: Walk | None, streams: list[Stream]) -> None:
+        """Quantize `groups` (active ones); with a walk, from measured inputs, each group seeing the ones before quantized."""
+        for stream in streams:
+            stream.weights |= {name: self._cast(self.weight(name)) for group in groups for name in group.names}
+        for number, group in enumerate(groups):
+            started = time.monotonic()
+            weights = {name: self.weight(name) for name in group.names}
+            if walk is None:
+                self._solve(group, weights, None, None, "", started)
+                continue
+            hessian, drift = self._measure(walk, number, next(iter(weights.values())).shape[1])
+            ratio, note = None, ""
+            if self.settings.scales_channels:
+                hessian, drift, ratio, note = self._scale(walk, number, weights, hessian, drift)
+                for stream in streams:
+                    stream.weights |= {name: self._cast(weight) for name, weight in weights.items()}
+            moments = prepare(hessian, drift, self.settings)
+            self._solve(group, weights, moments, ratio, note, started)
+            # The first stream goes on with what was written; a second one stays with the (scaled) originals.
+            quantized = self.written.quantized
+            streams[0].weights |= {name: self._cast(quantized[name].dequantize()) for name in weights if name in quantized}
+
+    def _cast(self, weight: Tensor) -> Tensor:
+        return weight.to(next(self.block.parameters()).dtype)
+
+    def _measure(self, walk: Walk, number: int, columns: int) -> tuple[Tensor, Tensor | None]:
+        """H and drift of group `number`'s inputs.
+
+        Raises:
+            NumericsError: an activation is NaN or Inf.
+        """
+        sums = Hessian(columns, next(self.block.parameters()).device, paired=self.settings.pairs)
+        for inputs in walk.inputs(number):
+            sums.add(*inputs)
+        hessian = sums.mean()
+        if not math.isfinite(float(hessian.diagonal().sum())):
+            raise NumericsError(
+                f"{self.prefix}{walk.groups[number].names[0]}: its calibration inputs hold NaN or Inf; the model overflows "
+                "in its own dtype, or the checkpoint is damaged"
+            )
+        return hessian, sums.drift() if self.settings.pairs else None
+
+    def _scale(
+        self, walk: Walk, number: int, weights: dict[str, Tensor], hessian: Tensor, drift: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, float | None, str]:
+        """Search and fold AWQ's channel scale: multiplies `weights` in place, returns moments of the divided input."""
+        fold = walk.groups[number].fold
+        if fold is None:
+            return hessian, drift, None, "AWQ scale not folded: the residual stream feeds it directly"
+        tie = tied_channels(fold, hessian.shape[0], self.config).to(hessian.device)
+        parts = [(weight, self.schemes[name]) for name, weight in weights.items() if name in self.schemes]
+        found = search_channel_scale(parts, hessian, self.settings.dtype, tie)
+        scale = foldable(fold, self.block, found.scale, self.settings.dtype)
+        fold_into(fold, self.block, scale, tie, self.written, self.settings.dtype)
+        for name, weight in weights.items():
+            weights[name] = weight * scale
+            if name not in self.schemes:
+                self.written.plain[f"{name}.weight"] = self._cast(weights[name])
+        walk.divide(number, scale)
+        outer = scale[:, None] * scale
+        return hessian / outer, None if drift is None else drift / outer, found.ratio, ""
+
+    def _solve(
+        self,
+        group: Group,
+        weights: dict[str, Tensor],
+        moments: Moments | None,
+        ratio: float | None,
+        note: str,
+        started: float,
+    ) -> None:
+        """Solve a group's matrices, those of one scheme stacked, and report each."""
+        names = [name for name in group.names if name in self.schemes]
+        targets: dict[str, Tensor] = {}
+        for scheme in dict.fromkeys(self.schemes[name] for name in names):
+            together = [name for name in names if self.schemes[name] == scheme]
+            stacked, target = solve(torch.cat([weights[name] for name in together]), moments, scheme, self.settings)
+            start = 0
+            for name in together:
+                stop = start + weights[name].shape[0]
+                self.written.quantized[name], targets[name] = stacked.rows(start, stop), target[start:stop]
+                start = stop
+        seconds = time.monotonic() - started
+        for name in names:
+            share = weights[name].shape[0] / sum(weights[other].shape[0] for other in names)
+            self.announce(self._report(name, targets[name], moments, ratio, note, seconds * share))
+
+    def _report(
+        self, name: str, target: Tensor, moments: Moments | None, ratio: float | None, note: str, seconds: float
+    ) -> MatrixReport:
+        quantized = self.written.quantized[name]
+        change = target - quantized.dequantize()
+        noise, signal = float(change.square().sum()), float(target.square().sum())
+        lost, total = noise, signal
+        if moments is not None:
+            lost = float((change @ moments.hessian).mul_(change).sum())
+            total = float((target @ moments.hessian).mul_(target).sum())
+        failed = moments is not None and self.settings.compensates and moments.inverse is None
+        if failed:
+            note = "the Hessian could not be factored even fully damped: fell back to rtn"
+        at_ends = (quantized.codes == 0) | (quantized.codes == quantized.scheme.levels)
+        return MatrixReport(
+            name=self.prefix + name,
+            scheme=str(quantized.scheme),
+            method="rtn" if failed else self.settings.method,
+            output_error=max(lost, 0.0) / max(total, 1e-30),
+            snr_db=10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)),
+            damping=moments.inverse.damping if moments is not None and moments.inverse is not None else None,
+            scale_ratio=ratio,
+            saturation=float(at_ends.float().mean()),
+            seconds=seconds,
+            note=note,
+        )

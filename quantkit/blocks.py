@@ -1,0 +1,195 @@
+"""The model as a stream of decoder blocks: built on the meta device, one block real at a time.
+
+The definition is transformers' own. Each block's keyword arguments (masks, rotary embeddings) are recorded by running the
+whole model with every block replaced by a recorder, and final norm and head by running it with blocks that hand back a
+given hidden state; so no family's forward is written down again here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from quantkit.architecture import Family, family_of
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import CheckpointError
+
+#: Reads tensors by name; a quantized checkpoint's reader hands out dense weights.
+Source = Callable[[list[str]], dict[str, Tensor]]
+
+
+class BlockModel:
+    """A causal language model of which embeddings, final norm and head are real, and blocks come and go.
+
+    Attributes:
+        checkpoint: where the tensors come from.
+        config: the transformers config.
+        family: groups and folds of a block.
+        count: number of decoder blocks.
+        dtype, device: of every tensor that is loaded.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        """Build the skeleton and load everything outside the blocks.
+
+        Raises:
+            CheckpointError: the architecture is unknown, needs remote code, or a tensor disagrees with config.json.
+        """
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self._source = source
+        self.family = family_of(checkpoint.config["model_type"], str(checkpoint.folder / "config.json"))
+        self.config = read_config(checkpoint)
+        self._model = _skeleton(self.config, self.family, dtype)
+        self.count = len(self._blocks)
+        self._realise_buffers(self._model)
+        outside = [name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks)]
+        self._load(self._model, "", outside)
+        self._model.tie_weights()
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        blocks = self._model.get_submodule(self.family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def prefix(self, index: int) -> str:
+        """Start of the tensor names of block `index`."""
+        return f"{self.family.blocks}.{index}."
+
+    def shape(self, index: int, name: str) -> tuple[int, int]:
+        """(N, K) of matrix `name` of block `index`."""
+        weight = self._blocks[index].get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        rows, columns = weight.shape
+        return rows, columns
+
+    def parameters(self) -> dict[str, tuple[torch.Size, bool]]:
+        """Name -> (shape, whether it may be missing because it is tied to another) of every parameter."""
+        shapes = {name: p.shape for name, p in self._model.named_parameters(remove_duplicate=False)}
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        return {name: (shape, tied and name == "lm_head.weight") for name, shape in shapes.items()}
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights; they are released when the context ends."""
+        module, prefix = self._blocks[index], self.prefix(index)
+        self._realise_buffers(module)
+        self._load(module, prefix, [name for name, _ in module.named_parameters()])
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    def _load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
+        tensors = self._source([prefix + name for name in names])
+        state = {name: tensors[prefix + name].to(self.device, self.dtype) for name in names}
+        for name, parameter in module.named_parameters():
+            if name in state and state[name].shape != parameter.shape:
+                found, wanted = list(state[name].shape), list(parameter.shape)
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: '{prefix}{name}' has shape {found}, config.json says {wanted}"
+                )
+        module.load_state_dict(state, strict=False, assign=True)
+
+    def _realise_buffers(self, root: nn.Module) -> None:
+        """Compute the buffers that no checkpoint stores (inverse frequencies, embedding scales)."""
+        for module in root.modules():
+            if root is self._model and any(module is part for part in self._blocks.modules()):
+                continue
+            own = {name: value for name, value in module.named_buffers(recurse=False) if value.is_meta}
+            for name, value in own.items():
+                setattr(module, name, torch.empty_like(value, device=self.device))
+            if own:
+                self._model._init_weights(module)
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Hidden states entering the first block, and every block's keyword arguments.
+
+        Args:
+            tokens: int64 [B, T], full rows without padding.
+
+        Returns:
+            hidden [B, T, D] and one dict a block.
+        """
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def record(hidden: Tensor, **kwargs: Any) -> Tensor:
+            seen.append((hidden, kwargs))
+            return hidden
+
+        with self._blocks_replaced(record):
+            self._model.base_model(tokens.to(self.device), use_cache=False)
+        return seen[0][0], [kwargs for _, kwargs in seen]
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [B, T, V] for the last block's output [B, T, D]: final norm, head, and whatever the family adds."""
+        placeholder = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+        with self._blocks_replaced(lambda _hidden, **_kwargs: hidden):
+            out: Tensor = self._model(placeholder, use_cache=False).logits
+        return out
+
+    @contextmanager
+    def _blocks_replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        for module in self._blocks:
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module in self._blocks:
+                del module.forward
+
+
+def check_tensors(checkpoint: Checkpoint, model: BlockModel) -> None:
+    """Compare every tensor's shape and dtype with what config.json promises, before any is read.
+
+    Norms and other vectors may be kept in another floating dtype, matrices may not.
+
+    Raises:
+        CheckpointError: a tensor is missing or disagrees.
+    """
+    for name, (shape, optional) in model.parameters().items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            if optional:
+                continue
+            raise CheckpointError(f"{checkpoint.folder}: tensor '{name}', which config.json calls for, is in no shard")
+        if info.shape != tuple(shape):
+            raise CheckpointError(f"{info.file}: '{name}' has shape {list(info.shape)}, config.json says {list(shape)}")
+        if not info.dtype.is_floating_point or (len(shape) > 1 and info.dtype != model.dtype):
+            stored, promised = (str(dtype).removeprefix("torch.") for dtype in (info.dtype, model.dtype))
+            raise CheckpointError(f"{info.file}: '{name}' is {stored}, config.json says {promised}; correct its \"dtype\"")
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The transformers config of a checkpoint, which must not need code of its own.
+
+    Raises:
+        CheckpointError: the config asks for remote code or transformers refuses it.
+    """
+    path = checkpoint.folder / "config.json"
+    if "auto_map" in checkpoint.config:
+        raise CheckpointError(f"{path}: needs trust_remote_code, which quantkit never runs; use a model with built-in code")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    except Exception as error:  # transformers validates with many exception types
+        raise CheckpointError(f"{path}: not a config that transformers accepts ({_one_line(error)})") from error
+    return config
+
+
+def _skeleton(config: PreTrainedConfig, family: Family, dtype: torch.dtype) -> Any:
+    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation=family.attention)
+    except Exception as error:
+        raise CheckpointError(f"config.json: transformers cannot build this model ({_one_line(error)})") from error
+    return model.eval()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,130 @@
+"""Walk the calibration rows through the model, stopping before every group of matrices.
+
+GPTQ wants each group's inputs to come from the already quantized groups before it ("true-sequential"), which a plain loop
+pays for with one partial forward a group. Here every micro-batch runs the block's own forward in a greenlet that pauses at
+the group's first matrix; when all have arrived the group is quantized, and all go on with the new weights. So one block
+costs one forward, whatever its structure. Where the paused tensors would not fit, each stop runs the block again from its
+start (`hold=False`): slower, but only one micro-batch is alive at a time.
+
+Two streams walk side by side: what the quantized model sees, and (where the method asks for it) what the original model
+sees at the same places. The second one walks for a share of the rows only: it costs as much time and memory as the first.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from quantkit.architecture import Group
+
+#: Tokens that run through a block at once. Fixed, because the order of sums decides the last bits of the result.
+MICRO_BATCH_TOKENS = 2048
+
+
+@dataclass
+class Stream:
+    """One version of the model walking through a block.
+
+    Attributes:
+        hidden: per micro-batch, the block's input [B, T, D]; never modified.
+        weights: module name -> weight in this version; read again at every step, so replacing one takes effect at once.
+    """
+
+    hidden: Sequence[Tensor]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Walk:
+    """One block's walk. For each group in order: read `inputs`, change the streams' weights; at the end read `outputs`.
+
+    Attributes:
+        groups: where it stops, in run order.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        groups: tuple[Group, ...],
+        streams: Sequence[Stream],
+        kwargs: Callable[[int], dict[str, Any]],
+        *,
+        hold: bool,
+    ) -> None:
+        """
+        Args:
+            block: a decoder block on its device; its forward takes hidden states and keyword arguments.
+            groups: where to stop, in run order.
+            streams: the versions that walk; the first has all micro-batches, a second one the first few of them.
+            kwargs: keyword arguments of the block for a batch of that many rows.
+            hold: pause between stops; otherwise run again from the start for each. The results are the same to the bit.
+        """
+        self._block, self._streams, self._kwargs, self._hold = block, streams, kwargs, hold
+        self.groups = groups
+        self._modules = {name: block.get_submodule(name) for group in groups for name in group.names}
+        self._divisors: dict[int, Tensor] = {}
+        self._paused: dict[tuple[int, int], greenlet] = {}
+        self._home = getcurrent()
+
+    def __enter__(self) -> "Walk":
+        self._hooks = [
+            self._modules[group.names[0]].register_forward_pre_hook(partial(self._pause, number))
+            for number, group in enumerate(self.groups)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for runner in self._paused.values():
+            runner.throw(GreenletExit)
+        self._paused.clear()
+
+    def inputs(self, number: int) -> Iterator[tuple[Tensor, ...]]:
+        """Per micro-batch, what group `number` reads, [B, T, K], in every stream that has the micro-batch.
+
+        Groups are taken in order, each once.
+        """
+        for index in range(len(self._streams[0].hidden)):
+            present = [k for k, stream in enumerate(self._streams) if index < len(stream.hidden)]
+            yield tuple(self._advance(stream, index, number) for stream in present)
+
+    def outputs(self) -> Iterator[tuple[Tensor, ...]]:
+        """Per micro-batch, the block's output [B, T, D] in every stream that has it, after the last group."""
+        return self.inputs(len(self.groups))
+
+    def divide(self, number: int, scale: Tensor) -> None:
+        """From now on divide what group `number` reads by `scale` [K], in every stream."""
+        self._divisors[number] = scale
+
+    def _pause(self, number: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._home.switch(args[0])
+        if number in self._divisors:
+            args[0].div_(self._divisors[number].to(args[0].dtype))
+
+    def _advance(self, stream: int, index: int, number: int) -> Tensor:
+        """Run one micro-batch until it stands before group `number`, or to its end."""
+        for name, weight in self._streams[stream].weights.items():
+            self._modules[name].weight.data = weight
+        runner = self._paused.pop((stream, index), None)
+        if runner is not None:
+            value = runner.switch()
+        else:
+            runner = greenlet(self._forward)
+            value = runner.switch(self._streams[stream].hidden[index])
+            for _ in range(number):
+                value = runner.switch()
+        if self._hold and not runner.dead:
+            self._paused[stream, index] = runner
+        elif not runner.dead:
+            runner.throw(GreenletExit)
+        assert isinstance(value, Tensor)
+        return value
+
+    def _forward(self, hidden: Tensor) -> Tensor:
+        device = next(self._block.parameters()).device
+        out = self._block(hidden.to(device), **self._kwargs(hidden.shape[0]))
+        value: Tensor = out[0] if isinstance(out, tuple) else out
+        return value

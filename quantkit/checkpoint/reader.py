@@ -1,0 +1,216 @@
+"""Read a Hugging Face checkpoint folder, trusting nothing in it.
+
+Everything that can be wrong with the files is found here, before any work: the index, the headers and the sizes are
+checked when the folder is opened, the values when a tensor is read. Tensors are copied out of the file's mapping, so that
+no mapping of a shard outlives the call and peak memory is the tensors asked for.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quantkit.errors import CheckpointError, NumericsError
+
+#: safetensors' names of the element types we read.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is: file, element type, shape."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, is not UTF-8 JSON, or is not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found; is this a Hugging Face model folder?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, holds {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard opened by safetensors, its complaints turned into ours.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or malformed.
+    """
+    try:
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: shard is missing; fetch it again") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error}); fetch the file again") from None
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, malformed or holds an element type we do not read.
+    """
+    tensors = {}
+    with _opened(path) as shard:
+        for name in shard.keys():  # noqa: SIM118 (not a dict)
+            entry = shard.get_slice(name)
+            if entry.get_dtype() not in DTYPES:
+                raise CheckpointError(f"{path}: tensor '{name}' has the unsupported dtype {entry.get_dtype()}")
+            tensors[name] = TensorInfo(path, DTYPES[entry.get_dtype()], tuple(entry.get_shape()))
+    return tensors
+
+
+class Checkpoint:
+    """An opened checkpoint folder.
+
+    Attributes:
+        folder: its path.
+        config: config.json as it is.
+        tensors: name -> where it lies, over all shards.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder` and check index, headers and sizes.
+
+        Raises:
+            CheckpointError: something is missing, truncated, pickled, outside the folder or inconsistent.
+        """
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        if not isinstance(self.config.get("model_type"), str):
+            raise CheckpointError(f"{folder / 'config.json'}: has no 'model_type'; only Hugging Face models can be read")
+        self.tensors: dict[str, TensorInfo] = {}
+        weight_map = self._weight_map()
+        for file in self.files:
+            for name, info in read_header(file).items():
+                if name in self.tensors:
+                    raise CheckpointError(f"{file}: tensor '{name}' is also in {self.tensors[name].file.name}")
+                self.tensors[name] = info
+        for name, file in weight_map.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise CheckpointError(f"{folder / _INDEX}: says '{name}' is in {file.name}, which does not hold it")
+
+    def _weight_map(self) -> dict[str, Path]:
+        """Tensor -> file according to the index (empty without one); sets `files`."""
+        index = self.folder / _INDEX
+        if index.is_file():
+            entries = read_json(index).get("weight_map")
+            if not isinstance(entries, dict) or not entries or not all(isinstance(f, str) for f in entries.values()):
+                raise CheckpointError(f"{index}: has no usable 'weight_map'; fetch the file again")
+            for name in entries.values():
+                if Path(name).name != name or name in ("", ".", ".."):
+                    raise CheckpointError(f"{index}: names '{name}', which is outside the model's folder; refused")
+                if not (self.folder / name).is_file():
+                    raise CheckpointError(f"{index}: names '{name}', which is missing from {self.folder}; fetch it")
+            self.files = [self.folder / name for name in sorted(set(entries.values()))]
+            return {name: self.folder / file for name, file in entries.items()}
+        if (self.folder / _SINGLE).is_file():
+            self.files = [self.folder / _SINGLE]
+            return {}
+        pickles = sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt*"))
+        if pickles:
+            raise CheckpointError(
+                f"{pickles[0]}: pickled weights can run code and are not read; convert them to safetensors first"
+            )
+        raise CheckpointError(f"{self.folder}: holds no {_SINGLE} and no {_INDEX}")
+
+    def under(self, prefix: str) -> list[str]:
+        """Names of the tensors that start with `prefix`, sorted."""
+        return sorted(name for name in self.tensors if name.startswith(prefix))
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors on the CPU, in their stored dtype, copied out of the shards.
+
+        Raises:
+            CheckpointError: a tensor does not exist or its shard changed since it was opened.
+            NumericsError: a floating tensor holds NaN or Inf.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.folder}: tensor '{name}' is missing; fetch the model again")
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        tensors = {}
+        for file, wanted in by_file.items():
+            with _opened(file) as shard:
+                for name in wanted:
+                    tensors[name] = shard.get_tensor(name).clone()
+                    _require_finite(tensors[name], name, file)
+        return tensors
+
+    def refuse_quantized(self) -> None:
+        """Refuse a checkpoint that is quantized already."""
+        method = self.config.get("quantization_config")
+        if method is not None:
+            kind = method.get("quant_method", "unknown method") if isinstance(method, dict) else "unknown method"
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: the model is already quantized ({kind}); start from the original, "
+                "or use `quantkit convert` to change its format"
+            )
+
+
+def _require_finite(tensor: Tensor, name: str, file: Path) -> None:
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or not tensor.numel():
+        return
+    # Minimum and maximum carry a NaN or Inf out without a mask as large as the tensor.
+    low, high = tensor.aminmax()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise NumericsError(f"{file}: tensor '{name}' holds NaN or Inf; the checkpoint is damaged")
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()

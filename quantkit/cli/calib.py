@@ -1,0 +1,22 @@
+"""`quantkit calib`: texts to calibrate and evaluate on."""
+
+from rich.console import Console
+from rich.table import Table
+
+from quantkit.cli import options
+from quantkit.corpus import text_sets
+
+EXAMPLE = "Example: quantkit quantize demo -o out --calib wikitext2   (or a .txt, .jsonl or .parquet file, or hf:DATASET)"
+
+
+def calib(json_file: options.JsonFile = None) -> None:
+    """List the text sets that ship with quantkit; each is a value of `quantize --calib` and `eval --text`."""
+    table = Table("set", "dataset", "split", "column", "chat", "licence", "description")
+    sets = text_sets()
+    for name, entry in sets.items():
+        dataset = entry.dataset + (f" ({entry.config})" if entry.config else "")
+        chat = "yes" if entry.chat else "no"
+        table.add_row(name, dataset, entry.split, entry.column, chat, entry.licence, entry.description)
+    if str(json_file) != "-":
+        Console().print(table)
+    options.write_json(json_file, {name: entry.model_dump() for name, entry in sets.items()})

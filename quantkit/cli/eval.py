@@ -1,0 +1,65 @@
+"""`quantkit eval`: perplexity, divergence from a baseline, and gates for CI."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from quantkit.checkpoint.locate import locate
+from quantkit.cli import options, tables
+from quantkit.errors import RecipeError
+from quantkit.evaluate.run import EvalReport, EvalRequest
+from quantkit.evaluate.run import evaluate as run
+
+EXAMPLE = "Example: quantkit eval demo-w4 --baseline demo --max-ppl-increase 5% --max-kl 0.2   (exit status 1 if a gate fails)"
+
+
+def evaluate(
+    model: options.Model,
+    baseline: Annotated[str | None, typer.Option(metavar="REF", help="Model to compare with, usually the original.")] = None,
+    text: Annotated[str, typer.Option(help="Text: a set's name, a file, or hf:DATASET.")] = "builtin",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text, which do not overlap.")] = 10,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    max_ppl_increase: Annotated[str | None, typer.Option(help="Gate: largest perplexity increase, e.g. 2%.")] = None,
+    max_kl: Annotated[float | None, typer.Option(min=0, help="Gate: largest mean KL divergence, nats.")] = None,
+    device: options.Device = "auto",
+    json_file: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure perplexity, KL divergence from a baseline, top-1 agreement, bits per weight and size.
+
+    perplexity = exp(mean negative log-likelihood) over windows that do not overlap, each window's first token unscored.
+    """
+    options.require_writable(json_file)
+    limit = options.fraction(max_ppl_increase, "--max-ppl-increase")
+    if baseline is None and (limit is not None or max_kl is not None):
+        raise RecipeError("--max-ppl-increase and --max-kl compare with a baseline; name it with --baseline")
+    request = EvalRequest(
+        model=locate(model),
+        baseline=None if baseline is None else locate(baseline),
+        text=text,
+        windows=windows,
+        seq_len=seq_len,
+        device=options.device(device),
+    )
+    with tables.stage_bar(enabled=not quiet and sys.stderr.isatty()) as advance:
+        report = run(request, advance)
+    Console(stderr=str(json_file) == "-", quiet=quiet).print(tables.eval_table(report, model, baseline))
+    failures = _failures(report, limit, max_kl)
+    options.write_json(json_file, report.to_json() | {"failed_gates": failures})
+    for failure in failures:
+        typer.echo(f"gate failed: {failure}", err=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _failures(report: EvalReport, max_increase: float | None, max_kl: float | None) -> list[str]:
+    failures = []
+    if max_increase is not None and report.ppl_increase is not None and not report.ppl_increase <= max_increase:
+        failures.append(f"perplexity rose by {report.ppl_increase:.2%}, allowed is {max_increase:.2%}")
+    kl = report.model.metrics.kl_mean
+    if max_kl is not None and kl is not None and not kl <= max_kl:
+        failures.append(f"mean KL divergence is {kl:.4f}, allowed is {max_kl:.4f}")
+    return failures

@@ -1,0 +1,56 @@
+"""`quantkit inspect`: what a model folder holds, without loading it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from quantkit.artifact import PackedReader, bits_per_weight
+from quantkit.checkpoint.locate import locate
+from quantkit.checkpoint.reader import Checkpoint, read_json
+from quantkit.cli import options, tables
+
+EXAMPLE = "Example: quantkit inspect demo-w4"
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Model folder, quantized or not; or 'demo'.")],
+    json_file: options.JsonFile = None,
+    debug: options.Debug = False,
+) -> None:
+    """Show what a model folder holds: architecture, format, schemes, size, and how it was made."""
+    checkpoint = Checkpoint(locate(path))
+    facts = _facts(checkpoint)
+    if str(json_file) != "-":
+        rows = [(name, str(value)) for name, value in facts.items() if not isinstance(value, dict | list)]
+        rows += [(scheme, f"{count} matrices") for scheme, count in facts["schemes"].items()]
+        engines = tables.engine_rows(facts["engines"])
+        Console().print(tables.pairs(str(checkpoint.folder), rows + engines))
+    options.write_json(json_file, facts | {"engines": [engine.__dict__ for engine in facts["engines"]]})
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "architecture": checkpoint.config["model_type"],
+        "shards": len(checkpoint.files),
+        "tensors": len(checkpoint.tensors),
+        "size": tables.size(sum(file.stat().st_size for file in checkpoint.files)),
+        "bits per weight": round(bits_per_weight(checkpoint), 3),
+        "format": "dense",
+        "schemes": {},
+        "engines": [],
+    }
+    if "quantization_config" in checkpoint.config:
+        packed = PackedReader(checkpoint)
+        schemes = [packed.scheme(module) for module in packed.modules]
+        facts["format"] = packed.form.name
+        facts["schemes"] = {str(scheme): schemes.count(scheme) for scheme in dict.fromkeys(schemes)}
+        facts["engines"] = packed.form.engines(set(schemes))
+    made: Path = checkpoint.folder / "quantkit.json"
+    if made.is_file():
+        report = read_json(made)
+        facts["method"] = report["recipe"]["method"]
+        facts["mean output error"] = f"{report['totals']['output_error']:.2e}"
+        facts["worst matrix"] = report["worst"][0]
+    return facts

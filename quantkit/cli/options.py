@@ -1,0 +1,99 @@
+"""Options that several verbs share, and how their values are read."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from quantkit.errors import QuantkitError, RecipeError, ResourceError
+from quantkit.usage import available_memory
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, Hub id, or 'demo' (SmolLM2-135M-Instruct).")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything shown as JSON ('-': stdout).")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on error.")]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def device(name: str) -> torch.device:
+    """The torch device that `--device` names.
+
+    Raises:
+        RecipeError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()):
+        raise RecipeError(f"--device {name}: this machine has no such device; use cpu")
+    return chosen
+
+
+def byte_size(text: str | None) -> int:
+    """Bytes that "8GiB" names; half of the available memory for None.
+
+    Raises:
+        RecipeError: it is not a size.
+    """
+    if text is None:
+        return available_memory() // 2
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise RecipeError(f"--max-memory {text}: not a size; write for example 8GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def fraction(text: str | None, option: str) -> float | None:
+    """0.02 for "2%" and for "0.02".
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise RecipeError(f"{option} {text}: not a number; write for example 2% or 0.02") from None
+    if not 0 <= value < float("inf"):
+        raise RecipeError(f"{option} {text}: must not be negative")
+    return value
+
+
+def write_json(path: Path | None, value: dict[str, Any]) -> None:
+    """The value as JSON in a file that appears complete, on stdout for "-", nowhere for None.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+    if path is None:
+        return
+    text = json.dumps(value, indent=2)
+    if str(path) == "-":
+        typer.echo(text)
+        return
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text + "\n", encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def require_writable(path: Path | None) -> None:
+    """Find out before hours of work that `--json` cannot be written.
+
+    Raises:
+        QuantkitError: its folder does not exist.
+    """
+    if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise QuantkitError(f"--json {path}: cannot be written there; name a file in a folder that exists")

@@ -1,0 +1,81 @@
+"""`quantkit quantize`: a checkpoint in, an artifact out."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from quantkit import quantize as job
+from quantkit.checkpoint.locate import locate
+from quantkit.cli import options, tables
+from quantkit.cli.progress import RunProgress
+from quantkit.plan import predict
+from quantkit.recipe import load_recipe
+
+EXAMPLE = "Example: quantkit quantize demo -o demo-w4 --recipe awq+gptq-w4   (then: quantkit eval demo-w4 --baseline demo)"
+
+
+def quantize(
+    model: options.Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the artifact; must not exist.")],
+    method: Annotated[Literal["rtn", "awq", "gptq", "awq+gptq"] | None, typer.Option(help="How codes are chosen.")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1: a scale a row.")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Fixed or searched zero points.")] = None,
+    act_order: Annotated[bool | None, typer.Option(help="Quantize columns by falling activation.")] = None,
+    format_: Annotated[
+        Literal["compressed-tensors", "gptq", "awq"] | None, typer.Option("--format", help="On-disk format.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="A recipe's name (see `quantkit recipes`), a YAML file, or a quantkit.json.")] = (
+        "gptq-w4"
+    ),
+    calib: Annotated[str | None, typer.Option(help="Text: a set's name, a file, or hf:DATASET.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration rows.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw rows at random; without it, the text's first.")] = None,
+    device: options.Device = "auto",
+    max_memory: Annotated[str | None, typer.Option(help="For activations, e.g. 8GiB; beyond it they go to a file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, or an unfinished run that differs.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Predict memory, disk, time and loaders; change nothing.")] = False,
+    json_file: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="A line for each matrix.")] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Quantize MODEL to 2, 3, 4 or 8 bits and write an artifact that vLLM, SGLang and transformers load.
+
+    Options override the recipe. A killed run goes on where it stopped when the same command is given again.
+    """
+    options.require_writable(json_file)
+    given: dict[str, Any] = {
+        "method": method,
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": sym,
+        "act_order": act_order,
+        "format": format_,
+        "seed": seed,
+    }
+    calibration = {"source": calib, "samples": samples, "seq_len": seq_len}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    overrides["calibration"] = {name: value for name, value in calibration.items() if value is not None}
+    request = job.Request(
+        folder=locate(model),
+        out=out,
+        recipe=load_recipe(recipe, overrides),
+        device=options.device(device),
+        max_memory=options.byte_size(max_memory),
+        overwrite=overwrite,
+    )
+    console = Console(stderr=str(json_file) == "-", quiet=quiet)
+    if plan:
+        prediction = predict(request)
+        console.print(tables.plan_table(prediction))
+        options.write_json(json_file, prediction.to_json())
+        return
+    with RunProgress(quiet=quiet, verbose=verbose) as progress:
+        report = job.run(request, progress)
+    for table in tables.run_tables(report, out):
+        console.print(table)
+    options.write_json(json_file, report.to_json())

@@ -1,0 +1,26 @@
+"""`quantkit recipes`: what ships."""
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from quantkit.cli import options
+from quantkit.recipe import builtin_recipes, load_recipe, resolved_json
+
+EXAMPLE = "Example: quantkit recipes --json - | jq '.\"gptq-w4\"'"
+
+
+def recipes(json_file: options.JsonFile = None) -> None:
+    """List the recipes that ship with quantkit; any of them is a value of `quantize --recipe`."""
+    texts = builtin_recipes()
+    table = Table("recipe", "method", "bits", "group", "grid", "description")
+    resolved = {}
+    for name, text in texts.items():
+        recipe = load_recipe(name, {})
+        resolved[name] = resolved_json(recipe)
+        grid = "sym" if recipe.symmetric else "asym"
+        description = yaml.safe_load(text).get("description", "")
+        table.add_row(name, recipe.method, str(recipe.bits), str(recipe.group_size), grid, description)
+    if str(json_file) != "-":
+        Console().print(table)
+    options.write_json(json_file, resolved)

@@ -1,0 +1,135 @@
+"""Tables for people. Everything in them is also in `--json`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from quantkit.evaluate.run import EvalReport, EvalRow
+from quantkit.formats import Engine
+from quantkit.plan import PlanReport
+from quantkit.report import RunReport
+
+
+def size(count: int) -> str:
+    """1,234,567 bytes as "1.2 MB"."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "2m05s"."""
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+
+
+def pairs(title: str, rows: list[tuple[str, str]]) -> Table:
+    """A two-column table."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def engine_rows(engines: list[Engine]) -> list[tuple[str, str]]:
+    """One row an engine."""
+    return [(f"loads in {e.name}", ("yes" if e.loads else "no") + (f" ({e.note})" if e.note else "")) for e in engines]
+
+
+def run_tables(report: RunReport, out: Path) -> list[Table]:
+    """The end of `quantize`: totals, engines and the worst five matrices."""
+    totals = report.totals
+    rows = [
+        ("matrices", f"{totals.matrices} quantized, {len(report.unquantized)} kept in 16 bit"),
+        ("bits per weight", f"{totals.bits_per_weight:.2f}"),
+        ("size", f"{size(totals.source_bytes)} -> {size(totals.size_bytes)}"),
+        ("mean output error", f"{totals.output_error:.2e}"),
+        ("time", f"{duration(totals.wall_seconds)} ({totals.cpu_seconds:.0f} CPU seconds)"),
+        ("peak memory", f"{totals.peak_memory_bytes / 2**20:,.0f} MiB"),
+        *engine_rows([Engine(**engine) for engine in report.engines]),
+    ]
+    worst = Table("worst five", "scheme", "output error", "SNR dB", "saturation", "note", title_justify="left")
+    by_name = {matrix.name: matrix for matrix in report.matrices}
+    for name in report.worst:
+        matrix = by_name[name]
+        worst.add_row(
+            name,
+            matrix.scheme,
+            f"{matrix.output_error:.2e}",
+            f"{matrix.snr_db:.1f}",
+            f"{matrix.saturation:.1%}",
+            matrix.note,
+        )
+    return [pairs(f"written: {out}", rows), worst]
+
+
+def plan_table(plan: PlanReport) -> Table:
+    """`quantize --plan`."""
+    schemes: dict[str, list[str]] = {}
+    for name, scheme in plan.schemes.items():
+        schemes.setdefault(scheme, []).append(name)
+    kept: dict[str, list[str]] = {}
+    for name, reason in plan.unquantized.items():
+        kept.setdefault(reason, []).append(name)
+    rows = [
+        ("host memory, peak", size(plan.host_bytes)),
+        ("device memory, peak", size(plan.device_bytes) if plan.device_bytes else "none"),
+        ("disk", f"{size(plan.disk_bytes)}, and {size(plan.working_bytes)} while it runs ({size(plan.free_bytes)} free)"),
+        ("time", f"{duration(plan.seconds)} (one block: {plan.block_seconds:.1f} s)"),
+        *((scheme, _listed(names)) for scheme, names in schemes.items()),
+        *((f"16 bit: {reason}", _listed(names)) for reason, names in kept.items()),
+        *engine_rows(plan.engines),
+    ]
+    return pairs("plan (nothing was changed)", rows)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} matrices, {names[0]} ... {names[-1]}"
+
+
+def eval_table(report: EvalReport, model: str, baseline: str | None) -> Table:
+    """`quantkit eval`."""
+    table = Table("model", "perplexity", "change", "KL mean", "KL p99", "top-1", "bits/weight", "size", title_justify="left")
+    table.title = f"{report.windows} windows of {report.seq_len} tokens, text: {report.text}"
+
+    def row(name: str, entry: EvalRow, change: str) -> None:
+        m = entry.metrics
+        table.add_row(
+            name,
+            f"{m.perplexity:.3f}",
+            change,
+            "" if m.kl_mean is None else f"{m.kl_mean:.4f}",
+            "" if m.kl_p99 is None else f"{m.kl_p99:.3f}",
+            "" if m.top1_agreement is None else f"{m.top1_agreement:.1%}",
+            f"{entry.bits_per_weight:.2f}",
+            size(entry.size_bytes),
+        )
+
+    if report.baseline is not None:
+        row(baseline or "", report.baseline, "")
+    row(model, report.model, "" if report.ppl_increase is None else f"{report.ppl_increase:+.2%}")
+    return table
+
+
+@contextmanager
+def stage_bar(*, enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar a stage; yields advance(stage, done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as progress:
+        tasks = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done)
+
+        yield advance

@@ -1,0 +1,224 @@
+"""Text -> rows of tokens, for calibration and for perplexity.
+
+Documents are joined into one unbroken stream and cut into full rows, so no row holds padding. Nothing special is added
+between documents but a blank line, because that is what the published perplexities do.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import CheckpointError, CorpusError
+from quantkit.recipe import Calibration
+
+#: The built-in text is cut here, so that calibration and evaluation never share a sentence.
+_CALIBRATION_SHARE = 0.8
+
+#: With a seed, rows are drawn from this many times as many rows as asked for.
+_POOL = 8
+
+Part = Literal["calibration", "evaluation"]
+
+
+class TextSet(BaseModel):
+    """A manifest of `calibration_sets/`.
+
+    Attributes:
+        description: one line for `quantkit calib`.
+        dataset: "builtin", a file's path, or the name of a dataset on the Hub.
+        config: the dataset's configuration, if it has several.
+        split: which split of it calibrates.
+        evaluation_split: which split evaluates, where that is another one.
+        column: the column that holds the text, or the list of chat messages.
+        chat: render messages with the model's chat template.
+        licence: of the text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    description: str
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    evaluation_split: str | None = None
+    column: Annotated[str, Field(min_length=1)] = "text"
+    chat: bool = False
+    licence: str = "unknown"
+
+
+def text_sets() -> dict[str, TextSet]:
+    """Name -> manifest of every set that ships with quantkit."""
+    files = [f for f in resources.files("quantkit.calibration_sets").iterdir() if f.name.endswith(".yaml")]
+    return {
+        f.name.removesuffix(".yaml"): TextSet.model_validate(yaml.safe_load(f.read_text("utf-8")))
+        for f in sorted(files, key=str)
+    }
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's folder.
+
+    Raises:
+        CheckpointError: it is missing or cannot be read.
+    """
+    folder = checkpoint.folder
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise CheckpointError(f"{folder}: holds no tokenizer (tokenizer.json); copy the original model's beside its weights")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many types, some of them bare
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read ({' '.join(str(error).split())[:200]})") from error
+    return tokenizer
+
+
+def calibration_rows(spec: Calibration, seed: int | None, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Rows of calibration tokens, int64 [samples, seq_len].
+
+    Without a seed, the first rows of the text; with one, rows drawn at random from its beginning.
+
+    Raises:
+        CorpusError: the text is missing, empty, too short or not UTF-8.
+    """
+    wanted = spec.samples * (_POOL if seed is not None else 1)
+    rows = _rows(spec.source, "calibration", wanted, spec.samples, spec.seq_len, tokenizer)
+    if seed is not None:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        rows = rows[order[: spec.samples]]
+    return rows
+
+
+def evaluation_rows(source: str, windows: int, seq_len: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The first `windows` rows of a text, int64 [windows, seq_len], disjoint from calibration for the built-in text.
+
+    Raises:
+        CorpusError: as `calibration_rows`.
+    """
+    return _rows(source, "evaluation", windows, windows, seq_len, tokenizer)
+
+
+def tokens_sha256(rows: Tensor) -> str:
+    """Hex SHA-256 of token rows as little-endian int64, row by row."""
+    return hashlib.sha256(rows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _rows(source: str, part: Part, wanted: int, least: int, seq_len: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    pieces: list[Tensor] = []
+    count = 0
+    for text in _documents(source, part, tokenizer):
+        ids = _first_tokens(text, wanted * seq_len - count, tokenizer)
+        pieces.append(ids)
+        count += len(ids)
+        if count >= wanted * seq_len:
+            break
+    rows = min(count // seq_len, wanted)
+    if rows < least:
+        raise CorpusError(
+            f"text '{source}' gives {count:,} tokens, {least} rows of {seq_len} need {least * seq_len:,}; "
+            "lower --samples, --windows or --seq-len, or name a longer text"
+        )
+    return torch.cat(pieces)[: rows * seq_len].view(rows, seq_len)
+
+
+def _first_tokens(text: str, wanted: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """At least the first `wanted` tokens of `text`, or all, without tokenizing much more of a long text than that.
+
+    Cutting the text changes only tokens at the cut, so a margin of tokens before it is not used.
+    """
+    margin = 64
+    length = 4 * wanted + 1024
+    while True:
+        ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
+        if length >= len(text):
+            return torch.tensor(ids, dtype=torch.int64)
+        if len(ids) >= wanted + margin:
+            return torch.tensor(ids[:wanted], dtype=torch.int64)
+        length *= 2
+
+
+def _documents(source: str, part: Part, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    sets = text_sets()
+    if source in sets:
+        chosen = sets[source]
+    elif source.startswith("hf:"):
+        name, _, config = source.removeprefix("hf:").partition(":")
+        chosen = TextSet(description="", dataset=name, config=config or None)
+    else:
+        yield from _file_documents(Path(source), tokenizer, list(sets))
+        return
+    if chosen.dataset == "builtin":
+        text = _builtin_text()
+        cut = text.index("\n\n", int(len(text) * _CALIBRATION_SHARE))
+        yield text[:cut] if part == "calibration" else text[cut:]
+        return
+    split = (part == "evaluation" and chosen.evaluation_split) or chosen.split
+    for row in _hub_rows(chosen, split, source):
+        yield _render(row, chosen.column, chosen.chat, tokenizer, source)
+
+
+def _builtin_text() -> str:
+    """English prose that every Python carries: the language reference of `pydoc`."""
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def _hub_rows(chosen: TextSet, split: str, source: str) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset  # slow to import, and only needed here
+
+    try:
+        yield from load_dataset(chosen.dataset, chosen.config, split=split, streaming=True)
+    except Exception as error:  # the datasets library raises many types
+        raise CorpusError(
+            f"dataset '{source}' cannot be loaded ({' '.join(str(error).split())[:200]}); "
+            "without a network, name a local .txt, .jsonl or .parquet file"
+        ) from error
+
+
+def _file_documents(path: Path, tokenizer: PreTrainedTokenizerBase, sets: list[str]) -> Iterator[str]:
+    if not path.is_file():
+        raise CorpusError(f"text '{path}' is neither a file, nor hf:DATASET, nor one of: {', '.join(sets)}")
+    try:
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    if line.strip():
+                        yield _render_any(json.loads(line), tokenizer, path)
+        elif path.suffix == ".parquet":
+            parquet = importlib.import_module("pyarrow.parquet")
+            for batch in parquet.ParquetFile(path).iter_batches():
+                for row in batch.to_pylist():
+                    yield _render_any(row, tokenizer, path)
+        else:
+            yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: not UTF-8 (byte {error.start}); convert it with iconv first") from None
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"{path}: cannot be read as {path.suffix or 'text'} ({' '.join(str(error).split())})") from None
+
+
+def _render_any(row: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
+    """A row of a file: its `messages` through the chat template, else its `text`."""
+    chat = isinstance(row, dict) and "messages" in row
+    return _render(row, "messages" if chat else "text", chat, tokenizer, str(path))
+
+
+def _render(row: Any, column: str, chat: bool, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    value = row.get(column) if isinstance(row, dict) else None
+    if chat and isinstance(value, list):
+        try:
+            return str(tokenizer.apply_chat_template(value, tokenize=False))
+        except Exception as error:  # jinja and transformers raise many types
+            raise CorpusError(f"text '{source}': chat template failed ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(value, str):
+        known = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise CorpusError(f"text '{source}': a row has no text in column '{column}' (it has: {known})")
+    return value + "\n\n"

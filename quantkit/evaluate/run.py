@@ -1,0 +1,139 @@
+"""`quantkit eval`: a model's numbers, and a baseline's beside them."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantkit.artifact import bits_per_weight
+from quantkit.blocks import BlockModel
+from quantkit.checkpoint.demo import cache_folder
+from quantkit.checkpoint.reader import Checkpoint, sha256
+from quantkit.checkpoint.writer import write_tensors
+from quantkit.corpus import evaluation_rows, load_tokenizer, tokens_sha256
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.evaluate.metrics import Metrics, measure
+from quantkit.evaluate.stream import final_hidden, open_model
+from quantkit.usage import cpu_seconds, peak_memory
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to evaluate: folders, text (see `corpus`), windows of seq_len tokens, device."""
+
+    model: Path
+    baseline: Path | None
+    text: str
+    windows: int
+    seq_len: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One model's line of the table.
+
+    Attributes:
+        name: the folder.
+        metrics: perplexity and distances from the baseline.
+        bits_per_weight: stored bits, scales and zero points included, over the quantized matrices (all, if none is).
+        size_bytes: of its shards.
+    """
+
+    name: str
+    metrics: Metrics
+    bits_per_weight: float
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Everything that `--json` holds."""
+
+    text: str
+    windows: int
+    seq_len: int
+    tokens_sha256: str
+    model: EvalRow
+    baseline: EvalRow | None
+    cpu_seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def ppl_increase(self) -> float | None:
+        """Perplexity over the baseline's, minus one."""
+        if self.baseline is None:
+            return None
+        return self.model.metrics.perplexity / self.baseline.metrics.perplexity - 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`."""
+        return asdict(self) | {"ppl_increase": self.ppl_increase}
+
+
+def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> EvalReport:
+    """Measure a model, and its distance from a baseline if one is named.
+
+    Args:
+        request: what to measure.
+        advance: called with (model, blocks done, blocks).
+
+    Raises:
+        QuantkitError: a model or the text cannot be read, or the two models do not fit together.
+    """
+    checkpoint = Checkpoint(request.model)
+    tokens = evaluation_rows(request.text, request.windows, request.seq_len, load_tokenizer(checkpoint))
+    model = open_model(checkpoint, request.device)
+    reference: tuple[BlockModel, Tensor] | None = None
+    baseline: EvalRow | None = None
+    if request.baseline is not None:
+        source = Checkpoint(request.baseline)
+        base = open_model(source, request.device)
+        if base.config.vocab_size != model.config.vocab_size:
+            raise CheckpointError(
+                f"{request.baseline}: has {base.config.vocab_size} tokens, {request.model} has {model.config.vocab_size}; "
+                "a baseline must share the vocabulary"
+            )
+        reference = base, _cached_hidden(base, tokens, lambda done, total: advance("baseline", done, total))
+        baseline = _row(source, measure(base, reference[1], tokens))
+    hidden = final_hidden(model, tokens, lambda done, total: advance("model", done, total))
+    row = _row(checkpoint, measure(model, hidden, tokens, reference))
+    return EvalReport(
+        text=request.text,
+        windows=request.windows,
+        seq_len=request.seq_len,
+        tokens_sha256=tokens_sha256(tokens),
+        model=row,
+        baseline=baseline,
+        cpu_seconds=cpu_seconds(),
+        peak_memory_bytes=peak_memory(),
+    )
+
+
+def _row(checkpoint: Checkpoint, metrics: Metrics) -> EvalRow:
+    size = sum(path.stat().st_size for path in checkpoint.files)
+    return EvalRow(str(checkpoint.folder), metrics, bits_per_weight(checkpoint), size)
+
+
+def _cached_hidden(model: BlockModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
+    """The baseline's final hidden states, which every evaluation against it needs again, from the user's cache."""
+    files = (model.checkpoint.folder / "config.json", *model.checkpoint.files)
+    parts = [torch.__version__, model.device.type, tokens_sha256(tokens), *map(sha256, files)]
+    path = cache_folder() / "baselines" / (hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32] + ".safetensors")
+    try:
+        hidden: Tensor = load_file(path)["hidden"]
+        return hidden
+    except (OSError, SafetensorError, KeyError):
+        hidden = final_hidden(model, tokens, advance)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"hidden": hidden})
+    except (OSError, QuantkitError):
+        pass  # A cache that cannot be written costs time, not correctness.
+    return hidden

@@ -1,0 +1,27 @@
+"""QuantizedWeight <-> the tensors and configs that other engines load, both ways."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantkit.errors import FormatError
+from quantkit.formats.awq import AWQ
+from quantkit.formats.base import Engine, Format, Plan
+from quantkit.formats.compressed_tensors import COMPRESSED_TENSORS
+from quantkit.formats.gptq import GPTQ
+
+__all__ = ["FORMATS", "Engine", "Format", "Plan", "format_of"]
+
+#: Name after `--format`, which is also `quant_method` in config.json -> format.
+FORMATS: dict[str, Format] = {form.name: form for form in (COMPRESSED_TENSORS, GPTQ, AWQ)}
+
+
+def format_of(config: Mapping[str, Any]) -> Format:
+    """The format that a `quantization_config` names.
+
+    Raises:
+        FormatError: no reader for it.
+    """
+    method = config.get("quant_method")
+    if method not in FORMATS:
+        raise FormatError(f"quant_method '{method}' cannot be read; known: {', '.join(FORMATS)}")
+    return FORMATS[str(method)]

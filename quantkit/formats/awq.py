@@ -1,0 +1,89 @@
+"""AWQ gemm: 4 bits only, packed along N in the order 0 2 4 6 1 3 5 7, float16 scales (the AutoAWQ layout)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import FormatError
+from quantkit.formats.base import Engine, Format, Plan, exact, group_problem
+from quantkit.formats.packing import pack, unpack
+from quantkit.methods.grid import QuantizedWeight, Scheme
+
+#: Nibble j of a word holds column 8c + ORDER[j].
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def _interleave(values: Tensor) -> Tensor:
+    """[R, C] with every run of eight columns in AWQ's order."""
+    return values.view(values.shape[0], -1, 8)[:, :, list(ORDER)].reshape(values.shape)
+
+
+def _restore(values: Tensor) -> Tensor:
+    inverse = [ORDER.index(j) for j in range(8)]
+    return values.view(values.shape[0], -1, 8)[:, :, inverse].reshape(values.shape)
+
+
+def _encode(weight: QuantizedWeight, _dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "qweight": pack(_interleave(weight.codes.T.contiguous()), 4),
+        "qzeros": pack(_interleave(weight.zeros.T.contiguous()), 4),
+        "scales": exact(weight.scales, torch.float16).T.contiguous(),
+    }
+
+
+def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, _config: Mapping[str, Any]) -> QuantizedWeight:
+    qweight, scales = tensors["qweight"], tensors["scales"].float()
+    columns, rows = qweight.shape[0], qweight.shape[1] * 8
+    if scales.shape != (scheme.groups(columns), rows):
+        raise FormatError(f"qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} disagree with {scheme}")
+    codes = _restore(unpack(qweight, 4, rows)).T.contiguous()
+    zeros = _restore(unpack(tensors["qzeros"], 4, rows)).T.contiguous()
+    return QuantizedWeight(codes, scales.T.contiguous(), zeros, scheme)
+
+
+def _config(plan: Plan) -> dict[str, Any]:
+    used = {scheme for scheme in plan.values() if scheme is not None}
+    if len(used) != 1:
+        raise FormatError("the awq format holds one scheme for all matrices; use compressed-tensors for mixed ones")
+    (scheme,) = used
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": scheme.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": [name for name, own in plan.items() if own is None],
+    }
+
+
+def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme | None]:
+    if config.get("version", "gemm") != "gemm" or int(config.get("bits", 4)) != 4:
+        raise FormatError("only the 4-bit gemm version of the awq format can be read")
+    scheme = Scheme(4, int(config["group_size"]), symmetric=False)
+    skipped = config.get("modules_to_not_convert") or []
+    return {name: None if any(skip in name for skip in skipped) else scheme for name in modules}
+
+
+def _problem(scheme: Scheme, rows: int, columns: int) -> str | None:
+    if scheme.bits != 4:
+        return f"the awq format holds 4 bits, not {scheme.bits}; use compressed-tensors"
+    if rows % 8:
+        return f"the awq format packs 8 rows to a word, {rows} is not a multiple of 8"
+    return group_problem(scheme, columns)
+
+
+def _engines(_used: set[Scheme]) -> list[Engine]:
+    return [
+        Engine("vLLM", True),
+        Engine("SGLang", False, "loads this format for mixture-of-experts models only"),
+        Engine("transformers", True, "with gptqmodel"),
+    ]
+
+
+def _dense_shape(stored: tuple[int, ...], bits: int) -> tuple[int, int]:
+    return stored[1] * 32 // bits, stored[0]
+
+
+AWQ = Format("awq", ("qweight", "qzeros", "scales"), _encode, _decode, _config, _schemes, _problem, _engines, _dense_shape)

@@ -1,0 +1,86 @@
+"""AWQ: scale up the input channels that matter before rounding, and divide the producer of the input by the same.
+
+Lin et al., "AWQ: Activation-aware Weight Quantization" (arXiv 2306.00978). The published search runs the module again for
+every candidate; the squared output error it measures is tr(dW H dW^T), so here each candidate costs one product with H.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.methods.grid import QuantizedWeight, Scheme, round_to_grid, span
+from quantkit.methods.rtn import on_grid, rtn
+
+#: Exponents tried for the activation magnitude, 0 (no scaling) to just below 1.
+RATIOS = tuple(i / 20 for i in range(20))
+
+
+@dataclass(frozen=True)
+class ChannelScale:
+    """What the search found.
+
+    Attributes:
+        scale: float32 [K] > 0; weights are multiplied by it, the input is divided by it. All ones when nothing helps.
+        ratio: the exponent of the activation magnitude.
+        error: tr(dW H dW^T) relative to no scaling.
+    """
+
+    scale: Tensor
+    ratio: float
+    error: float
+
+
+def search_channel_scale(
+    parts: Sequence[tuple[Tensor, Scheme]], hessian: Tensor, dtype: torch.dtype, tie: Tensor
+) -> ChannelScale:
+    """Best s = rms(x)^ratio for plain rounding of the matrices that read x.
+
+    Args:
+        parts: (weight float32 [N_i, K], scheme) of every matrix that reads x and is quantized.
+        hessian: float32 [K, K]; its diagonal is the mean square of each input channel.
+        dtype: the artifact's 16-bit type.
+        tie: int64 [K]; channels with the same number share a scale (repeated KV heads feed several query heads).
+    """
+    count = int(tie.max()) + 1
+    power = torch.zeros(count, device=hessian.device).index_add_(0, tie, hessian.diagonal())
+    magnitude = (power / torch.bincount(tie, minlength=count).clamp_(min=1)).sqrt_()
+    floor = float(magnitude.max()) * 1e-4 + torch.finfo(torch.float32).tiny
+    magnitude = magnitude.clamp_(min=floor)[tie]
+    errors = []
+    for ratio in RATIOS:
+        scale = _normalised(magnitude, ratio)
+        error = 0.0
+        for weight, scheme in parts:
+            change = rtn(weight * scale, scheme, dtype).dequantize().div_(scale).sub_(weight)
+            error += float((change @ hessian).mul_(change).sum())
+        errors.append(error)
+    best = min(range(len(RATIOS)), key=errors.__getitem__)
+    return ChannelScale(_normalised(magnitude, RATIOS[best]), RATIOS[best], errors[best] / max(errors[0], 1e-30))
+
+
+def _normalised(magnitude: Tensor, ratio: float) -> Tensor:
+    """magnitude^ratio with the geometric middle of its range at 1, so that neither side leaves the 16-bit range."""
+    scale = magnitude**ratio
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+def clipped(weight: Tensor, hessian: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: tuple[float, ...]) -> QuantizedWeight:
+    """Round with every group's range clipped by the factor that loses least output, <dw, H_gg dw> (AWQ's clipping)."""
+    rows, columns = weight.shape
+    groups, width = scheme.groups(columns), scheme.group_columns(columns)
+    grouped = weight.view(rows, groups, width).transpose(0, 1).contiguous()
+    blocks = torch.stack([hessian[g * width : (g + 1) * width, g * width : (g + 1) * width] for g in range(groups)])
+    low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+    scales, zeros = span(low, high, scheme, dtype)
+    least = torch.full_like(scales, torch.inf)
+    for factor in shrink:
+        s, z = span(low * factor, high * factor, scheme, dtype)
+        codes = round_to_grid(grouped, s[..., None], z[..., None], scheme.levels)
+        change = codes.sub_(z[..., None]).mul_(s[..., None]).sub_(grouped)
+        error = torch.bmm(change, blocks).mul_(change).sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales, zeros = torch.where(better, s, scales), torch.where(better, z, zeros)
+    return on_grid(weight, scheme, scales.T.contiguous(), zeros.T.contiguous())

@@ -1,0 +1,24 @@
+"""Round to nearest: the baseline of every other method."""
+
+import torch
+from torch import Tensor
+
+from quantkit.methods.grid import QuantizedWeight, Scheme, round_to_grid, search_grid
+
+
+def on_grid(weight: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
+    """Nearest codes of `weight` (float32 [N, K]) on given grids (float32 [N, G])."""
+    rows, columns = weight.shape
+    grouped = weight.view(rows, scales.shape[1], -1)
+    codes = round_to_grid(grouped, scales[..., None], zeros[..., None], scheme.levels)
+    return QuantizedWeight(codes.view(rows, columns).to(torch.uint8), scales, zeros.to(torch.uint8), scheme)
+
+
+def rtn(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
+    """Round `weight` (float32 [N, K]) to the nearest code of plain min/max grids.
+
+    `dtype` is the artifact's 16-bit type, to which scales are rounded.
+    """
+    uniform = torch.ones(weight.shape[1], device=weight.device)
+    scales, zeros = search_grid(weight, scheme, uniform, dtype, shrink=(1.0,))
+    return on_grid(weight, scheme, scales, zeros)

@@ -1,0 +1,98 @@
+"""From a weight matrix and its inputs' moments to codes: the one place that knows what each method is made of."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.methods.awq import clipped
+from quantkit.methods.gptq import Inverse, descend, factorise, gptq
+from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.rtn import rtn
+
+#: Clipping factors tried for every group.
+SHRINK = tuple(1.0 - 0.5 * i / 16 for i in range(16))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to solve; the fields are the recipe's.
+
+    Attributes:
+        method: rtn, awq, gptq or awq+gptq.
+        act_order, damping, drift, sweeps: see `Recipe`.
+        dtype: the artifact's 16-bit type.
+    """
+
+    method: str
+    act_order: bool
+    damping: float
+    drift: float
+    sweeps: int
+    dtype: torch.dtype
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether AWQ's channel scales are searched."""
+        return self.method.startswith("awq")
+
+    @property
+    def compensates(self) -> bool:
+        """Whether GPTQ solves for the codes."""
+        return self.method.endswith("gptq")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the original model must walk beside the quantized one."""
+        return self.compensates and self.drift > 0
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of a group's inputs.
+
+    Attributes:
+        hessian: float32 [K, K].
+        drift: float32 [K, K], or None when no original walks beside.
+        inverse: factor of the damped Hessian; None when the method needs none or no damping helped.
+    """
+
+    hessian: Tensor
+    drift: Tensor | None
+    inverse: Inverse | None
+
+
+def prepare(hessian: Tensor, drift: Tensor | None, settings: Settings) -> Moments:
+    """Factor the Hessian once for all matrices that read the input."""
+    inverse = factorise(hessian, settings.damping, settings.act_order) if settings.compensates else None
+    return Moments(hessian, drift, inverse)
+
+
+def matched(weight: Tensor, moments: Moments, strength: float) -> Tensor:
+    """The weights that give the original model's outputs from the quantized model's inputs, float32 [N, K].
+
+    Least squares: W* = W + strength * W D^T H^-1 with D = X^T (X_ref - X) / T. With strength 1 this is the asymmetric
+    calibration of Li et al., "GPTAQ" (arXiv 2504.02692), solved before rounding instead of during it.
+    """
+    if moments.drift is None or moments.inverse is None or strength == 0:
+        return weight
+    factor = torch.linalg.cholesky(moments.inverse.hessian)
+    return weight + strength * torch.cholesky_solve(moments.drift @ weight.T, factor).T
+
+
+def solve(weight: Tensor, moments: Moments | None, scheme: Scheme, settings: Settings) -> tuple[QuantizedWeight, Tensor]:
+    """Quantize `weight` (float32 [N, K]); `moments` is None for data-free rounding only.
+
+    Returns:
+        the quantized weight and the target [N, K] it was to match. Where the Hessian could not be factored the result is
+        plain rounding; the caller sees `moments.inverse is None` and reports it.
+    """
+    if moments is None or settings.method == "rtn":
+        return rtn(weight, scheme, settings.dtype), weight
+    if not settings.compensates:
+        return clipped(weight, moments.hessian, scheme, settings.dtype, SHRINK), weight
+    if moments.inverse is None:
+        return rtn(weight, scheme, settings.dtype), weight
+    target = matched(weight, moments, settings.drift)
+    start = gptq(target, moments.inverse, scheme, settings.dtype, SHRINK)
+    return descend(target, start, moments.inverse.hessian, settings.dtype, settings.sweeps), target

@@ -1,0 +1,212 @@
+"""Everything that is settled before the first block: the source is checked, the recipe resolved, the text cut into rows."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from torch import Tensor
+
+import quantkit
+from quantkit.blocks import BlockModel, check_tensors
+from quantkit.calibrate import MICRO_BATCH_TOKENS
+from quantkit.checkpoint.reader import Checkpoint, sha256
+from quantkit.corpus import calibration_rows, load_tokenizer, tokens_sha256
+from quantkit.errors import CheckpointError, RecipeError
+from quantkit.formats import FORMATS, Engine
+from quantkit.methods.grid import Scheme
+from quantkit.methods.solve import Settings
+from quantkit.recipe import Recipe, resolved_json
+
+#: The original model walks beside the quantized one for one row in this many.
+REFERENCE_SHARE = 4
+
+#: What `group_size: auto` chooses from, largest first.
+_GROUP_SIZES = (128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start.
+
+    Attributes:
+        checkpoint: the source.
+        model: its blocks.
+        recipe: resolved: no "auto" left.
+        plan: module path -> scheme, None for what stays in 16 bit; every matrix of every block, and the head.
+        tokens: int64 [rows, T], None when the method looks at no data.
+    """
+
+    checkpoint: Checkpoint
+    model: BlockModel
+    recipe: Recipe
+    plan: Mapping[str, Scheme | None]
+    tokens: Tensor | None
+
+    @cached_property
+    def settings(self) -> Settings:
+        """How matrices are solved."""
+        r = self.recipe
+        return Settings(r.method, r.act_order, r.damping, r.drift, r.sweeps, self.model.dtype)
+
+    @property
+    def stream_rows(self) -> list[int]:
+        """Calibration rows of every version of the model that walks: the quantized one, and the original if it is needed."""
+        assert self.tokens is not None
+        rows, batch = len(self.tokens), self.rows_per_batch
+        reference = min(-(-rows // (REFERENCE_SHARE * batch)) * batch, rows)
+        return [rows, reference] if self.settings.pairs else [rows]
+
+    @property
+    def outside(self) -> list[str]:
+        """Names of the source's tensors outside the blocks."""
+        return [name for name in self.checkpoint.tensors if not name.startswith(self.model.family.blocks + ".")]
+
+    def schemes_of(self, index: int) -> dict[str, Scheme]:
+        """Module name inside block `index` -> scheme, quantized ones only."""
+        prefix = self.model.prefix(index)
+        chosen = {name: self.plan[prefix + name] for name in self.model.family.matrices}
+        return {name: scheme for name, scheme in chosen.items() if scheme is not None}
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Calibration rows in a micro-batch."""
+        assert self.tokens is not None
+        return max(1, MICRO_BATCH_TOKENS // self.tokens.shape[1])
+
+    def token_batches(self) -> Iterator[Tensor]:
+        """Calibration tokens, a micro-batch at a time."""
+        assert self.tokens is not None
+        yield from self.tokens.split(self.rows_per_batch)
+
+    def block_kwargs(self, index: int) -> Callable[[int], dict[str, Any]]:
+        """Keyword arguments of block `index` for a batch of that many rows; rows are full, so only their number matters."""
+        return lambda rows: self._kwargs_by_rows(rows)[index]
+
+    @cached_property
+    def _recorded(self) -> dict[int, list[dict[str, Any]]]:
+        return {}
+
+    def _kwargs_by_rows(self, rows: int) -> list[dict[str, Any]]:
+        assert self.tokens is not None
+        if rows not in self._recorded:
+            self._recorded[rows] = self.model.embed(self.tokens[:rows])[1]
+        return self._recorded[rows]
+
+    def activation_bytes(self) -> tuple[int, int]:
+        """Bytes of the hidden states between blocks, and of what paused micro-batches hold at a group's matrices.
+
+        A paused micro-batch holds its residual, the group's input and, inside the MLP, the norm's output.
+        """
+        assert self.tokens is not None
+        values = sum(self.stream_rows) * self.tokens.shape[1] * self.model.dtype.itemsize
+        widest = max(self.model.shape(0, name)[1] for name in self.model.family.matrices)
+        return values * self.model.config.hidden_size, values * (2 * self.model.config.hidden_size + widest)
+
+    def unquantized(self) -> dict[str, str]:
+        """Matrices that stay in 16 bit -> why."""
+        reasons = {name: "skipped by a rule" for name, scheme in self.plan.items() if scheme is None}
+        tied = getattr(self.model.config, "tie_word_embeddings", False)
+        reasons["lm_head"] = "the output head stays in 16 bit" + (" (tied to the embedding)" if tied else "")
+        return reasons | {"model.embed_tokens": "embeddings are looked up, not multiplied"}
+
+    def engines(self) -> list[Engine]:
+        """Which engines load the result."""
+        return FORMATS[self.recipe.format].engines({scheme for scheme in self.plan.values() if scheme is not None})
+
+    @cached_property
+    def source_sha256(self) -> dict[str, str]:
+        """SHA-256 of the source's config and shards."""
+        files = (self.checkpoint.folder / "config.json", *self.checkpoint.files)
+        return {path.name: sha256(path) for path in files}
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for an unfinished run to go on: everything that decides a bit of the result."""
+        return {
+            "recipe": resolved_json(self.recipe),
+            "source": self.source_sha256,
+            "calibration tokens": None if self.tokens is None else tokens_sha256(self.tokens),
+            "versions": versions(),
+            "device": self.model.device.type,
+        }
+
+
+def versions() -> dict[str, str]:
+    """What the result depends on beside recipe and source."""
+    return {
+        "quantkit": quantkit.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def prepare_run(folder: Path, recipe: Recipe, device: torch.device) -> Prepared:
+    """Check the source and settle the recipe.
+
+    Raises:
+        CheckpointError, RecipeError, CorpusError: the first thing that is wrong.
+    """
+    checkpoint = Checkpoint(folder)
+    checkpoint.refuse_quantized()
+    model = BlockModel(checkpoint, checkpoint.read, storage_dtype(checkpoint), device)
+    check_tensors(checkpoint, model)
+    recipe = _with_group_size(recipe, model)
+    plan = _plan(recipe, model, checkpoint)
+    tokens = None
+    if recipe.calibrates:
+        tokens = calibration_rows(recipe.calibration, recipe.seed, load_tokenizer(checkpoint))
+        longest = getattr(model.config, "max_position_embeddings", math.inf)
+        if tokens.shape[1] > longest:
+            raise RecipeError(f"--seq-len {tokens.shape[1]} is longer than the model's context of {longest}")
+    return Prepared(checkpoint, model, recipe, plan, tokens)
+
+
+def storage_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that config.json declares; that of the largest tensor where it declares none.
+
+    Raises:
+        CheckpointError: it is no floating type that a model can be stored in.
+    """
+    declared = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if declared is None:
+        return max(checkpoint.tensors.values(), key=lambda info: info.nbytes).dtype
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if declared not in known:
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: dtype '{declared}' is not one of {', '.join(known)}")
+    return known[declared]
+
+
+def _with_group_size(recipe: Recipe, model: BlockModel) -> Recipe:
+    """`recipe` with every "auto" replaced by the largest common size that divides all matrices."""
+    columns = {model.shape(0, name)[1] for name in model.family.matrices}
+    auto = next((size for size in _GROUP_SIZES if all(k % size == 0 for k in columns)), -1)
+    rules = tuple(r.model_copy(update={"group_size": auto}) if r.group_size == "auto" else r for r in recipe.rules)
+    size = auto if recipe.group_size == "auto" else recipe.group_size
+    return recipe.model_copy(update={"group_size": size, "rules": rules})
+
+
+def _plan(recipe: Recipe, model: BlockModel, checkpoint: Checkpoint) -> dict[str, Scheme | None]:
+    """Every matrix's scheme, checked against the format.
+
+    Raises:
+        RecipeError: the format cannot hold a matrix, or nothing is left to quantize.
+    """
+    form = FORMATS[recipe.format]
+    plan: dict[str, Scheme | None] = {}
+    for index in range(model.count):
+        for name in model.family.matrices:
+            path = model.prefix(index) + name
+            scheme = plan[path] = recipe.scheme(path)
+            problem = None if scheme is None else form.problem(scheme, *model.shape(index, name))
+            if problem:
+                raise RecipeError(f"{path}: {problem}")
+    plan["lm_head"] = None
+    if not any(plan.values()):
+        raise RecipeError("the recipe's rules skip every matrix: nothing would be quantized")
+    return plan

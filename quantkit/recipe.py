@@ -1,0 +1,164 @@
+"""What to do to a model, validated: YAML in `recipes/`, a file of the user's, or an artifact's own quantkit.json."""
+
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from quantkit.errors import RecipeError
+from quantkit.methods.grid import Scheme
+
+Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
+Bits = Literal[2, 3, 4, 8]
+FormatName = Literal["compressed-tensors", "gptq", "awq"]
+
+
+def _a_regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+    return pattern
+
+
+def _a_group_size(size: int | Literal["auto"]) -> int | Literal["auto"]:
+    if size != "auto" and size != -1 and (size < 8 or size % 8):
+        raise ValueError(f"group size {size} is not a multiple of 8, -1 (a scale a row) or auto")
+    return size
+
+
+GroupSize = Annotated[int | Literal["auto"], AfterValidator(_a_group_size)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rule(_Strict):
+    """An exception for the matrices whose path matches.
+
+    Attributes:
+        match: regular expression, searched in the module's path (`model.layers.3.mlp.down_proj`, `lm_head`).
+        skip: leave them in 16 bit.
+        bits, group_size, symmetric: what differs from the recipe; None means it does not.
+    """
+
+    match: Annotated[str, AfterValidator(_a_regex)]
+    skip: bool = False
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+    symmetric: bool | None = None
+
+
+class Calibration(_Strict):
+    """Which text calibrates.
+
+    Attributes:
+        source: name of a set, path of a .txt / .jsonl / .parquet file, or `hf:DATASET`.
+        samples: rows of tokens.
+        seq_len: tokens in a row.
+    """
+
+    source: str = "builtin"
+    samples: int = Field(default=128, ge=1)
+    seq_len: int = Field(default=512, ge=16)
+
+
+class Recipe(_Strict):
+    """A whole run's choices. Two runs with equal resolved recipes and sources give byte-identical tensors.
+
+    Attributes:
+        method: rtn, awq, gptq or awq+gptq.
+        bits, group_size, symmetric: the grid; "auto" takes the largest of 128, 64, 32, 16 that divides every matrix.
+        act_order: quantize columns by descending Hessian diagonal (static groups: no tensor's layout changes).
+        damping: fraction of the Hessian's mean diagonal that is added to it.
+        drift: how much of the drift of a group's inputs from the original model's its weights make up for, 0 to 1.
+        sweeps: passes of coordinate descent over scales, zero points and codes after GPTQ.
+        format: on-disk format.
+        calibration: the text.
+        seed: picks calibration rows at random; None takes the first rows of the text.
+        rules: the first that matches decides.
+    """
+
+    method: Method = "gptq"
+    bits: Bits = 4
+    group_size: GroupSize = "auto"
+    symmetric: bool = True
+    act_order: bool = True
+    damping: float = Field(default=0.01, gt=0, le=1)
+    drift: float = Field(default=0.5, ge=0, le=1)
+    sweeps: int = Field(default=2, ge=0, le=20)
+    format: FormatName = "compressed-tensors"
+    calibration: Calibration = Calibration()
+    seed: int | None = None
+    rules: tuple[Rule, ...] = ()
+
+    def scheme(self, module: str) -> Scheme | None:
+        """How the matrix at `module` is quantized, None where a rule skips it. The group size must be resolved."""
+        rule = next((rule for rule in self.rules if re.search(rule.match, module)), Rule(match=""))
+        if rule.skip:
+            return None
+        size = rule.group_size if rule.group_size is not None else self.group_size
+        assert size != "auto", "group size was not resolved"
+        symmetric = self.symmetric if rule.symmetric is None else rule.symmetric
+        return Scheme(rule.bits or self.bits, size, symmetric)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method looks at calibration data."""
+        return self.method != "rtn"
+
+
+def builtin_recipes() -> dict[str, str]:
+    """Name -> YAML text of every recipe that ships with quantkit."""
+    files = resources.files("quantkit.recipes").iterdir()
+    return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in sorted(files, key=str) if f.name.endswith(".yaml")}
+
+
+def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
+    """A recipe by name or file, with options of the command line laid over it.
+
+    Args:
+        name: a built-in's name, a YAML file, or an artifact's quantkit.json.
+        overrides: field -> value; `calibration` may be a partial dict.
+
+    Raises:
+        RecipeError: not found, not YAML, or a field is wrong (which one, and what is allowed).
+    """
+    fields = _fields(name)
+    calibration = fields.get("calibration")
+    merged = (calibration if isinstance(calibration, dict) else {}) | overrides.get("calibration", {})
+    fields |= overrides | ({"calibration": merged} if merged else {})
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise RecipeError(f"recipe '{name}': {where}: {first['msg']} (got {first['input']!r})") from None
+
+
+def _fields(name: str) -> dict[str, Any]:
+    builtin = builtin_recipes()
+    path = Path(name)
+    try:
+        text = builtin[name] if name in builtin else path.read_text(encoding="utf-8")
+        fields = yaml.safe_load(text)
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError(f"recipe '{name}' is neither a file nor one of: {', '.join(builtin)}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if isinstance(fields, dict) and path.suffix == ".json":
+        fields = fields.get("recipe")
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path}: holds no recipe (a mapping of fields such as method, bits, group_size)")
+    return {k: v for k, v in fields.items() if k != "description"}
+
+
+def resolved_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON data, every default written out."""
+    data: dict[str, Any] = json.loads(recipe.model_dump_json())
+    return data

@@ -1,0 +1,26 @@
+"""Fixtures that several rooms share."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama in float32, three blocks, one shard. Read only."""
+    return tiny.make_model(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def llama_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama in bfloat16 over several shards. Read only."""
+    import torch
+
+    return tiny.make_model(tmp_path_factory.mktemp("llama_bf16") / "model", dtype=torch.bfloat16, shard="60KB")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Baselines that a test caches must not be seen by another run."""
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
