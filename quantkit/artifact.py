@@ -1,5 +1,6 @@
 """A finished artifact: its metadata out, its packed weights back in as dense ones."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.reader import Checkpoint
-from quantkit.checkpoint.writer import disk_errors, write_json
-from quantkit.errors import CheckpointError, FormatError
+from quantkit.checkpoint.files import disk_errors, write_json
+from quantkit.checkpoint.reader import Checkpoint, shown
+from quantkit.errors import FormatError
 from quantkit.formats import FORMATS, Format, Plan, format_of
 from quantkit.methods.grid import QuantizedWeight, Scheme
 
 #: Not copied from the source: weights in any form, what is written anew, and another tool's metadata.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-_WRITTEN_ANEW = ("config.json", "quantize_config.json", "quantkit.json")
+_WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json", "quantkit.json")
 
 
 def write_metadata(source: Checkpoint, folder: Path, form: str, plan: Plan) -> None:
@@ -26,7 +27,9 @@ def write_metadata(source: Checkpoint, folder: Path, form: str, plan: Plan) -> N
             if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name not in _WRITTEN_ANEW:
                 shutil.copyfile(path, folder / path.name)
     quantization = FORMATS[form].config(plan)
-    write_json(folder / "config.json", source.config | {"quantization_config": quantization})
+    # A quantized head has its own tensors, so it is no longer the embedding.
+    untied = {} if plan.get("lm_head") is None else {"tie_word_embeddings": False}
+    write_json(folder / "config.json", source.config | untied | {"quantization_config": quantization})
     if form == "gptq":
         write_json(folder / "quantize_config.json", quantization)
 
@@ -41,19 +44,28 @@ class PackedReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         """
         Raises:
-            FormatError: the format or its config cannot be read.
+            FormatError: the format or its config cannot be read, or no packed matrix is there.
         """
+        where = checkpoint.folder / "config.json"
         self._checkpoint = checkpoint
         self._config: dict[str, Any] = checkpoint.config["quantization_config"]
         if not isinstance(self._config, dict):
-            raise FormatError(f"{checkpoint.folder / 'config.json'}: quantization_config is not an object")
-        self.form: Format = format_of(self._config)
-        marker = "." + self.form.suffixes[0]
-        self.modules = [name.removesuffix(marker) for name in checkpoint.under("") if name.endswith(marker)]
+            raise FormatError(f"{where}: quantization_config is not an object; fetch the file again")
         try:
+            self.form: Format = format_of(self._config)
+            marker = "." + self.form.suffixes[0]
+            self.modules = [name.removesuffix(marker) for name in checkpoint.under("") if name.endswith(marker)]
             self._schemes = self.form.schemes(self._config, self.modules)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"{checkpoint.folder / 'config.json'}: quantization_config is incomplete ({error!r})") from None
+        except FormatError as error:
+            raise FormatError(f"{where}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+            raise FormatError(f"{where}: quantization_config is incomplete ({error!r:.120}); fetch the file again") from None
+        if not self.modules:
+            raise FormatError(f"{where}: says {self.form.name}, but no shard holds a packed matrix; fetch the model again")
+        for module in self.modules:
+            info = checkpoint.tensors[module + marker]
+            if info.dtype != torch.int32 or len(info.shape) != 2 or 0 in info.shape:
+                raise FormatError(f"{info.file}: {shown(module + marker)} is not an int32 matrix, so it cannot be read")
 
     def scheme(self, module: str) -> Scheme:
         """How a packed matrix is quantized.
@@ -63,11 +75,12 @@ class PackedReader:
         """
         scheme = self._schemes[module]
         if scheme is None:
-            raise FormatError(f"{self._checkpoint.folder}: '{module}' is packed, but config.json says it is not quantized")
+            where = self._checkpoint.folder / "config.json"
+            raise FormatError(f"{where}: says {shown(module)} is not quantized, but it is packed; fetch the model again")
         return scheme
 
     def shape(self, module: str) -> tuple[int, int]:
-        """(N, K) of a packed matrix, from the header alone."""
+        """(N, K) of a packed matrix, from the header alone; K rounded up where rows end within a word."""
         info, bits = self._checkpoint.tensors[f"{module}.{self.form.suffixes[0]}"], self.scheme(module).bits
         return self.form.dense_shape(info.shape, bits)
 
@@ -77,15 +90,16 @@ class PackedReader:
         Raises:
             FormatError: its tensors are missing or disagree with config.json.
         """
+        scheme = self.scheme(module)
         names = {suffix: f"{module}.{suffix}" for suffix in self.form.suffixes}
         stored = self._checkpoint.read(name for name in names.values() if name in self._checkpoint.tensors)
         tensors = {suffix: stored[name] for suffix, name in names.items() if name in stored}
         try:
-            return self.form.decode(tensors, self.scheme(module), self._config)
+            return self.form.decode(tensors, scheme, self._config)
         except KeyError as error:
-            raise FormatError(f"{self._checkpoint.folder}: '{module}' lacks {error}; fetch the model again") from None
-        except (FormatError, RuntimeError, AssertionError) as error:
-            raise FormatError(f"{self._checkpoint.folder}: '{module}': {error}") from None
+            raise FormatError(f"{self._checkpoint.folder}: {shown(module)} lacks {error}; fetch the model again") from None
+        except FormatError as error:
+            raise FormatError(f"{self._checkpoint.folder}: {shown(module)}: {error}") from None
 
 
 def dense_source(checkpoint: Checkpoint) -> Callable[[list[str]], dict[str, Tensor]]:
@@ -127,6 +141,4 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
             if suffix not in ("g_idx", "weight_shape") and (name := f"{module}.{suffix}") in checkpoint.tensors
         )
         weights += rows * columns
-    if not weights:
-        raise CheckpointError(f"{checkpoint.folder}: config.json says quantized, but no packed matrix is there")
     return bits / weights

@@ -14,8 +14,8 @@ from quantkit.calibrate import Stream, Walk
 from quantkit.errors import NumericsError
 from quantkit.fold import Written, fold_into, foldable, tied_channels
 from quantkit.methods.awq import search_channel_scale
-from quantkit.methods.grid import Scheme
-from quantkit.methods.hessian import Hessian
+from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.hessian import Drift, Hessian
 from quantkit.methods.solve import Moments, Settings, prepare, solve
 from quantkit.report import MatrixReport
 
@@ -77,13 +77,13 @@ class BlockJob:
     def _cast(self, weight: Tensor) -> Tensor:
         return weight.to(next(self.block.parameters()).dtype)
 
-    def _measure(self, walk: Walk, number: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    def _measure(self, walk: Walk, number: int, columns: int) -> tuple[Tensor, Drift | None]:
         """H and drift of group `number`'s inputs.
 
         Raises:
             NumericsError: an activation is NaN or Inf.
         """
-        sums = Hessian(columns, next(self.block.parameters()).device, paired=self.settings.pairs)
+        sums = Hessian(columns, next(self.block.parameters()).device)
         for inputs in walk.inputs(number):
             sums.add(*inputs)
         hessian = sums.mean()
@@ -92,18 +92,19 @@ class BlockJob:
                 f"{self.prefix}{walk.groups[number].names[0]}: its calibration inputs hold NaN or Inf; the model overflows "
                 "in its own dtype, or the checkpoint is damaged"
             )
-        return hessian, sums.drift() if self.settings.pairs else None
+        return hessian, sums.drift()
 
     def _scale(
-        self, walk: Walk, number: int, weights: dict[str, Tensor], hessian: Tensor, drift: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, float | None, str]:
+        self, walk: Walk, number: int, weights: dict[str, Tensor], hessian: Tensor, drift: Drift | None
+    ) -> tuple[Tensor, Drift | None, float | None, str]:
         """Search and fold AWQ's channel scale: multiplies `weights` in place, returns moments of the divided input."""
         fold = walk.groups[number].fold
         if fold is None:
             return hessian, drift, None, "AWQ scale not folded: the residual stream feeds it directly"
         tie = tied_channels(fold, hessian.shape[0], self.config).to(hessian.device)
         parts = [(weight, self.schemes[name]) for name, weight in weights.items() if name in self.schemes]
-        found = search_channel_scale(parts, hessian, self.settings.dtype, tie)
+        inverse = prepare(hessian, None, self.settings).inverse
+        found = search_channel_scale(parts, hessian, self.settings.dtype, tie, None if inverse is None else inverse.cost)
         scale = foldable(fold, self.block, found.scale, self.settings.dtype)
         fold_into(fold, self.block, scale, tie, self.written, self.settings.dtype)
         for name, weight in weights.items():
@@ -112,7 +113,7 @@ class BlockJob:
                 self.written.plain[f"{name}.weight"] = self._cast(weights[name])
         walk.divide(number, scale)
         outer = scale[:, None] * scale
-        return hessian / outer, None if drift is None else drift / outer, found.ratio, ""
+        return hessian / outer, None if drift is None else drift.divided(outer), found.ratio, ""
 
     def _solve(
         self,
@@ -137,31 +138,41 @@ class BlockJob:
         seconds = time.monotonic() - started
         for name in names:
             share = weights[name].shape[0] / sum(weights[other].shape[0] for other in names)
-            self.announce(self._report(name, targets[name], moments, ratio, note, seconds * share))
+            quantized = self.written.quantized[name]
+            settings, path = self.settings, self.prefix + name
+            self.announce(matrix_report(path, quantized, targets[name], moments, settings, ratio, note, seconds * share))
 
-    def _report(
-        self, name: str, target: Tensor, moments: Moments | None, ratio: float | None, note: str, seconds: float
-    ) -> MatrixReport:
-        quantized = self.written.quantized[name]
-        change = target - quantized.dequantize()
-        noise, signal = float(change.square().sum()), float(target.square().sum())
-        lost, total = noise, signal
-        if moments is not None:
-            lost = float((change @ moments.hessian).mul_(change).sum())
-            total = float((target @ moments.hessian).mul_(target).sum())
-        failed = moments is not None and self.settings.compensates and moments.inverse is None
-        if failed:
-            note = "the Hessian could not be factored even fully damped: fell back to rtn"
-        at_ends = (quantized.codes == 0) | (quantized.codes == quantized.scheme.levels)
-        return MatrixReport(
-            name=self.prefix + name,
-            scheme=str(quantized.scheme),
-            method="rtn" if failed else self.settings.method,
-            output_error=max(lost, 0.0) / max(total, 1e-30),
-            snr_db=10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)),
-            damping=moments.inverse.damping if moments is not None and moments.inverse is not None else None,
-            scale_ratio=ratio,
-            saturation=float(at_ends.float().mean()),
-            seconds=seconds,
-            note=note,
-        )
+
+def matrix_report(
+    name: str,
+    quantized: QuantizedWeight,
+    target: Tensor,
+    moments: Moments | None,
+    settings: Settings,
+    ratio: float | None,
+    note: str,
+    seconds: float,
+) -> MatrixReport:
+    """Measure one quantized matrix against the float32 target [N, K] that it was to match."""
+    change = target - quantized.dequantize()
+    noise, signal = float(change.square().sum()), float(target.square().sum())
+    lost, total = noise, signal
+    if moments is not None:
+        lost = float((change @ moments.hessian).mul_(change).sum())
+        total = float((target @ moments.hessian).mul_(target).sum())
+    failed = moments is not None and settings.compensates and moments.inverse is None
+    if failed:
+        note = "the Hessian could not be factored even fully damped: fell back to rtn"
+    at_ends = (quantized.codes == 0) | (quantized.codes == quantized.scheme.levels)
+    return MatrixReport(
+        name=name,
+        scheme=str(quantized.scheme),
+        method="rtn" if failed else settings.method,
+        output_error=max(lost, 0.0) / max(total, 1e-30),
+        snr_db=10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)),
+        damping=moments.inverse.damping if moments is not None and moments.inverse is not None else None,
+        scale_ratio=ratio,
+        saturation=float(at_ends.float().mean()),
+        seconds=seconds,
+        note=note,
+    )

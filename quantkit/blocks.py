@@ -133,6 +133,28 @@ class BlockModel:
             out: Tensor = self._model(placeholder, use_cache=False).logits
         return out
 
+    @torch.no_grad()
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the output head reads, [B, T, D], for the last block's output [B, T, D]."""
+        seen: list[Tensor] = []
+
+        def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(args[0])
+            return (args[0][:, :1],)  # One position's logits are the least that the forward can be asked for.
+
+        hook = self._model.get_output_embeddings().register_forward_pre_hook(catch)
+        try:
+            self.logits(hidden)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the output head, [V, D]; the embedding's where they are tied."""
+        weight: Tensor = self._model.get_output_embeddings().weight
+        return weight.detach()
+
     @contextmanager
     def _blocks_replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
         for module in self._blocks:

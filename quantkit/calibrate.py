@@ -85,7 +85,8 @@ class Walk:
     def inputs(self, number: int) -> Iterator[tuple[Tensor, ...]]:
         """Per micro-batch, what group `number` reads, [B, T, K], in every stream that has the micro-batch.
 
-        Groups are taken in order, each once.
+        Groups are taken in order, each once. The tensor is what the group will read, so `divide` will change it later: do
+        not keep it.
         """
         for index in range(len(self._streams[0].hidden)):
             present = [k for k, stream in enumerate(self._streams) if index < len(stream.hidden)]

@@ -1,16 +1,19 @@
 """Change an artifact's format: a permutation of bits, never a re-quantization."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.artifact import PackedReader, write_metadata
-from quantkit.checkpoint.reader import Checkpoint, read_json
-from quantkit.checkpoint.writer import Workspace, write_json, write_tensors
-from quantkit.errors import FormatError, QuantkitError
+from quantkit.artifact import PackedReader, bits_per_weight, write_metadata
+from quantkit.checkpoint.files import write_json, write_tensors
+from quantkit.checkpoint.reader import Checkpoint, read_json, sha256, shown
+from quantkit.checkpoint.writer import Workspace
+from quantkit.errors import ArtifactError, CheckpointError, FormatError, QuantkitError, ResourceError
 from quantkit.formats import FORMATS, Plan
-from quantkit.methods.grid import Scheme
+from quantkit.methods.grid import QuantizedWeight, Scheme
 from quantkit.prepare import storage_dtype
 
 
@@ -18,36 +21,82 @@ def convert(source: Path, out: Path, form: str, *, overwrite: bool) -> int:
     """Write the artifact at `source` in format `form` to `out`, shard by shard. Returns the number of matrices.
 
     Raises:
+        CheckpointError: the source is damaged.
         FormatError: the source is not quantized, or `form` cannot hold its grid exactly.
         ArtifactError: OUT is in the way.
     """
     Workspace.require_free(out, overwrite=overwrite)
+    if out.exists() and out.samefile(source):
+        raise ArtifactError(f"{out}: is the source itself, which --overwrite does not replace; choose another name")
     checkpoint = Checkpoint(source)
     if "quantization_config" not in checkpoint.config:
         raise FormatError(f"{source}: is not quantized; use `quantkit quantize`")
     packed = PackedReader(checkpoint)
     plan = _plan(checkpoint, packed)
-    for module, scheme in plan.items():
-        if scheme is not None:
-            rows, columns = packed.shape(module)
-            if problem := FORMATS[form].problem(scheme, rows, columns):
-                raise FormatError(f"{module}: {problem}")
-    workspace = Workspace(out, {"convert": str(source), "to": form}, overwrite=True)
-    try:
-        for number, file in enumerate(checkpoint.files[len(workspace.finished) :], start=len(workspace.finished)):
-            shard = f"shard-{number:05}.safetensors"
-            write_tensors(workspace.folder / shard, _converted(checkpoint, packed, file, form))
-            workspace.commit({"shard": shard})
-        folder, _ = workspace.join()
-        write_metadata(checkpoint, folder, form, plan)
-        made = source / "quantkit.json"
-        if made.is_file():
-            write_json(folder / "quantkit.json", read_json(made) | {"converted_to": form})
-        workspace.publish()
-    except QuantkitError:
-        workspace.discard()
-        raise
+    _require_room(checkpoint.folder, packed, plan, form)
+    stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files}
+    identity = {"convert": str(source.resolve()), "source": stamps, "to": form}
+    with Workspace(out, identity, overwrite=overwrite) as workspace:
+        try:
+            _make(checkpoint, packed, plan, workspace, form)
+        except (ResourceError, ArtifactError):
+            raise
+        except QuantkitError:
+            # What is wrong with the source stays wrong: nothing half-written is left behind.
+            workspace.discard()
+            raise
     return len(packed.modules)
+
+
+def _require_room(source: Path, packed: PackedReader, plan: Plan, form: str) -> None:
+    """Refuse, before any work, what headers and config already show.
+
+    Raises:
+        FormatError: `form` cannot hold the artifact.
+    """
+    for module, scheme in plan.items():
+        if scheme is not None and (problem := FORMATS[form].problem(scheme, *packed.shape(module))):
+            raise FormatError(f"{source}: {module}: {problem}")
+    try:
+        FORMATS[form].config(plan)
+    except FormatError as error:
+        raise FormatError(f"{source}: {error}") from None
+
+
+def _make(checkpoint: Checkpoint, packed: PackedReader, plan: Plan, workspace: Workspace, form: str) -> None:
+    """From an open workspace to the published artifact, shard by shard."""
+    done = len(workspace.finished)
+    for number, file in enumerate(checkpoint.files[done:], start=done):
+        shard = f"shard-{number:05}.safetensors"
+        write_tensors(workspace.folder / shard, _converted(checkpoint, packed, file, form))
+        workspace.commit({"shard": shard})
+    folder, shards = workspace.join()
+    write_metadata(checkpoint, folder, form, plan)
+    made = checkpoint.folder / "quantkit.json"
+    if made.is_file():
+        write_json(folder / "quantkit.json", _report(made, folder, shards, form))
+    workspace.publish()
+
+
+def _report(made: Path, folder: Path, shards: list[Path], form: str) -> dict[str, Any]:
+    """The source's report with what is different now; its recipe still gives these very tensors.
+
+    Raises:
+        CheckpointError: it is not a report.
+    """
+    report, written = read_json(made), Checkpoint(folder)
+    packed = PackedReader(written)
+    engines = packed.form.engines({packed.scheme(module) for module in packed.modules})
+    size = {"bits_per_weight": bits_per_weight(written), "size_bytes": sum(path.stat().st_size for path in shards)}
+    try:
+        return report | {
+            "recipe": report["recipe"] | {"format": form},
+            "output_sha256": {path.name: sha256(path) for path in shards},
+            "engines": [asdict(engine) for engine in engines],
+            "totals": report["totals"] | size,
+        }
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{made}: is not a report of quantkit's; delete it, or fetch the model again") from None
 
 
 def _plan(checkpoint: Checkpoint, packed: PackedReader) -> Plan:
@@ -70,9 +119,16 @@ def _converted(checkpoint: Checkpoint, packed: PackedReader, file: Path, form: s
         module = owners.get(name)
         if module is None or not name.endswith("." + packed.form.suffixes[0]):
             continue
-        try:
-            encoded = FORMATS[form].encode(packed.read(module), dtype)
-        except FormatError as error:
-            raise FormatError(f"{module}: {error}") from None
+        encoded = _encoded(packed.read(module), form, dtype, f"{file}: {shown(module)}")
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in encoded.items()}
     return tensors
+
+
+def _encoded(weight: QuantizedWeight, form: str, dtype: torch.dtype, where: str) -> dict[str, Tensor]:
+    """One matrix in its new format; what its header alone did not say is checked here."""
+    if problem := FORMATS[form].problem(weight.scheme, *weight.codes.shape):
+        raise FormatError(f"{where}: {problem}")
+    try:
+        return FORMATS[form].encode(weight, dtype)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
+from huggingface_hub import HfApi
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError, CorpusError
 from quantkit.recipe import Calibration
 
-#: The built-in text is cut here, so that calibration and evaluation never share a sentence.
+#: The built-in text is cut here into calibration and evaluation.
 _CALIBRATION_SHARE = 0.8
 
 #: With a seed, rows are drawn from this many times as many rows as asked for.
@@ -156,25 +157,34 @@ def _documents(source: str, part: Part, tokenizer: PreTrainedTokenizerBase) -> I
         yield from _file_documents(Path(source), tokenizer, list(sets))
         return
     if chosen.dataset == "builtin":
-        text = _builtin_text()
-        cut = text.index("\n\n", int(len(text) * _CALIBRATION_SHARE))
-        yield text[:cut] if part == "calibration" else text[cut:]
+        yield _builtin_text(part)
         return
     split = (part == "evaluation" and chosen.evaluation_split) or chosen.split
     for row in _hub_rows(chosen, split, source):
         yield _render(row, chosen.column, chosen.chat, tokenizer, source)
 
 
-def _builtin_text() -> str:
-    """English prose that every Python carries: the language reference of `pydoc`."""
+def _builtin_text(part: Part) -> str:
+    """English prose that every Python carries: the language reference of `pydoc`.
+
+    The reference repeats itself: evaluation leaves out every paragraph that calibration holds.
+    """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
+    cut = text.index("\n\n", int(len(text) * _CALIBRATION_SHARE))
+    if part == "calibration":
+        return text[:cut]
+    known = {paragraph.strip() for paragraph in text[:cut].split("\n\n")}
+    return "\n\n".join(paragraph for paragraph in text[cut:].split("\n\n") if paragraph.strip() not in known)
 
 
 def _hub_rows(chosen: TextSet, split: str, source: str) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset  # slow to import, and only needed here
-
     try:
+        if not Path(chosen.dataset).is_dir():
+            # Asked first, because the datasets library would try for half a minute, a line on stderr each time.
+            HfApi().dataset_info(chosen.dataset, timeout=30)
+        from datasets import load_dataset  # slow to import, and only needed here
+
         yield from load_dataset(chosen.dataset, chosen.config, split=split, streaming=True)
     except Exception as error:  # the datasets library raises many types
         raise CorpusError(
@@ -199,10 +209,13 @@ def _file_documents(path: Path, tokenizer: PreTrainedTokenizerBase, sets: list[s
                     yield _render_any(row, tokenizer, path)
         else:
             yield path.read_text(encoding="utf-8")
+    except CorpusError:
+        raise
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: not UTF-8 (byte {error.start}); convert it with iconv first") from None
-    except (OSError, ValueError) as error:
-        raise CorpusError(f"{path}: cannot be read as {path.suffix or 'text'} ({' '.join(str(error).split())})") from None
+    except Exception as error:  # pyarrow raises many types
+        reason = " ".join(str(error).split())[:200]
+        raise CorpusError(f"{path}: cannot be read as {path.suffix or 'text'} ({reason}); mend or replace it") from error
 
 
 def _render_any(row: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
@@ -215,10 +228,17 @@ def _render(row: Any, column: str, chat: bool, tokenizer: PreTrainedTokenizerBas
     value = row.get(column) if isinstance(row, dict) else None
     if chat and isinstance(value, list):
         try:
-            return str(tokenizer.apply_chat_template(value, tokenize=False))
+            text = str(tokenizer.apply_chat_template(value, tokenize=False))
         except Exception as error:  # jinja and transformers raise many types
-            raise CorpusError(f"text '{source}': chat template failed ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(value, str):
+            reason = " ".join(str(error).split())[:200]
+            raise CorpusError(f"text '{source}': chat template failed ({reason}); name a text without chats") from error
+    elif isinstance(value, str):
+        text = value + "\n\n"
+    else:
         known = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise CorpusError(f"text '{source}': a row has no text in column '{column}' (it has: {known})")
-    return value + "\n\n"
+        raise CorpusError(f"text '{source}': a row has no text in column '{column}' (it has: {known:.200})")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CorpusError(f"text '{source}': a row is not UTF-8 (it holds half of a surrogate pair); mend it") from None
+    return text

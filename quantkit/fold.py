@@ -43,7 +43,10 @@ def tied_channels(fold: Fold, columns: int, config: PreTrainedConfig) -> Tensor:
 
 
 def foldable(fold: Fold, block: nn.Module, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` [K] as it will really act, once a norm's new weight is rounded to 16 bit; the rest of the fold is exact."""
+    """`scale` [K] as it will really act, once a norm's new weight is rounded to 16 bit.
+
+    A matrix divides by `scale` itself, up to half a unit in the last place of each stored grid scale or weight.
+    """
     producer = block.get_submodule(fold.producer)
     weight = producer.weight
     assert isinstance(weight, Tensor)

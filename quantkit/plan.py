@@ -1,6 +1,6 @@
 """`quantize --plan`: what a run would take, before it starts. Changes nothing on disk.
 
-Memory and disk follow from the shapes; time from really quantizing the first block on a few of the calibration rows and
+Memory and disk follow from the shapes; time from really quantizing one block on a few of the calibration rows and
 scaling the part that grows with rows.
 """
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from quantkit.block_job import BlockJob
+from quantkit.block_loop import memory_plan
 from quantkit.calibrate import Stream, Walk
-from quantkit.checkpoint.writer import Workspace
-from quantkit.formats import FORMATS, Engine
+from quantkit.formats import Engine
+from quantkit.formats.packing import words
 from quantkit.methods.grid import Scheme
 from quantkit.prepare import Prepared, prepare_run
-from quantkit.quantize import Request, memory_plan
+from quantkit.quantize import Request, require_free
 from quantkit.report import MatrixReport
 from quantkit.usage import peak_memory
 
@@ -33,7 +34,7 @@ class PlanReport:
 
     Attributes:
         host_bytes, device_bytes: predicted peak memory.
-        disk_bytes: of the artifact; working_bytes: needed beside it while the run lasts.
+        disk_bytes: of the artifact; working_bytes: the most that the run needs at a time, on OUT's disk.
         free_bytes: on OUT's disk now.
         seconds: predicted wall time; block_seconds: of the one block that was timed (all rows).
         schemes: module path -> scheme.
@@ -63,24 +64,23 @@ def predict(request: Request) -> PlanReport:
     Raises:
         QuantkitError: the run would be refused.
     """
-    Workspace.require_free(request.out, overwrite=request.overwrite)
+    require_free(request)
     job = prepare_run(request.folder, request.recipe, request.device)
     block_seconds = _time_block(job)
     memory = memory_plan(job, request.max_memory)
     states, paused = job.activation_bytes() if job.tokens is not None else (0, 0)
 
-    source = sum(entry.nbytes for entry in job.checkpoint.tensors.values())
     outside = sum(job.checkpoint.tensors[name].nbytes for name in job.outside)
-    block = (source - outside) // job.model.count
+    block = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.under(job.model.prefix(0)))
     working = 3 * block + _solver_bytes(job)
-    artifact = outside + sum(_stored_bytes(job, index) for index in range(job.model.count))
+    artifact = outside + sum(_stored_bytes(job, index) for index in range(job.model.count)) + _head_bytes(job)
     on_device = working + (paused if memory.hold else 0) + outside
     cuda = request.device.type == "cuda"
     return PlanReport(
         host_bytes=peak_memory() + (2 * block if cuda else on_device) + (states if memory.in_memory else 0),
         device_bytes=on_device if cuda else 0,
         disk_bytes=artifact,
-        working_bytes=artifact + 2 * states,
+        working_bytes=artifact + max(artifact + states, 2 * states),  # shards, and beside them the joined ones or activations
         free_bytes=shutil.disk_usage(_existing(request.out)).free,
         seconds=block_seconds * job.model.count,
         block_seconds=block_seconds,
@@ -105,20 +105,32 @@ def _solver_bytes(job: Prepared) -> int:
 
 
 def _stored_bytes(job: Prepared, index: int) -> int:
-    """Bytes of block `index` in the artifact, headers aside: encoded zeros of the right shapes are counted."""
-    prefix, form = job.model.prefix(index), FORMATS[job.recipe.format]
+    """Bytes of block `index` in the artifact, headers aside."""
+    prefix = job.model.prefix(index)
     total = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.under(prefix))
     for name, scheme in job.schemes_of(index).items():
         rows, columns = job.model.shape(index, name)
-        total += _packed_bytes(rows, columns, scheme, form.name) - job.checkpoint.tensors[f"{prefix}{name}.weight"].nbytes
+        total += _packed_bytes(rows, columns, scheme, job) - job.checkpoint.tensors[f"{prefix}{name}.weight"].nbytes
     return total
 
 
-def _packed_bytes(rows: int, columns: int, scheme: Scheme, form: str) -> int:
-    groups = rows * scheme.groups(columns)
-    zeros = 0 if form == "compressed-tensors" and scheme.symmetric else groups * scheme.bits // 8
+def _head_bytes(job: Prepared) -> int:
+    """Bytes of the output head in the artifact, if a rule quantizes it."""
+    scheme = job.plan["lm_head"]
+    if scheme is None:
+        return 0
+    rows, columns = job.model.head_weight.shape
+    return _packed_bytes(rows, columns, scheme, job)
+
+
+def _packed_bytes(rows: int, columns: int, scheme: Scheme, job: Prepared) -> int:
+    """Codes, scales, zero points and what the format adds, each packed into whole words."""
+    form, groups = job.recipe.format, scheme.groups(columns)
+    codes = rows * words(columns, scheme.bits) if form == "compressed-tensors" else columns * words(rows, scheme.bits)
+    zeros = 0 if form == "compressed-tensors" and scheme.symmetric else groups * words(rows, scheme.bits)
+    scales = rows * groups * (job.model.dtype.itemsize if form == "compressed-tensors" else 2)
     extra = {"gptq": 4 * columns, "compressed-tensors": 16, "awq": 0}[form]
-    return rows * columns * scheme.bits // 8 + 2 * groups + zeros + extra
+    return 4 * (codes + zeros) + scales + extra
 
 
 def _time_block(job: Prepared) -> float:
@@ -135,24 +147,25 @@ def _time_block(job: Prepared) -> float:
 
 @torch.no_grad()
 def _seconds(job: Prepared, rows: Tensor | None) -> float:
-    """Wall time of quantizing block 0 from `rows` rows, nothing written."""
+    """Wall time of quantizing the first block that is quantized at all, from `rows` rows, nothing written."""
 
     def ignore(_report: MatrixReport) -> None:
         pass
 
     timed = replace(job, tokens=rows)
+    index = next((index for index in range(job.model.count) if job.schemes_of(index)), 0)
     streams: list[Stream] = []
     if rows is not None:
         hidden = [timed.model.embed(batch)[0] for batch in timed.token_batches()]
         streams = [Stream(hidden[: -(-count // timed.rows_per_batch)]) for count in timed.stream_rows]
     started = time.monotonic()
-    with timed.model.block(0) as block:
-        task = BlockJob(block, timed.model.prefix(0), timed.schemes_of(0), timed.model.config, timed.settings, ignore)
+    with timed.model.block(index) as block:
+        task = BlockJob(block, timed.model.prefix(index), timed.schemes_of(index), timed.model.config, timed.settings, ignore)
         groups = task.active(timed.model.family.groups)
         if rows is None:
             task.run(groups, None, [])
         else:
-            with Walk(block, groups, streams, timed.block_kwargs(0), hold=True) as walk:
+            with Walk(block, groups, streams, timed.block_kwargs(index), hold=True) as walk:
                 task.run(groups, walk, streams)
                 for _ in walk.outputs():
                     pass

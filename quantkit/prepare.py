@@ -64,8 +64,10 @@ class Prepared:
 
     @property
     def outside(self) -> list[str]:
-        """Names of the source's tensors outside the blocks."""
-        return [name for name in self.checkpoint.tensors if not name.startswith(self.model.family.blocks + ".")]
+        """Names of the source's tensors outside the blocks that are written as they are."""
+        replaced = "lm_head.weight" if self.plan["lm_head"] else None
+        prefix = self.model.family.blocks + "."
+        return [name for name in self.checkpoint.tensors if not name.startswith(prefix) and name != replaced]
 
     def schemes_of(self, index: int) -> dict[str, Scheme]:
         """Module name inside block `index` -> scheme, quantized ones only."""
@@ -112,7 +114,8 @@ class Prepared:
         """Matrices that stay in 16 bit -> why."""
         reasons = {name: "skipped by a rule" for name, scheme in self.plan.items() if scheme is None}
         tied = getattr(self.model.config, "tie_word_embeddings", False)
-        reasons["lm_head"] = "the output head stays in 16 bit" + (" (tied to the embedding)" if tied else "")
+        if "lm_head" in reasons:
+            reasons["lm_head"] = "no rule names the output head" + (" (tied to the embedding)" if tied else "")
         return reasons | {"model.embed_tokens": "embeddings are looked up, not multiplied"}
 
     def engines(self) -> list[Engine]:
@@ -160,7 +163,9 @@ def prepare_run(folder: Path, recipe: Recipe, device: torch.device) -> Prepared:
     plan = _plan(recipe, model, checkpoint)
     tokens = None
     if recipe.calibrates:
-        tokens = calibration_rows(recipe.calibration, recipe.seed, load_tokenizer(checkpoint))
+        rows = calibration_rows(recipe.calibration, recipe.seed, load_tokenizer(checkpoint))
+        # The first rows also walk through the original model; taken from all over the text they generalise better.
+        tokens = torch.cat([rows[first::REFERENCE_SHARE] for first in range(REFERENCE_SHARE)])
         longest = getattr(model.config, "max_position_embeddings", math.inf)
         if tokens.shape[1] > longest:
             raise RecipeError(f"--seq-len {tokens.shape[1]} is longer than the model's context of {longest}")
@@ -168,18 +173,19 @@ def prepare_run(folder: Path, recipe: Recipe, device: torch.device) -> Prepared:
 
 
 def storage_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that config.json declares; that of the largest tensor where it declares none.
+    """The dtype that config.json declares; that of the largest floating tensor where it declares none.
 
     Raises:
         CheckpointError: it is no floating type that a model can be stored in.
     """
     declared = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if declared is None:
-        return max(checkpoint.tensors.values(), key=lambda info: info.nbytes).dtype
+        floating = [info for info in checkpoint.tensors.values() if info.dtype.is_floating_point]
+        declared = str(max(floating, key=lambda info: info.nbytes).dtype).removeprefix("torch.") if floating else "nothing"
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if declared not in known:
+    if str(declared) not in known:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: dtype '{declared}' is not one of {', '.join(known)}")
-    return known[declared]
+    return known[str(declared)]
 
 
 def _with_group_size(recipe: Recipe, model: BlockModel) -> Recipe:
@@ -195,18 +201,18 @@ def _plan(recipe: Recipe, model: BlockModel, checkpoint: Checkpoint) -> dict[str
     """Every matrix's scheme, checked against the format.
 
     Raises:
-        RecipeError: the format cannot hold a matrix, or nothing is left to quantize.
+        RecipeError, FormatError: the format cannot hold a matrix or the mixture, or nothing is left to quantize.
     """
     form = FORMATS[recipe.format]
     plan: dict[str, Scheme | None] = {}
-    for index in range(model.count):
-        for name in model.family.matrices:
-            path = model.prefix(index) + name
-            scheme = plan[path] = recipe.scheme(path)
-            problem = None if scheme is None else form.problem(scheme, *model.shape(index, name))
-            if problem:
-                raise RecipeError(f"{path}: {problem}")
-    plan["lm_head"] = None
+    shapes = {
+        model.prefix(index) + name: model.shape(index, name) for index in range(model.count) for name in model.family.matrices
+    }
+    for path, (rows, columns) in (shapes | {"lm_head": model.head_weight.shape}).items():
+        scheme = plan[path] = recipe.scheme(path)
+        if scheme is not None and (problem := form.problem(scheme, rows, columns)):
+            raise RecipeError(f"{path}: {problem}")
     if not any(plan.values()):
         raise RecipeError("the recipe's rules skip every matrix: nothing would be quantized")
+    form.config(plan)  # Not every format can mix schemes; better said now than at the end.
     return plan

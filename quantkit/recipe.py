@@ -20,8 +20,8 @@ FormatName = Literal["compressed-tensors", "gptq", "awq"]
 def _a_regex(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a regular expression: {error}") from None
     return pattern
 
 
@@ -90,16 +90,19 @@ class Recipe(_Strict):
     symmetric: bool = True
     act_order: bool = True
     damping: float = Field(default=0.01, gt=0, le=1)
-    drift: float = Field(default=0.5, ge=0, le=1)
-    sweeps: int = Field(default=2, ge=0, le=20)
+    drift: float = Field(default=1.0, ge=0, le=1)
+    sweeps: int = Field(default=1, ge=0, le=20)
     format: FormatName = "compressed-tensors"
     calibration: Calibration = Calibration()
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     rules: tuple[Rule, ...] = ()
 
     def scheme(self, module: str) -> Scheme | None:
-        """How the matrix at `module` is quantized, None where a rule skips it. The group size must be resolved."""
-        rule = next((rule for rule in self.rules if re.search(rule.match, module)), Rule(match=""))
+        """How the matrix at `module` is quantized, None where it is not. The group size must be resolved.
+
+        The output head stays in 16 bit unless a rule names it.
+        """
+        rule = next((rule for rule in self.rules if re.search(rule.match, module)), Rule(match="", skip=module == "lm_head"))
         if rule.skip:
             return None
         size = rule.group_size if rule.group_size is not None else self.group_size
@@ -138,7 +141,17 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise RecipeError(f"recipe '{name}': {where}: {first['msg']} (got {first['input']!r})") from None
+        raise RecipeError(f"recipe '{name}': {where}: {first['msg']} (got {first['input']!r:.100})") from None
+
+
+def recorded_threads(name: str) -> int | None:
+    """How many threads the run computed with whose quantkit.json is given as a recipe; None for any other recipe."""
+    path = Path(name)
+    if path.suffix != ".json":
+        return None
+    versions = json.loads(path.read_text(encoding="utf-8")).get("versions")
+    known = versions.get("threads") if isinstance(versions, dict) else None
+    return int(known) if isinstance(known, str) and re.fullmatch(r"[1-9]\d{0,2}", known) else None
 
 
 def _fields(name: str) -> dict[str, Any]:
@@ -146,11 +159,12 @@ def _fields(name: str) -> dict[str, Any]:
     path = Path(name)
     try:
         text = builtin[name] if name in builtin else path.read_text(encoding="utf-8")
-        fields = yaml.safe_load(text)
+        fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (FileNotFoundError, IsADirectoryError):
         raise RecipeError(f"recipe '{name}' is neither a file nor one of: {', '.join(builtin)}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise RecipeError(f"{path}: cannot be read as {kind} ({' '.join(str(error).split())})") from None
     if isinstance(fields, dict) and path.suffix == ".json":
         fields = fields.get("recipe")
     if not isinstance(fields, dict):

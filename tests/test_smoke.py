@@ -6,23 +6,30 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli.command import quantkit
 
-FAST = ["--samples", "8", "--seq-len", "64", "-q"]
-
-
-def quantkit(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([Path(sys.executable).parent / "quantkit", *arguments], capture_output=True, text=True, check=False)
+FAST = ("--samples", "8", "--seq-len", "64")
+RECIPES = ["rtn-w4", "awq-w4", "gptq-w4", "awq+gptq-w4", "gptq-w3", "gptq-w2", "gptq-w8", "mixed-w4"]
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w4", "awq-w4", "gptq-w4", "awq+gptq-w4", "gptq-w3", "gptq-w2", "gptq-w8", "mixed-w4"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_quantize_then_eval(llama_bf16: Path, tmp_path: Path, recipe: str) -> None:
     out = tmp_path / "out"
-    done = quantkit("quantize", str(llama_bf16), "-o", str(out), "--recipe", recipe, *FAST)
-    assert done.returncode == 0, done.stderr
+    done = quantkit("quantize", llama_bf16, "-o", out, "--recipe", recipe, *FAST, "-q")
+    assert done.status == 0, done.err
     assert not (tmp_path / "out.partial").exists()
-    report = tmp_path / "eval.json"
-    sizes = ["--windows", "4", "--seq-len", "64", "-q"]
-    done = quantkit("eval", str(out), "--baseline", str(llama_bf16), *sizes, "--json", str(report))
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads(report.read_text())["model"]["metrics"]
+    sizes = ("--windows", "4", "--seq-len", "64")
+    done = quantkit("eval", out, "--baseline", llama_bf16, *sizes, "--json", "-")
+    assert done.status == 0, done.err
+    metrics = json.loads(done.out)["model"]["metrics"]
     assert 0 < metrics["kl_mean"] < 5
+
+
+def test_installed_command(llama_bf16: Path, tmp_path: Path) -> None:
+    """The console script in a process of its own: no library adds a line to what we print."""
+    command = [Path(sys.executable).parent / "quantkit", "quantize", llama_bf16, "-o", tmp_path / "out", *FAST]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[0] for line in done.stderr.splitlines()] == ["block 1/3", "block 2/3", "block 3/3"]
+    assert "worst five" in done.stdout
+    assert (tmp_path / "out" / "quantkit.json").is_file()

@@ -28,7 +28,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
     "gemma2": {"sliding_window": 32, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"sliding_window": 32, "query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        "sliding_window": 32,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "phi3": {"original_max_position_embeddings": 256},
     "olmo2": {},
     "granite": {"embedding_multiplier": 4.0, "residual_multiplier": 0.5, "logits_scaling": 2.0, "attention_multiplier": 0.25},

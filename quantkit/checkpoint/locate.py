@@ -30,4 +30,6 @@ def locate(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=_WANTED))
     except Exception as error:  # the hub client raises types of three libraries
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{model}: no such folder, and the Hub does not give it ({reason})") from error
+        raise CheckpointError(
+            f"{model}: no such folder, and the Hub does not give it ({reason}); check the name and the network"
+        ) from error

@@ -53,6 +53,11 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def shown(name: str) -> str:
+    """A name out of a file, quoted and short, so that no message breaks over lines or fills the screen."""
+    return f"{name!r:.120}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -83,7 +88,8 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: shard is missing; fetch it again") from None
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({error}); fetch the file again") from None
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: truncated or damaged ({reason}); fetch the file again") from None
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -96,9 +102,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     with _opened(path) as shard:
         for name in shard.keys():  # noqa: SIM118 (not a dict)
             entry = shard.get_slice(name)
-            if entry.get_dtype() not in DTYPES:
-                raise CheckpointError(f"{path}: tensor '{name}' has the unsupported dtype {entry.get_dtype()}")
-            tensors[name] = TensorInfo(path, DTYPES[entry.get_dtype()], tuple(entry.get_shape()))
+            dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+            if dtype not in DTYPES:
+                raise CheckpointError(f"{path}: tensor {shown(name)} has dtype {dtype}; only {', '.join(DTYPES)} can be read")
+            if max(shape, default=0) >= 1 << 63:
+                raise CheckpointError(f"{path}: tensor {shown(name)} has an impossible shape; fetch the file again")
+            tensors[name] = TensorInfo(path, DTYPES[dtype], shape)
     return tensors
 
 
@@ -107,7 +116,7 @@ class Checkpoint:
 
     Attributes:
         folder: its path.
-        config: config.json as it is.
+        config: config.json, less a `quantization_config` that is null.
         tensors: name -> where it lies, over all shards.
     """
 
@@ -119,6 +128,8 @@ class Checkpoint:
         """
         self.folder = folder
         self.config = read_json(folder / "config.json")
+        if self.config.get("quantization_config", {}) is None:
+            del self.config["quantization_config"]
         if not isinstance(self.config.get("model_type"), str):
             raise CheckpointError(f"{folder / 'config.json'}: has no 'model_type'; only Hugging Face models can be read")
         self.tensors: dict[str, TensorInfo] = {}
@@ -126,11 +137,14 @@ class Checkpoint:
         for file in self.files:
             for name, info in read_header(file).items():
                 if name in self.tensors:
-                    raise CheckpointError(f"{file}: tensor '{name}' is also in {self.tensors[name].file.name}")
+                    other = self.tensors[name].file.name
+                    raise CheckpointError(f"{file}: tensor {shown(name)} is also in {other}; fetch the model again")
                 self.tensors[name] = info
         for name, file in weight_map.items():
             if name not in self.tensors or self.tensors[name].file != file:
-                raise CheckpointError(f"{folder / _INDEX}: says '{name}' is in {file.name}, which does not hold it")
+                raise CheckpointError(
+                    f"{folder / _INDEX}: says {shown(name)} is in {file.name}, which does not hold it; fetch both again"
+                )
 
     def _weight_map(self) -> dict[str, Path]:
         """Tensor -> file according to the index (empty without one); sets `files`."""
@@ -139,11 +153,12 @@ class Checkpoint:
             entries = read_json(index).get("weight_map")
             if not isinstance(entries, dict) or not entries or not all(isinstance(f, str) for f in entries.values()):
                 raise CheckpointError(f"{index}: has no usable 'weight_map'; fetch the file again")
+            present = {path.name for path in self.folder.iterdir()}
             for name in entries.values():
                 if Path(name).name != name or name in ("", ".", ".."):
-                    raise CheckpointError(f"{index}: names '{name}', which is outside the model's folder; refused")
-                if not (self.folder / name).is_file():
-                    raise CheckpointError(f"{index}: names '{name}', which is missing from {self.folder}; fetch it")
+                    raise CheckpointError(f"{index}: names {shown(name)}, which is outside the model's folder; refused")
+                if name not in present:
+                    raise CheckpointError(f"{index}: names {shown(name)}, which is missing from {self.folder}; fetch it")
             self.files = [self.folder / name for name in sorted(set(entries.values()))]
             return {name: self.folder / file for name, file in entries.items()}
         if (self.folder / _SINGLE).is_file():
@@ -154,7 +169,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{pickles[0]}: pickled weights can run code and are not read; convert them to safetensors first"
             )
-        raise CheckpointError(f"{self.folder}: holds no {_SINGLE} and no {_INDEX}")
+        raise CheckpointError(f"{self.folder}: holds no {_SINGLE} and no {_INDEX}; fetch the weights")
 
     def under(self, prefix: str) -> list[str]:
         """Names of the tensors that start with `prefix`, sorted."""
@@ -170,14 +185,16 @@ class Checkpoint:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.tensors:
-                raise CheckpointError(f"{self.folder}: tensor '{name}' is missing; fetch the model again")
+                raise CheckpointError(f"{self.folder}: tensor {shown(name)} is missing; fetch the model again")
             by_file.setdefault(self.tensors[name].file, []).append(name)
         tensors = {}
         for file, wanted in by_file.items():
             with _opened(file) as shard:
                 for name in wanted:
-                    tensors[name] = shard.get_tensor(name).clone()
-                    _require_finite(tensors[name], name, file)
+                    tensor = tensors[name] = shard.get_tensor(name).clone()
+                    if TensorInfo(file, tensor.dtype, tuple(tensor.shape)) != self.tensors[name]:
+                        raise CheckpointError(f"{file}: changed while it was being read; run the command again")
+                    _require_finite(tensor, name, file)
         return tensors
 
     def refuse_quantized(self) -> None:
@@ -197,7 +214,7 @@ def _require_finite(tensor: Tensor, name: str, file: Path) -> None:
     # Minimum and maximum carry a NaN or Inf out without a mask as large as the tensor.
     low, high = tensor.aminmax()
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise NumericsError(f"{file}: tensor '{name}' holds NaN or Inf; the checkpoint is damaged")
+        raise NumericsError(f"{file}: tensor {shown(name)} holds NaN or Inf; the checkpoint is damaged, fetch it again")
 
 
 def sha256(path: Path) -> str:

@@ -3,75 +3,66 @@
 Everything is written in OUT.partial beside OUT. A block is finished when its line stands in the journal: its shard and the
 activations for the next block were flushed to disk before. At the end the shards are joined into a folder of their own,
 which is renamed to OUT.
+
+OUT.partial is ours if it holds our lock file: the first thing that is made there and, after the journal, the last that goes.
 """
 
-import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import safe_open
 
-from quantkit.errors import ArtifactError, ResourceError
+from quantkit.checkpoint.files import Json, disk_errors, sync, write_json, write_tensors
+from quantkit.errors import ArtifactError
 
 #: Shards of the finished artifact are joined up to this many bytes; it bounds the memory that joining takes.
 SHARD_BYTES = 500_000_000
 
-Json = dict[str, Any]
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or an unwritable path into one clear line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        if full:
-            raise ResourceError(
-                f"{path}: the disk is full; free some space and run the same command again, finished blocks are kept"
-            ) from None
-        raise ArtifactError(f"{path}: cannot be written ({error})") from None
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, complete and flushed, or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata={"format": "pt"})
-        sync(scratch)
-        scratch.replace(path)
-        sync(path.parent)
-
-
-def write_json(path: Path, value: Json) -> None:
-    """Write indented JSON, complete and flushed, or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        sync(scratch)
-        scratch.replace(path)
-
 
 def _looks_like_a_model(folder: Path) -> bool:
     """Whether replacing `folder` replaces a model, not somebody's home."""
-    return folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())
+    if not folder.is_dir():
+        return False
+    return not any(folder.iterdir()) or ((folder / "config.json").is_file() and any(folder.glob("*.safetensors")))
+
+
+def _take_lock(folder: Path) -> IO[str]:
+    """Make `folder` ours and lock it against a second run.
+
+    Raises:
+        ArtifactError: another run holds it, or it holds what we did not write.
+    """
+    path = folder / "lock"
+    while True:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists() and any(folder.iterdir()):
+                raise ArtifactError(f"{folder}: was not made by quantkit and is in the way; move it, or choose another name")
+            lock = path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that ended between our open and our lock has deleted the file that we hold.
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except BlockingIOError:
+            lock.close()
+            raise ArtifactError(f"{folder}: another run is writing there; wait for it or stop it") from None
+        except FileNotFoundError:
+            pass
+        lock.close()
+
+
+def _clear(folder: Path) -> None:
+    """Delete all but the lock, the journal first: what is left after a kill never looks like finished work."""
+    (folder / "journal.jsonl").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 class Workspace:
@@ -81,33 +72,74 @@ class Workspace:
         out: the artifact's final path.
         folder: OUT.partial.
         finished: journal entries of finished steps, in order.
+        settings: those of the run's first start.
     """
 
-    def __init__(self, out: Path, identity: Json, *, overwrite: bool) -> None:
+    def __init__(self, out: Path, identity: Json, *, overwrite: bool, settings: Json | None = None) -> None:
         """Open or create the workspace of the run that `identity` describes.
+
+        Args:
+            out: the artifact's final path.
+            identity: must be equal for the run to go on.
+            overwrite: replace OUT, or an unfinished run with another identity.
+            settings: kept from the run's first start, not compared.
 
         Raises:
             ArtifactError: OUT exists, another run is at work, or OUT.partial belongs to a different run.
         """
-        self.out, self.folder = out, out.with_name(out.name + ".partial")
+        self.out, self.folder = out, self.folder_of(out)
         self._overwrite = overwrite
         self.require_free(out, overwrite=overwrite)
+        self._lock = _take_lock(self.folder)
+        try:
+            self.settings = self._open(identity, settings or {})
+            self.finished = self._journal()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> "Workspace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let another run in."""
+        self._lock.close()
+
+    def _open(self, identity: Json, settings: Json) -> Json:
+        """Go on with the run that is here, or start one; its settings."""
+        stored = self._stored()
+        if stored is not None and stored["identity"] == identity:
+            known: Json = stored["settings"]
+            return known
+        if stored is not None and not self._overwrite:
+            before = stored["identity"]
+            changed = ", ".join(sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k)))
+            raise ArtifactError(
+                f"{self.folder}: belongs to an unfinished run with a different {changed}; run that command again to finish "
+                "it, or pass --overwrite to start anew"
+            )
         with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
-        stored = self._stored_identity()
-        if stored is not None and stored != identity:
-            if not overwrite:
-                changed = ", ".join(sorted(k for k in identity.keys() | stored.keys() if identity.get(k) != stored.get(k)))
-                raise ArtifactError(
-                    f"{self.folder}: belongs to an unfinished run with a different {changed}; run that command again to "
-                    "finish it, or pass --overwrite to start anew"
-                )
-            self._clear()
-            stored = None
-        if stored is None:
-            write_json(self.folder / "run.json", identity)
-        self.finished = list(self._journal())
+            _clear(self.folder)
+        write_json(self.folder / "run.json", {"identity": identity, "settings": settings})
+        return settings
+
+    @staticmethod
+    def folder_of(out: Path) -> Path:
+        """OUT.partial."""
+        out = Path(os.path.abspath(out))  # "." has no name
+        return out.with_name(out.name + ".partial")
+
+    @staticmethod
+    def delete_leftovers(out: Path) -> None:
+        """Delete the workspace of a run whose artifact is complete.
+
+        Raises:
+            ArtifactError: a run is at work in it.
+        """
+        folder = Workspace.folder_of(out)
+        with _take_lock(folder):
+            _clear(folder)
+            shutil.rmtree(folder)
 
     @staticmethod
     def require_free(out: Path, *, overwrite: bool) -> None:
@@ -123,35 +155,37 @@ class Workspace:
         if not _looks_like_a_model(out):
             raise ArtifactError(f"{out}: is not a model folder, so --overwrite does not delete it; choose another name")
 
-    def _take_lock(self) -> IO[str]:
-        lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(f"{self.folder}: another run is writing {self.out.name}; wait for it or stop it") from None
-        return lock
-
-    def _stored_identity(self) -> Json | None:
+    def _stored(self) -> Json | None:
         try:
             stored = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        return stored if isinstance(stored, dict) else None
+        whole = isinstance(stored, dict) and all(isinstance(stored.get(key), dict) for key in ("identity", "settings"))
+        return stored if whole else None
 
-    def _journal(self) -> Iterator[Json]:
-        """Complete entries whose files are all there; a line torn by a kill, and all behind it, does not count."""
+    def _journal(self) -> list[Json]:
+        """The entries from which the run can go on; a torn line, and all behind it, does not count."""
         path = self.folder / "journal.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        entries: list[Json] = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
-                entry: Json = json.loads(line)
-            except ValueError:
-                return
-            if not (self.folder / entry["shard"]).is_file():
-                return
-            yield entry
+                entry = json.loads(line)
+                present = (self.folder / entry["shard"]).is_file()
+            except (ValueError, KeyError, TypeError):
+                break
+            if not present:
+                break
+            entries.append(entry)
+        while entries and "state" in entries[-1] and not (self.folder / entries[-1]["state"]).is_file():
+            entries.pop()
+        return entries
 
     def commit(self, entry: Json) -> None:
-        """Declare a step finished; its files, among them `entry["shard"]`, must have been flushed."""
+        """Declare a step finished.
+
+        Its files must have been flushed: `entry["shard"]`, and `entry["state"]` if it names one, which the next step needs
+        and may delete once it is finished itself.
+        """
         self.finished.append(entry)
         path = self.folder / "journal.jsonl"
         with disk_errors(path):
@@ -205,12 +239,8 @@ class Workspace:
             sync(self.out.parent)
         self.discard()
 
-    def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
     def discard(self) -> None:
         """Delete the workspace."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        with self._lock, suppress(OSError):
+            _clear(self.folder)
+            shutil.rmtree(self.folder)

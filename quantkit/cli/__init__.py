@@ -4,11 +4,16 @@ Exit status: 0 done, 1 a gate failed (`eval --max-ppl-increase`, `--max-kl`), 2 
 """
 
 import errno
+import functools
 import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
 import quantkit
+from quantkit.block_loop import is_out_of_memory
 from quantkit.cli import calib, convert, eval, inspect, quantize, recipes
 from quantkit.errors import QuantkitError
 from quantkit.usage import return_freed_memory
@@ -37,31 +42,50 @@ def _root(
     """Make large language models small and fast, and prove that they still work."""
 
 
-app.command("quantize", epilog=quantize.EXAMPLE)(quantize.quantize)
-app.command("eval", epilog=eval.EXAMPLE)(eval.evaluate)
-app.command("inspect", epilog=inspect.EXAMPLE)(inspect.inspect)
-app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
-app.command("recipes", epilog=recipes.EXAMPLE)(recipes.recipes)
-app.command("calib", epilog=calib.EXAMPLE)(calib.calib)
+def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    """`verb`, ending in one line where the user can mend what went wrong."""
+
+    @functools.wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except (QuantkitError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+            message, status = _explain(error)
+            if message is None:
+                raise
+            if "--debug" in sys.argv:
+                traceback.print_exception(error)
+            typer.echo(f"error: {' '.join(message.split())}", err=True)
+            raise typer.Exit(status) from None
+
+    return run
+
+
+def _explain(error: BaseException) -> tuple[str | None, int]:
+    """What to tell the user and the exit status; None for our own bugs."""
+    if isinstance(error, QuantkitError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return f"{error.filename or 'disk'}: {error.strerror}; free space or choose another place", 2
+    if is_out_of_memory(error):
+        return "memory ran out; free some, lower --seq-len or --max-memory, or use another --device, and try again", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on after the last finished block", 130
+    return None, 1
+
+
+for _name, _verb, _example in (
+    ("quantize", quantize.quantize, quantize.EXAMPLE),
+    ("eval", eval.evaluate, eval.EXAMPLE),
+    ("inspect", inspect.inspect, inspect.EXAMPLE),
+    ("convert", convert.convert, convert.EXAMPLE),
+    ("recipes", recipes.recipes, recipes.EXAMPLE),
+    ("calib", calib.calib, calib.EXAMPLE),
+):
+    app.command(_name, epilog=_example)(_guarded(_verb))
 
 
 def main() -> None:
-    """Entry point: run a command, show what the user can mend in one line."""
+    """Entry point."""
     return_freed_memory()
-    try:
-        app()
-    except QuantkitError as error:
-        _fail(error, str(error), error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        _fail(error, f"{error.filename or 'disk'}: {error.strerror}; free space or choose another place", 2)
-    except KeyboardInterrupt as error:
-        _fail(error, "interrupted; the same command goes on after the last finished block", 130)
-
-
-def _fail(error: BaseException, message: str, status: int) -> None:
-    if "--debug" in sys.argv:
-        raise error
-    typer.echo(f"error: {message}", err=True)
-    raise SystemExit(status)
+    app()

@@ -1,6 +1,5 @@
 """`quantkit calib`: texts to calibrate and evaluate on."""
 
-from rich.console import Console
 from rich.table import Table
 
 from quantkit.cli import options
@@ -11,12 +10,12 @@ EXAMPLE = "Example: quantkit quantize demo -o out --calib wikitext2   (or a .txt
 
 def calib(json_file: options.JsonFile = None) -> None:
     """List the text sets that ship with quantkit; each is a value of `quantize --calib` and `eval --text`."""
+    options.require_writable(json_file)
     table = Table("set", "dataset", "split", "column", "chat", "licence", "description")
     sets = text_sets()
     for name, entry in sets.items():
         dataset = entry.dataset + (f" ({entry.config})" if entry.config else "")
         chat = "yes" if entry.chat else "no"
         table.add_row(name, dataset, entry.split, entry.column, chat, entry.licence, entry.description)
-    if str(json_file) != "-":
-        Console().print(table)
+    options.console(json_file).print(table)
     options.write_json(json_file, {name: entry.model_dump() for name, entry in sets.items()})

@@ -4,7 +4,6 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from quantkit.checkpoint.locate import locate
 from quantkit.cli import options, tables
@@ -46,7 +45,7 @@ def evaluate(
     )
     with tables.stage_bar(enabled=not quiet and sys.stderr.isatty()) as advance:
         report = run(request, advance)
-    Console(stderr=str(json_file) == "-", quiet=quiet).print(tables.eval_table(report, model, baseline))
+    options.console(json_file, quiet=quiet).print(tables.eval_table(report, model, baseline))
     failures = _failures(report, limit, max_kl)
     options.write_json(json_file, report.to_json() | {"failed_gates": failures})
     for failure in failures:

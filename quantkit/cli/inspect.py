@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from quantkit.artifact import PackedReader, bits_per_weight
 from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.cli import options, tables
+from quantkit.errors import CheckpointError
 
 EXAMPLE = "Example: quantkit inspect demo-w4"
 
@@ -20,13 +20,13 @@ def inspect(
     debug: options.Debug = False,
 ) -> None:
     """Show what a model folder holds: architecture, format, schemes, size, and how it was made."""
+    options.require_writable(json_file)
     checkpoint = Checkpoint(locate(path))
     facts = _facts(checkpoint)
-    if str(json_file) != "-":
-        rows = [(name, str(value)) for name, value in facts.items() if not isinstance(value, dict | list)]
-        rows += [(scheme, f"{count} matrices") for scheme, count in facts["schemes"].items()]
-        engines = tables.engine_rows(facts["engines"])
-        Console().print(tables.pairs(str(checkpoint.folder), rows + engines))
+    rows = [(name, str(value)) for name, value in facts.items() if not isinstance(value, dict | list)]
+    rows += [(scheme, f"{count} matrices") for scheme, count in facts["schemes"].items()]
+    rows += tables.engine_rows(facts["engines"])
+    options.console(json_file).print(tables.pairs(str(checkpoint.folder), rows))
     options.write_json(json_file, facts | {"engines": [engine.__dict__ for engine in facts["engines"]]})
 
 
@@ -49,8 +49,18 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         facts["engines"] = packed.form.engines(set(schemes))
     made: Path = checkpoint.folder / "quantkit.json"
     if made.is_file():
-        report = read_json(made)
-        facts["method"] = report["recipe"]["method"]
-        facts["mean output error"] = f"{report['totals']['output_error']:.2e}"
-        facts["worst matrix"] = report["worst"][0]
+        facts |= _history(made)
     return facts
+
+
+def _history(made: Path) -> dict[str, Any]:
+    """How the artifact was made."""
+    report = read_json(made)
+    try:
+        return {
+            "method": report["recipe"]["method"],
+            "mean output error": f"{report['totals']['output_error']:.2e}",
+            "worst matrix": report["worst"][0],
+        }
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise CheckpointError(f"{made}: is not a report that quantkit wrote; delete or restore it") from None

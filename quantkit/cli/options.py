@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 
 from quantkit.errors import QuantkitError, RecipeError, ResourceError
 from quantkit.usage import available_memory
@@ -67,6 +69,13 @@ def fraction(text: str | None, option: str) -> float | None:
     if not 0 <= value < float("inf"):
         raise RecipeError(f"{option} {text}: must not be negative")
     return value
+
+
+def console(json_file: Path | None, *, quiet: bool = False) -> Console:
+    """Where tables go: stdout, or stderr when JSON takes it. Files and pipes get lines long enough for names of matrices."""
+    stderr = str(json_file) == "-"
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ else 160
+    return Console(stderr=stderr, quiet=quiet, width=wide)
 
 
 def write_json(path: Path | None, value: dict[str, Any]) -> None:

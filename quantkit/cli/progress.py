@@ -16,7 +16,7 @@ class RunProgress:
     """Shows blocks done, ETA, memory and the current layer's error on stderr."""
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
-        self._quiet, self._verbose = quiet, verbose
+        self._quiet, self._verbose = quiet, verbose and not quiet
         self._last: MatrixReport | None = None
         self._started = time.monotonic()
         self._first: int | None = None

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from quantkit import quantize as job
 from quantkit.checkpoint.locate import locate
 from quantkit.cli import options, tables
 from quantkit.cli.progress import RunProgress
 from quantkit.plan import predict
-from quantkit.recipe import load_recipe
+from quantkit.recipe import load_recipe, recorded_threads
 
 EXAMPLE = "Example: quantkit quantize demo -o demo-w4 --recipe awq+gptq-w4   (then: quantkit eval demo-w4 --baseline demo)"
 
@@ -67,8 +66,9 @@ def quantize(
         device=options.device(device),
         max_memory=options.byte_size(max_memory),
         overwrite=overwrite,
+        threads=recorded_threads(recipe),
     )
-    console = Console(stderr=str(json_file) == "-", quiet=quiet)
+    console = options.console(json_file, quiet=quiet)
     if plan:
         prediction = predict(request)
         console.print(tables.plan_table(prediction))

@@ -1,7 +1,6 @@
 """`quantkit recipes`: what ships."""
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from quantkit.cli import options
@@ -12,6 +11,7 @@ EXAMPLE = "Example: quantkit recipes --json - | jq '.\"gptq-w4\"'"
 
 def recipes(json_file: options.JsonFile = None) -> None:
     """List the recipes that ship with quantkit; any of them is a value of `quantize --recipe`."""
+    options.require_writable(json_file)
     texts = builtin_recipes()
     table = Table("recipe", "method", "bits", "group", "grid", "description")
     resolved = {}
@@ -21,6 +21,5 @@ def recipes(json_file: options.JsonFile = None) -> None:
         grid = "sym" if recipe.symmetric else "asym"
         description = yaml.safe_load(text).get("description", "")
         table.add_row(name, recipe.method, str(recipe.bits), str(recipe.group_size), grid, description)
-    if str(json_file) != "-":
-        Console().print(table)
+    options.console(json_file).print(table)
     options.write_json(json_file, resolved)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from quantkit.evaluate.run import EvalReport, EvalRow
 from quantkit.formats import Engine
@@ -40,6 +40,11 @@ def pairs(title: str, rows: list[tuple[str, str]]) -> Table:
     return table
 
 
+def named(name: str, *values: str) -> Table:
+    """A table whose first column holds names, which are folded where the terminal is narrow, so that no value is cut."""
+    return Table(Column(name, overflow="fold"), *(Column(value, no_wrap=True) for value in values), title_justify="left")
+
+
 def engine_rows(engines: list[Engine]) -> list[tuple[str, str]]:
     """One row an engine."""
     return [(f"loads in {e.name}", ("yes" if e.loads else "no") + (f" ({e.note})" if e.note else "")) for e in engines]
@@ -57,7 +62,7 @@ def run_tables(report: RunReport, out: Path) -> list[Table]:
         ("peak memory", f"{totals.peak_memory_bytes / 2**20:,.0f} MiB"),
         *engine_rows([Engine(**engine) for engine in report.engines]),
     ]
-    worst = Table("worst five", "scheme", "output error", "SNR dB", "saturation", "note", title_justify="left")
+    worst = named("worst five", "scheme", "output error", "SNR dB", "saturation", "note")
     by_name = {matrix.name: matrix for matrix in report.matrices}
     for name in report.worst:
         matrix = by_name[name]
@@ -98,7 +103,7 @@ def _listed(names: list[str]) -> str:
 
 def eval_table(report: EvalReport, model: str, baseline: str | None) -> Table:
     """`quantkit eval`."""
-    table = Table("model", "perplexity", "change", "KL mean", "KL p99", "top-1", "bits/weight", "size", title_justify="left")
+    table = named("model", "perplexity", "change", "KL mean", "KL p99", "top-1", "bits/weight", "size")
     table.title = f"{report.windows} windows of {report.seq_len} tokens, text: {report.text}"
 
     def row(name: str, entry: EvalRow, change: str) -> None:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import quantkit
 from quantkit.artifact import bits_per_weight
 from quantkit.blocks import BlockModel
 from quantkit.checkpoint.demo import cache_folder
+from quantkit.checkpoint.files import write_tensors
 from quantkit.checkpoint.reader import Checkpoint, sha256
-from quantkit.checkpoint.writer import write_tensors
 from quantkit.corpus import evaluation_rows, load_tokenizer, tokens_sha256
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.evaluate.metrics import Metrics, measure
@@ -124,16 +126,25 @@ def _row(checkpoint: Checkpoint, metrics: Metrics) -> EvalRow:
 def _cached_hidden(model: BlockModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
     """The baseline's final hidden states, which every evaluation against it needs again, from the user's cache."""
     files = (model.checkpoint.folder / "config.json", *model.checkpoint.files)
-    parts = [torch.__version__, model.device.type, tokens_sha256(tokens), *map(sha256, files)]
+    versions = torch.__version__, transformers.__version__, quantkit.__version__
+    parts = [*versions, model.device.type, tokens_sha256(tokens), *map(sha256, files)]
     path = cache_folder() / "baselines" / (hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32] + ".safetensors")
     try:
-        hidden: Tensor = load_file(path)["hidden"]
-        return hidden
+        stored = load_file(path)
+        cached: Tensor = stored["hidden"]
+        if torch.equal(stored["sha256"], _digest(cached)):
+            return cached
     except (OSError, SafetensorError, KeyError):
-        hidden = final_hidden(model, tokens, advance)
+        pass  # No cache yet, or not a whole one.
+    hidden = final_hidden(model, tokens, advance)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"hidden": hidden})
+        write_tensors(path, {"hidden": hidden, "sha256": _digest(hidden)})
     except (OSError, QuantkitError):
         pass  # A cache that cannot be written costs time, not correctness.
     return hidden
+
+
+def _digest(hidden: Tensor) -> Tensor:
+    """SHA-256 as uint8 [32]: a cache may be read years after it was written, and a wrong number would never be noticed."""
+    return torch.tensor(list(hashlib.sha256(hidden.numpy().data).digest()), dtype=torch.uint8)

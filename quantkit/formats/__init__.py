@@ -22,6 +22,6 @@ def format_of(config: Mapping[str, Any]) -> Format:
         FormatError: no reader for it.
     """
     method = config.get("quant_method")
-    if method not in FORMATS:
-        raise FormatError(f"quant_method '{method}' cannot be read; known: {', '.join(FORMATS)}")
+    if str(method) not in FORMATS:
+        raise FormatError(f"quant_method {method!r:.60} cannot be read; known: {', '.join(FORMATS)}")
     return FORMATS[str(method)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import FormatError
-from quantkit.formats.base import Engine, Format, Plan, exact, group_problem
+from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, part, stated, whole_groups
 from quantkit.formats.packing import pack, unpack
 from quantkit.methods.grid import QuantizedWeight, Scheme
 
@@ -34,13 +34,13 @@ def _encode(weight: QuantizedWeight, _dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, _config: Mapping[str, Any]) -> QuantizedWeight:
-    qweight, scales = tensors["qweight"], tensors["scales"].float()
-    columns, rows = qweight.shape[0], qweight.shape[1] * 8
-    if scales.shape != (scheme.groups(columns), rows):
-        raise FormatError(f"qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} disagree with {scheme}")
-    codes = _restore(unpack(qweight, 4, rows)).T.contiguous()
-    zeros = _restore(unpack(tensors["qzeros"], 4, rows)).T.contiguous()
-    return QuantizedWeight(codes, scales.T.contiguous(), zeros, scheme)
+    columns, packed_rows = tensors["qweight"].shape
+    rows = packed_rows * 8
+    groups = whole_groups(scheme, columns)
+    codes = _restore(unpack(tensors["qweight"], 4, rows)).T.contiguous()
+    zeros = _restore(unpack(part(tensors, "qzeros", (groups, packed_rows)), 4, rows)).T.contiguous()
+    scales = part(tensors, "scales", (groups, rows), floating=True).float().T.contiguous()
+    return QuantizedWeight(codes, scales, zeros, scheme)
 
 
 def _config(plan: Plan) -> dict[str, Any]:
@@ -59,9 +59,9 @@ def _config(plan: Plan) -> dict[str, Any]:
 
 
 def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme | None]:
-    if config.get("version", "gemm") != "gemm" or int(config.get("bits", 4)) != 4:
+    if str(config.get("version", "gemm")).lower() != "gemm" or config.get("bits", 4) != 4:
         raise FormatError("only the 4-bit gemm version of the awq format can be read")
-    scheme = Scheme(4, int(config["group_size"]), symmetric=False)
+    scheme = stated(4, config["group_size"], False)
     skipped = config.get("modules_to_not_convert") or []
     return {name: None if any(skip in name for skip in skipped) else scheme for name in modules}
 
@@ -70,7 +70,7 @@ def _problem(scheme: Scheme, rows: int, columns: int) -> str | None:
     if scheme.bits != 4:
         return f"the awq format holds 4 bits, not {scheme.bits}; use compressed-tensors"
     if rows % 8:
-        return f"the awq format packs 8 rows to a word, {rows} is not a multiple of 8"
+        return f"the awq format packs 8 rows to a word, {rows} is not a multiple of 8; use compressed-tensors"
     return group_problem(scheme, columns)
 
 

@@ -32,12 +32,12 @@ class Format:
         name: as typed after `--format`.
         suffixes: tensor suffixes of a quantized matrix, without the leading dot.
         encode: (weight, model dtype) -> suffix -> tensor.
-        decode: (suffix -> tensor, scheme, quantization_config) -> weight.
+        decode: (suffix -> tensor, the first one an int32 matrix, scheme, quantization_config) -> weight.
         config: plan -> the `quantization_config` of config.json.
         schemes: (quantization_config, module paths) -> plan.
         problem: (scheme, rows, columns) -> why the format cannot hold such a matrix, or None.
         engines: schemes in use -> what loads the result.
-        dense_shape: (shape of the first suffix's tensor, bits) -> (N, K).
+        dense_shape: (shape of the first suffix's tensor, bits) -> (N, K), K rounded up to whole words.
     """
 
     name: str
@@ -59,8 +59,47 @@ def exact(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     cast = values.to(dtype)
     if not torch.equal(cast.float(), values):
-        raise FormatError(f"scales are not exact in {str(dtype).removeprefix('torch.')}; storing them would change the model")
+        name = str(dtype).removeprefix("torch.")
+        raise FormatError(f"scales are not exact in {name}, and rounding them would change the model; use another format")
     return cast
+
+
+def stated(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
+    """The scheme that a config states.
+
+    Raises:
+        FormatError: it is not one that can be read.
+    """
+    whole = isinstance(bits, int) and isinstance(group_size, int)
+    if not whole or bits not in (2, 3, 4, 8) or not (group_size == -1 or group_size > 0):
+        found = f"bits {bits!r:.20} and group size {group_size!r:.20}"
+        raise FormatError(f"{found} cannot be read; bits are 2, 3, 4 or 8, a group is -1 (a row) or some columns")
+    return Scheme(bits, group_size, bool(symmetric))
+
+
+def whole_groups(scheme: Scheme, columns: int) -> int:
+    """Groups in a stored row.
+
+    Raises:
+        FormatError: the last one would be shorter than the others.
+    """
+    if columns % scheme.group_columns(columns):
+        raise FormatError(f"groups of {scheme.group_size} do not divide its {columns} columns, which cannot be read")
+    return scheme.groups(columns)
+
+
+def part(tensors: Mapping[str, Tensor], suffix: str, shape: tuple[int, ...], *, floating: bool = False) -> Tensor:
+    """One tensor of a packed matrix, int32 or floating, in the shape that the config and the others call for.
+
+    Raises:
+        FormatError: it differs.
+    """
+    tensor = tensors[suffix]
+    if tuple(tensor.shape) != shape or (not tensor.is_floating_point() if floating else tensor.dtype != torch.int32):
+        found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        wanted = f"{'floating' if floating else 'int32'} {list(shape)}"
+        raise FormatError(f"{suffix} is {found}, config.json calls for {wanted}; fetch the model again")
+    return tensor
 
 
 def group_problem(scheme: Scheme, columns: int) -> str | None:
@@ -86,7 +125,7 @@ def patterns(modules: list[str], plan: Plan) -> list[str]:
     for tail in dict.fromkeys(map(ending, modules)):
         alike = [module for module in plan if ending(module) == tail]
         if all(module in chosen for module in alike):
-            found.append(rf".*{re.escape(tail)}$")
+            found.append(rf"^{re.escape(tail)}$" if alike == [tail] else rf".*\.\d+\.{re.escape(tail)}$")
         else:
             found.extend(rf"^{re.escape(module)}$" for module in alike if module in chosen)
     return found

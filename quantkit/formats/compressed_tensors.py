@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import FormatError
-from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, patterns
+from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, part, patterns, stated, whole_groups
 from quantkit.formats.packing import pack, unpack, words
 from quantkit.methods.grid import QuantizedWeight, Scheme
 
@@ -29,16 +29,21 @@ def _encode(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, _config: Mapping[str, Any]) -> QuantizedWeight:
-    packed, scales = tensors["weight_packed"], tensors["weight_scale"].float()
-    rows = packed.shape[0]
-    columns = int(tensors["weight_shape"][1]) if "weight_shape" in tensors else packed.shape[1] * 32 // scheme.bits
-    if packed.shape[1] != words(columns, scheme.bits) or scales.shape != (rows, scheme.groups(columns)):
-        raise FormatError(f"weight_packed {tuple(packed.shape)} and weight_scale {tuple(scales.shape)} disagree with {scheme}")
+    bits = scheme.bits
+    rows, columns = _dense_shape(tuple(tensors["weight_packed"].shape), bits)
+    if "weight_shape" in tensors:
+        if tensors["weight_shape"].shape != (2,) or tensors["weight_shape"].is_floating_point():
+            raise FormatError("weight_shape is not [N, K]; fetch the model again")
+        rows, columns = tensors["weight_shape"].tolist()
+    packed = part(tensors, "weight_packed", (rows, words(columns, bits)))
+    groups = whole_groups(scheme, columns)
+    scales = part(tensors, "weight_scale", (rows, groups), floating=True).float()
     if scheme.symmetric:
-        zeros = torch.full(scales.shape, 1 << (scheme.bits - 1), dtype=torch.uint8)
+        zeros = torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8)
     else:
-        zeros = unpack(tensors["weight_zero_point"].T.contiguous(), scheme.bits, rows).T.contiguous()
-    return QuantizedWeight(unpack(packed, scheme.bits, columns), scales, zeros, scheme)
+        stored = part(tensors, "weight_zero_point", (words(rows, bits), groups))
+        zeros = unpack(stored.T.contiguous(), bits, rows).T.contiguous()
+    return QuantizedWeight(unpack(packed, bits, columns), scales, zeros, scheme)
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
@@ -73,19 +78,31 @@ def _matches(target: str, module: str) -> bool:
     return target in ("Linear", module)
 
 
+def _scheme(weights: Mapping[str, Any]) -> Scheme:
+    """What a group's `weights` say.
+
+    Raises:
+        FormatError: they are not integers with one scale a group or row, in the order of their columns.
+    """
+    kind, strategy, order = weights.get("type", "int"), weights.get("strategy"), weights.get("actorder")
+    if kind != "int" or strategy not in ("group", "channel") or order not in (None, "static", "weight"):
+        found = f"type {kind!r:.20}, strategy {strategy!r:.20}, actorder {order!r:.20}"
+        raise FormatError(f"weights with {found} cannot be read; only int, group or channel, static")
+    size = -1 if strategy == "channel" else weights["group_size"]
+    return stated(weights["num_bits"], size, weights.get("symmetric", True))
+
+
 def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme | None]:
     if config.get("format") != "pack-quantized":
-        raise FormatError(f"compressed-tensors format '{config.get('format')}' is not read; only pack-quantized")
+        raise FormatError(f"compressed-tensors format {config.get('format')!r:.60} is not read; only pack-quantized")
+    asked = {target: group for group in config["config_groups"].values() for target in group["targets"]}
+    # The order of compressed-tensors: names before patterns before the class, each in alphabetical order.
+    ranked = sorted(asked, key=lambda target: (target == "Linear", target.startswith("re:"), target))
     plan: dict[str, Scheme | None] = {}
     for module in modules:
-        plan[module] = None
-        if any(_matches(target, module) for target in config.get("ignore") or []):
-            continue
-        for group in config["config_groups"].values():
-            if any(_matches(target, module) for target in group["targets"]):
-                weights = group["weights"]
-                size = -1 if weights.get("strategy") == "channel" else int(weights["group_size"])
-                plan[module] = Scheme(int(weights["num_bits"]), size, bool(weights["symmetric"]))
+        skipped = any(_matches(target, module) for target in config.get("ignore") or [])
+        target = next((target for target in ranked if not skipped and _matches(target, module)), None)
+        plan[module] = None if target is None else _scheme(asked[target]["weights"])
     return plan
 
 
@@ -96,6 +113,9 @@ def _problem(scheme: Scheme, _rows: int, columns: int) -> str | None:
 def _engines(used: set[Scheme]) -> list[Engine]:
     served = all(scheme.bits in (4, 8) for scheme in used)
     symmetric = all(scheme.symmetric for scheme in used)
+    # transformers reads zero points only while it dequantizes, and then takes the first group's scheme for all matrices.
+    readable = symmetric or len(used) == 1
+    how = "" if symmetric else "with CompressedTensorsConfig(dequantize=True)" if readable else "needs one scheme or symmetric"
     marlin = all(
         scheme.group_size in (-1, 32, 64, 128) and (scheme.bits == 4 or (scheme.bits == 8 and scheme.symmetric))
         for scheme in used
@@ -103,12 +123,13 @@ def _engines(used: set[Scheme]) -> list[Engine]:
     return [
         Engine("vLLM", True, "" if marlin else "without Marlin kernels"),
         Engine("SGLang", served, "" if served else "needs 4 or 8 bits"),
-        Engine("transformers", True, "" if symmetric else "with CompressedTensorsConfig(dequantize=True)"),
+        Engine("transformers", readable, how),
     ]
 
 
 def _dense_shape(stored: tuple[int, ...], bits: int) -> tuple[int, int]:
-    return stored[0], stored[1] * 32 // bits
+    rows, packed_columns = stored
+    return rows, packed_columns * 32 // bits
 
 
 COMPRESSED_TENSORS = Format(

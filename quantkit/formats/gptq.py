@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import FormatError
-from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, patterns
+from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, part, patterns, stated, whole_groups
 from quantkit.formats.packing import pack, unpack, words
 from quantkit.methods.grid import QuantizedWeight, Scheme
+
+#: What vLLM and SGLang call merged matrices -> the members.
+_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def _encode(weight: QuantizedWeight, _dtype: torch.dtype) -> dict[str, Tensor]:
@@ -24,27 +27,62 @@ def _encode(weight: QuantizedWeight, _dtype: torch.dtype) -> dict[str, Tensor]:
         "qweight": pack(weight.codes, bits).T.contiguous(),
         "qzeros": pack(stored_zeros.T, bits),
         "scales": exact(weight.scales, torch.float16).T.contiguous(),
-        "g_idx": (torch.arange(columns) // weight.scheme.group_columns(columns)).to(torch.int32),
+        "g_idx": _group_index(weight.scheme, columns),
     }
 
 
 def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, config: Mapping[str, Any]) -> QuantizedWeight:
-    qweight, scales = tensors["qweight"], tensors["scales"].float()
-    groups, rows = scales.shape
-    columns = qweight.shape[0] * 32 // scheme.bits
-    if "g_idx" in tensors and not torch.equal(tensors["g_idx"].long(), torch.arange(columns) // scheme.group_columns(columns)):
-        raise FormatError("g_idx is permuted (desc_act with dynamic groups), which has no plain grid")
-    if qweight.shape[1] != rows or groups != scheme.groups(columns):
-        raise FormatError(f"qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} disagree with {scheme}")
-    zeros = unpack(tensors["qzeros"], scheme.bits, rows).T
-    if config.get("checkpoint_format", "gptq") == "gptq":
-        zeros = zeros + 1
-    codes = unpack(qweight.T.contiguous(), scheme.bits, columns)
-    return QuantizedWeight(codes, scales.T.contiguous(), zeros.contiguous(), scheme)
+    bits, half = scheme.bits, 1 << (scheme.bits - 1)
+    rows, columns = _dense_shape(tuple(tensors["qweight"].shape), bits)
+    groups = whole_groups(scheme, columns)
+    if "g_idx" in tensors and not torch.equal(part(tensors, "g_idx", (columns,)), _group_index(scheme, columns)):
+        raise FormatError(
+            "g_idx is permuted (desc_act with dynamic groups), which no plain grid holds; quantize the original again with "
+            "static groups or desc_act off"
+        )
+    scales = part(tensors, "scales", (groups, rows), floating=True).float().T.contiguous()
+    zeros = torch.full((rows, groups), half, dtype=torch.uint8)
+    if "qzeros" in tensors or not scheme.symmetric:
+        zeros = _zeros(part(tensors, "qzeros", (groups, words(rows, bits))), bits, rows, config).T.contiguous()
+    if scheme.symmetric and bool((zeros != half).any()):
+        raise FormatError(f"config.json says symmetric, but not all zero points are {half}; fetch the model again")
+    codes = unpack(tensors["qweight"].T.contiguous(), bits, columns)
+    return QuantizedWeight(codes, scales, zeros, scheme)
+
+
+def _group_index(scheme: Scheme, columns: int) -> Tensor:
+    """Group of every column, int32 [K]."""
+    return (torch.arange(columns) // scheme.group_columns(columns)).int()
+
+
+def _zeros(qzeros: Tensor, bits: int, rows: int, config: Mapping[str, Any]) -> Tensor:
+    """Zero points of either version, uint8 [G, N].
+
+    Where z is 0, the z - 1 of v1 underflows, and what is then stored was never agreed on. We read it as GPTQModel does, the
+    only writer and reader of asymmetric v1 that is left: it subtracts 1 from all fields of a word at once, so that an
+    underflow borrows from the next field; at 3 bits, whose fields straddle words, each field wraps.
+    """
+    if config.get("checkpoint_format", "gptq") == "gptq_v2":
+        return unpack(qzeros, bits, rows)
+    if bits == 3:
+        return (unpack(qzeros, bits, rows) + 1) & 0b111
+    return unpack(qzeros + pack(torch.ones(1, rows, dtype=torch.uint8), bits), bits, rows)
 
 
 def _rule(scheme: Scheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+
+
+def _fused(plan: Plan) -> dict[str, Scheme | None]:
+    """The names under which vLLM and SGLang look up rules for matrices that they merge, where the members agree."""
+    merged: dict[str, Scheme | None] = {}
+    for name, scheme in plan.items():
+        for fused, members in _MERGED.items():
+            if name.endswith("." + members[0]):
+                prefix = name.removesuffix(members[0])
+                if all(plan.get(prefix + member, scheme) == scheme for member in members):
+                    merged[prefix + fused] = scheme
+    return merged
 
 
 def _config(plan: Plan) -> dict[str, Any]:
@@ -53,12 +91,13 @@ def _config(plan: Plan) -> dict[str, Any]:
     if len({scheme.symmetric for scheme in used}) > 1:
         raise FormatError("the gptq format cannot mix symmetric and asymmetric matrices; use compressed-tensors")
     dynamic: dict[str, Any] = {}
+    named = {**plan, **_fused(plan)}
     for scheme in dict.fromkeys(plan.values()):
-        modules = [name for name, own in plan.items() if own == scheme]
+        modules = [name for name, own in named.items() if own == scheme]
         if scheme is None:
-            dynamic.update({f"-:{p}": {} for p in patterns([m for m in modules if m != "lm_head"], plan)})
+            dynamic.update({f"-:{p}": {} for p in patterns([m for m in modules if m != "lm_head"], named)})
         elif scheme != main:
-            dynamic.update({f"+:{p}": _rule(scheme) for p in patterns(modules, plan)})
+            dynamic.update({f"+:{p}": _rule(scheme) for p in patterns(modules, named)})
     config = {
         "quant_method": "gptq",
         **_rule(main),
@@ -72,24 +111,28 @@ def _config(plan: Plan) -> dict[str, Any]:
 
 
 def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme | None]:
-    main = Scheme(int(config["bits"]), int(config["group_size"]), bool(config.get("sym", True)))
+    if config.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
+        raise FormatError(f"checkpoint_format {config['checkpoint_format']!r:.60} is not read; only gptq and gptq_v2")
+    main = stated(config["bits"], config["group_size"], config.get("sym", True))
     plan: dict[str, Scheme | None] = {}
     for module in modules:
         plan[module] = None if module == "lm_head" and not config.get("lm_head") else main
         for pattern, rule in (config.get("dynamic") or {}).items():
-            if re.match(pattern[2:], module):
-                plan[module] = None
-                if not pattern.startswith("-:"):
-                    asked = _rule(main) | rule
-                    plan[module] = Scheme(asked["bits"], asked["group_size"], asked["sym"])
+            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+                asked = _rule(main) | rule
+                skipped = pattern.startswith("-:")
+                plan[module] = None if skipped else stated(asked["bits"], asked["group_size"], asked["sym"])
                 break
     return plan
 
 
 def _problem(scheme: Scheme, rows: int, columns: int) -> str | None:
-    if rows * scheme.bits % 32 or columns * scheme.bits % 32:
-        return f"the gptq format packs whole 32-bit words, {rows} x {columns} at {scheme.bits} bits does not fill them"
-    assert words(rows, scheme.bits) * 32 == rows * scheme.bits
+    unit = 32 if scheme.bits == 3 else 32 // scheme.bits
+    if rows % unit or columns % unit:
+        return (
+            f"the gptq format packs whole words, and {rows} x {columns} is not a multiple of {unit} both ways; "
+            "use compressed-tensors"
+        )
     return group_problem(scheme, columns)
 
 
@@ -100,7 +143,8 @@ def _engines(used: set[Scheme]) -> list[Engine]:
 
 
 def _dense_shape(stored: tuple[int, ...], bits: int) -> tuple[int, int]:
-    return stored[1], stored[0] * 32 // bits
+    packed_columns, rows = stored
+    return rows, packed_columns * 32 // bits
 
 
 GPTQ = Format(

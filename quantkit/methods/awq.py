@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from quantkit.methods.grid import QuantizedWeight, Scheme, round_to_grid, span
-from quantkit.methods.rtn import on_grid, rtn
+from quantkit.methods.rtn import on_grid
+
+#: Rows whose loss is computed at once; a slice of a 1,000-column matrix stays in a core's cache.
+_SLICE = 256
 
 #: Exponents tried for the activation magnitude, 0 (no scaling) to just below 1.
 RATIOS = tuple(i / 20 for i in range(20))
@@ -24,7 +27,7 @@ class ChannelScale:
     Attributes:
         scale: float32 [K] > 0; weights are multiplied by it, the input is divided by it. All ones when nothing helps.
         ratio: the exponent of the activation magnitude.
-        error: tr(dW H dW^T) relative to no scaling.
+        error: the loss relative to no scaling.
     """
 
     scale: Tensor
@@ -33,31 +36,62 @@ class ChannelScale:
 
 
 def search_channel_scale(
-    parts: Sequence[tuple[Tensor, Scheme]], hessian: Tensor, dtype: torch.dtype, tie: Tensor
+    parts: Sequence[tuple[Tensor, Scheme]],
+    hessian: Tensor,
+    dtype: torch.dtype,
+    tie: Tensor,
+    cost: Tensor | None = None,
 ) -> ChannelScale:
-    """Best s = rms(x)^ratio for plain rounding of the matrices that read x.
+    """Best s = rms(x)^ratio for the matrices that read x.
 
     Args:
         parts: (weight float32 [N_i, K], scheme) of every matrix that reads x and is quantized.
         hessian: float32 [K, K]; its diagonal is the mean square of each input channel.
         dtype: the artifact's 16-bit type.
         tie: int64 [K]; channels with the same number share a scale (repeated KV heads feed several query heads).
+        cost: float32 [K], what GPTQ will pay for an error in each column (`Inverse.cost`); None for plain rounding. A
+            scale that is best for rounding can be worse than none where the error is compensated.
     """
     count = int(tie.max()) + 1
     power = torch.zeros(count, device=hessian.device).index_add_(0, tie, hessian.diagonal())
     magnitude = (power / torch.bincount(tie, minlength=count).clamp_(min=1)).sqrt_()
     floor = float(magnitude.max()) * 1e-4 + torch.finfo(torch.float32).tiny
     magnitude = magnitude.clamp_(min=floor)[tie]
-    errors = []
-    for ratio in RATIOS:
-        scale = _normalised(magnitude, ratio)
-        error = 0.0
-        for weight, scheme in parts:
-            change = rtn(weight * scale, scheme, dtype).dequantize().div_(scale).sub_(weight)
-            error += float((change @ hessian).mul_(change).sum())
-        errors.append(error)
+
+    def loss(weight: Tensor, scheme: Scheme, scale: Tensor) -> float:
+        if cost is None:
+            return _rounding_loss(weight, scale, hessian, scheme, dtype)
+        return _compensated_loss(weight, scale, cost, scheme)
+
+    errors = [sum(loss(*part, _normalised(magnitude, ratio)) for part in parts) for ratio in RATIOS]
     best = min(range(len(RATIOS)), key=errors.__getitem__)
     return ChannelScale(_normalised(magnitude, RATIOS[best]), RATIOS[best], errors[best] / max(errors[0], 1e-30))
+
+
+def _rounding_loss(weight: Tensor, scale: Tensor, hessian: Tensor, scheme: Scheme, dtype: torch.dtype) -> float:
+    """tr(dW H dW^T) of rounding weight * scale plainly and dividing by scale again; a slice of rows at a time, in cache."""
+    loss = 0.0
+    groups = scheme.groups(weight.shape[1])
+    for part in weight.split(_SLICE):
+        scaled = (part * scale).view(len(part), groups, -1)
+        low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
+        scales, zeros = (grid[..., None] for grid in span(low, high, scheme, dtype))
+        codes = round_to_grid(scaled, scales, zeros, scheme.levels)
+        change = codes.sub_(zeros).mul_(scales).view(part.shape).div_(scale).sub_(part)
+        loss += float((change @ hessian).mul_(change).sum())
+    return loss
+
+
+def _compensated_loss(weight: Tensor, scale: Tensor, cost: Tensor, scheme: Scheme) -> float:
+    """Expected loss of GPTQ on weight * scale: step^2 / 12, the variance of a rounding error, times what a column costs.
+
+    Dividing the input by s multiplies row and column j of H^-1 by s_j, and so divides the cost of column j by s_j^2.
+    """
+    rows, groups = len(weight), scheme.groups(weight.shape[1])
+    scaled = (weight * scale).view(rows, groups, -1)
+    low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
+    steps = span(low, high, scheme, torch.float32)[0]
+    return float((steps.square() * (cost / scale.square()).view(groups, -1).sum(-1)).sum()) / 12
 
 
 def _normalised(magnitude: Tensor, ratio: float) -> Tensor:

@@ -39,6 +39,14 @@ class Inverse:
     hessian: Tensor
     damping: float
 
+    @property
+    def cost(self) -> Tensor:
+        """1 / U[j, j]^2, float32 [K] in the original order: the loss of a unit error in column j once the columns behind it
+        have absorbed their share."""
+        cost = torch.empty_like(self.upper[0])
+        cost[self.order] = self.upper.diagonal().square().reciprocal()
+        return cost
+
 
 def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse | None:
     """Damp, order and factor `hessian` (float32 [K, K]); None when no damping up to 1.0 makes it positive definite.
@@ -51,15 +59,16 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse | Non
     fixed = hessian + torch.diag(dead * mean)
     order = torch.argsort(fixed.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(diagonal))
     order = order.to(hessian.device)
-    while damping <= LARGEST_DAMPING:
+    while True:
         damped = fixed + torch.diag(torch.full_like(diagonal, float(damping * mean)))
         factor, failed = torch.linalg.cholesky_ex(damped[order][:, order])
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed and bool(upper.isfinite().all()):
                 return Inverse(order, upper, damped, damping)
-        damping *= DAMPING_STEP
-    return None
+        if damping >= LARGEST_DAMPING:
+            return None
+        damping = min(damping * DAMPING_STEP, LARGEST_DAMPING)
 
 
 def gptq(weight: Tensor, inverse: Inverse, scheme: Scheme, dtype: torch.dtype, shrink: tuple[float, ...]) -> QuantizedWeight:
@@ -78,9 +87,7 @@ def gptq(weight: Tensor, inverse: Inverse, scheme: Scheme, dtype: torch.dtype, s
     """
     columns = weight.shape[1]
     order, upper = inverse.order, inverse.upper
-    cost = torch.empty_like(upper[0])
-    cost[order] = upper.diagonal().square().reciprocal()
-    scales, zeros = search_grid(weight, scheme, cost, dtype, shrink)
+    scales, zeros = search_grid(weight, scheme, inverse.cost, dtype, shrink)
     group_of = order // scheme.group_columns(columns)
     left = weight.T[order].contiguous()
     codes = torch.empty_like(left)

@@ -16,6 +16,9 @@ from torch import Tensor
 #: Smallest scale that both bfloat16 and float16 hold exactly: float16's smallest subnormal.
 SMALLEST_SCALE = 2.0**-24
 
+#: Largest one: the last step of bfloat16 below float16's end.
+LARGEST_SCALE = 65280.0
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -96,7 +99,7 @@ def storable_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype != torch.float16:
         scales = scales.bfloat16().float()
-    size = scales.abs().half().float().clamp_(min=SMALLEST_SCALE, max=torch.finfo(torch.float16).max)
+    size = scales.abs().half().float().clamp_(min=SMALLEST_SCALE, max=LARGEST_SCALE)
     return torch.copysign(size, scales)
 
 

@@ -4,6 +4,8 @@ With inputs X [T tokens, K] the squared output error of replacing W by V is ||X 
 where H = X^T X / T. So both methods work on H [K, K] alone and never see a token twice.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,37 +14,68 @@ _BLOCKS = 8
 
 
 class Hessian:
-    """Running X^T X of one distinct input, and on request the cross moment of a second stream.
+    """Running X^T X of one distinct input, and the drift of its first tokens from a reference.
 
     Sums are float32; `mean` divides by the number of tokens, so that micro-batches of any size weigh by their tokens.
     Rows never hold padding: the corpus cuts one unbroken stream into full rows.
     """
 
-    def __init__(self, columns: int, device: torch.device, *, paired: bool = False) -> None:
+    def __init__(self, columns: int, device: torch.device) -> None:
         self.tokens = self.paired_tokens = 0
         self._sum = torch.zeros(columns, columns, device=device)
-        self._drift = torch.zeros(columns, columns, device=device) if paired else None
+        self._cross: Tensor | None = None
+        self._paired_sum = self._sum
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
-        """Add the rows of `inputs` [..., K]; `reference` are the same rows in the unquantized model."""
+        """Add the rows of `inputs` [..., K]; `reference` are the same rows in the unquantized model.
+
+        Micro-batches with a reference come before those without.
+        """
         x = inputs.reshape(-1, self._sum.shape[0]).float()
+        if reference is not None:
+            assert self.paired_tokens == self.tokens, "a micro-batch with a reference came after one without"
+            if self._cross is None:
+                self._cross = torch.zeros_like(self._sum)
+            self._cross.addmm_(x.T, reference.reshape(x.shape).float() - x)
+            self.paired_tokens += x.shape[0]
+        elif self._cross is not None and self._paired_sum is self._sum:
+            self._paired_sum = self._sum.clone()
         self.tokens += x.shape[0]
         # The product is symmetric: only blocks on and above the diagonal are computed.
         step = -(-x.shape[1] // _BLOCKS)
         for start in range(0, x.shape[1], step):
             stop = start + step
             self._sum[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])
-        if reference is not None:
-            assert self._drift is not None
-            self.paired_tokens += x.shape[0]
-            self._drift.addmm_(x.T, reference.reshape(x.shape).float() - x)
 
     def mean(self) -> Tensor:
-        """H = X^T X / T, float32 [K, K], symmetric."""
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).T) / self.tokens
+        """H = X^T X / T over all tokens, float32 [K, K], symmetric."""
+        return _mirrored(self._sum) / self.tokens
 
-    def drift(self) -> Tensor:
-        """X^T (X_ref - X) / T over the paired tokens, float32 [K, K]: how the inputs stray from the original model's."""
-        assert self._drift is not None
-        return self._drift / self.paired_tokens
+    def drift(self) -> "Drift | None":
+        """How the inputs stray from the reference, None if no micro-batch had one."""
+        if self._cross is None:
+            return None
+        return Drift(self._cross / self.paired_tokens, _mirrored(self._paired_sum) / self.paired_tokens)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How the quantized model's inputs X stray from the original's X_ref, over the tokens that walked in both.
+
+    Attributes:
+        cross: X^T (X_ref - X) / T, float32 [K, K].
+        hessian: X^T X / T over the same tokens. Solving with the Hessian of *all* tokens instead would overshoot by
+            however much more of a direction these tokens hold than all do, and the error would grow from block to block.
+    """
+
+    cross: Tensor
+    hessian: Tensor
+
+    def divided(self, outer: Tensor) -> "Drift":
+        """The drift of the inputs divided by a channel scale s, given s s^T."""
+        return Drift(self.cross / outer, self.hessian / outer)
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """A symmetric matrix from one whose part below the diagonal is incomplete."""
+    return upper.triu() + upper.triu(1).T

@@ -8,10 +8,17 @@ from torch import Tensor
 from quantkit.methods.awq import clipped
 from quantkit.methods.gptq import Inverse, descend, factorise, gptq
 from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.hessian import Drift
 from quantkit.methods.rtn import rtn
 
 #: Clipping factors tried for every group.
 SHRINK = tuple(1.0 - 0.5 * i / 16 for i in range(16))
+
+
+#: Ridge of the drift regression, as a fraction of the mean diagonal of H. The regression sees a quarter of the rows and
+#: overfits without it: on the quality base (4-bit symmetric, 32 rows of 512) a ridge of 0.01 gives a KL divergence of 0.169,
+#: 0.1 gives 0.108, 0.3 gives 0.097 and 1.0 gives 0.094.
+RIDGE = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,31 +60,33 @@ class Moments:
 
     Attributes:
         hessian: float32 [K, K].
-        drift: float32 [K, K], or None when no original walks beside.
+        drift: None when no original walks beside.
         inverse: factor of the damped Hessian; None when the method needs none or no damping helped.
     """
 
     hessian: Tensor
-    drift: Tensor | None
+    drift: Drift | None
     inverse: Inverse | None
 
 
-def prepare(hessian: Tensor, drift: Tensor | None, settings: Settings) -> Moments:
+def prepare(hessian: Tensor, drift: Drift | None, settings: Settings) -> Moments:
     """Factor the Hessian once for all matrices that read the input."""
     inverse = factorise(hessian, settings.damping, settings.act_order) if settings.compensates else None
     return Moments(hessian, drift, inverse)
 
 
-def matched(weight: Tensor, moments: Moments, strength: float) -> Tensor:
+def matched(weight: Tensor, drift: Drift, strength: float) -> Tensor:
     """The weights that give the original model's outputs from the quantized model's inputs, float32 [N, K].
 
-    Least squares: W* = W + strength * W D^T H^-1 with D = X^T (X_ref - X) / T. With strength 1 this is the asymmetric
-    calibration of Li et al., "GPTAQ" (arXiv 2504.02692), solved before rounding instead of during it.
+    Ridge regression: W* = W + strength * W D^T (H + ridge)^-1 with D = X^T (X_ref - X) / T and H over the same tokens.
+    With strength 1 this is the asymmetric calibration of Li et al., "GPTAQ" (arXiv 2504.02692), solved before rounding
+    instead of during it. Returns `weight` itself where the regression cannot be solved.
     """
-    if moments.drift is None or moments.inverse is None or strength == 0:
+    ridge = RIDGE * float(drift.hessian.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(drift.hessian + ridge * torch.eye(len(drift.hessian), device=weight.device))
+    if failed or strength == 0:
         return weight
-    factor = torch.linalg.cholesky(moments.inverse.hessian)
-    return weight + strength * torch.cholesky_solve(moments.drift @ weight.T, factor).T
+    return weight + strength * torch.cholesky_solve(drift.cross @ weight.T, factor).T
 
 
 def solve(weight: Tensor, moments: Moments | None, scheme: Scheme, settings: Settings) -> tuple[QuantizedWeight, Tensor]:
@@ -93,6 +102,6 @@ def solve(weight: Tensor, moments: Moments | None, scheme: Scheme, settings: Set
         return clipped(weight, moments.hessian, scheme, settings.dtype, SHRINK), weight
     if moments.inverse is None:
         return rtn(weight, scheme, settings.dtype), weight
-    target = matched(weight, moments, settings.drift)
+    target = weight if moments.drift is None else matched(weight, moments.drift, settings.drift)
     start = gptq(target, moments.inverse, scheme, settings.dtype, SHRINK)
     return descend(target, start, moments.inverse.hessian, settings.dtype, settings.sweeps), target

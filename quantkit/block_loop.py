@@ -1,0 +1,214 @@
+"""The loop over blocks: quantize one, write it, go on from there after a kill.
+
+One block is in memory at a time. A block's step ends with a line in the journal, so a killed run goes on after the last
+finished block; equal recipe and source give equal bytes, interrupted or not.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.block_job import BlockJob
+from quantkit.calibrate import MICRO_BATCH_TOKENS, Stream, Walk
+from quantkit.checkpoint.activations import Activations
+from quantkit.checkpoint.files import write_tensors
+from quantkit.checkpoint.writer import Workspace
+from quantkit.errors import FormatError, ResourceError
+from quantkit.fold import Written
+from quantkit.formats import FORMATS
+from quantkit.head import quantize_head
+from quantkit.prepare import Prepared
+from quantkit.report import MatrixReport
+
+
+class Progress(Protocol):
+    """What a run tells whoever watches."""
+
+    def matrix(self, report: MatrixReport) -> None:
+        """A matrix was quantized."""
+
+    def block(self, done: int, total: int) -> None:
+        """Blocks that are written, of all."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the calibration activations are kept.
+
+    Attributes:
+        in_memory: hidden states between blocks in RAM, otherwise in a memory-mapped file.
+        hold: micro-batches pause inside a block, otherwise they run again for each group.
+    """
+
+    in_memory: bool
+    hold: bool
+
+    def less(self) -> "Memory | None":
+        """The next way that takes less memory and gives the same result; None when there is none."""
+        if self.hold:
+            return replace(self, hold=False)
+        return replace(self, in_memory=False) if self.in_memory else None
+
+
+def quantize_blocks(job: Prepared, workspace: Workspace, memory: Memory, progress: Progress) -> list[MatrixReport]:
+    """Quantize every block into `workspace`, going on after its last finished one. Returns all matrices' reports.
+
+    Raises:
+        QuantkitError: the source is damaged, numbers overflow, or memory or disk ran out.
+    """
+    model = job.model
+    with torch.no_grad():
+        if not workspace.finished:
+            _begin(job, workspace, memory)
+        for entry in workspace.finished[1:]:
+            for report in entry["matrices"]:
+                progress.matrix(MatrixReport(**report))
+        for index in range(len(workspace.finished) - 1, model.count):
+            progress.block(index, model.count)
+            memory = _attempt(job, workspace, memory, index, progress)
+        if job.plan["lm_head"] is not None and len(workspace.finished) == model.count + 1:
+            _head_step(job, workspace, memory, progress)
+        progress.block(model.count, model.count)
+    return [MatrixReport(**report) for entry in workspace.finished for report in entry["matrices"]]
+
+
+def _begin(job: Prepared, workspace: Workspace, memory: Memory) -> None:
+    """Step 0: everything outside the blocks, and the hidden states that enter the first one."""
+    write_tensors(workspace.folder / "outside.safetensors", job.checkpoint.read(job.outside))
+    if job.tokens is not None:
+        states = Activations.reserve(workspace.folder / _state(0), *_boundary(job), in_memory=memory.in_memory)
+        streams = _batches(job, states)
+        for index, rows in enumerate(job.token_batches()):
+            hidden, _ = job.model.embed(rows)
+            for stream in streams:
+                if index < len(stream):
+                    stream[index].copy_(hidden)
+        states.save()
+    _commit(job, workspace, 0, "outside.safetensors", [])
+
+
+def _commit(job: Prepared, workspace: Workspace, index: int, shard: str, reports: list[MatrixReport]) -> None:
+    """The step before block `index` is finished."""
+    state = {} if job.tokens is None else {"state": _state(index)}
+    workspace.commit({"shard": shard, "matrices": [asdict(report) for report in reports]} | state)
+
+
+def _state(index: int) -> str:
+    """File name of the activations that enter block `index`."""
+    return f"activations-{index:05}.bin"
+
+
+def _boundary(job: Prepared) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a boundary's activations."""
+    assert job.tokens is not None
+    return (sum(job.stream_rows), job.tokens.shape[1], job.model.config.hidden_size), job.model.dtype
+
+
+def _batches(job: Prepared, states: Activations) -> list[list[Tensor]]:
+    """Every stream's micro-batches, as views of the boundary's rows."""
+    return [list(rows.split(job.rows_per_batch)) for rows in states.tensor.split(job.stream_rows)]
+
+
+def _attempt(job: Prepared, workspace: Workspace, memory: Memory, index: int, progress: Progress) -> Memory:
+    """One block; when memory runs out, again with less held. Returns what worked."""
+    while True:
+        try:
+            _step(job, workspace, memory, index, progress)
+            return memory
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            less = memory.less()
+            if less is None:
+                raise ResourceError(
+                    f"{job.model.device} memory ran out in block {index}, even with micro-batches of {MICRO_BATCH_TOKENS} "
+                    "tokens one at a time; free some or use another --device, and run the same command again (finished "
+                    "blocks are kept), or lower --seq-len and pass --overwrite"
+                ) from error
+            memory = less
+        progress.note(f"out of memory in block {index}: trying again with less held at a time")
+
+
+def _step(job: Prepared, workspace: Workspace, memory: Memory, index: int, progress: Progress) -> None:
+    """Quantize, write and commit one block."""
+    model, prefix = job.model, job.model.prefix(index)
+    reports: list[MatrixReport] = []
+
+    def announce(report: MatrixReport) -> None:
+        reports.append(report)
+        progress.matrix(report)
+
+    with model.block(index) as block:
+        task = BlockJob(block, prefix, job.schemes_of(index), model.config, job.settings, announce)
+        kept = [name for name in job.checkpoint.under(prefix) if job.plan.get(name.removesuffix(".weight")) is None]
+        task.written.plain |= {name.removeprefix(prefix): t for name, t in job.checkpoint.read(kept).items()}
+        groups = task.active(model.family.groups)
+        if job.tokens is None:
+            task.run(groups, None, [])
+        else:
+            states = Activations.load(workspace.folder / _state(index), *_boundary(job), in_memory=memory.in_memory)
+            streams = [Stream(batches) for batches in _batches(job, states)]
+            kwargs = job.block_kwargs(index)
+            with Walk(block, groups, streams, kwargs, hold=memory.hold) as walk:
+                task.run(groups, walk, streams)
+                following = states.following(workspace.folder / _state(index + 1))
+                targets = _batches(job, following)
+                for number, outputs in enumerate(walk.outputs()):
+                    for target, output in zip(targets, outputs, strict=False):
+                        target[number].copy_(output)
+            following.save()
+        shard = f"block-{index:05}.safetensors"
+        write_tensors(workspace.folder / shard, _encode(job, prefix, task.written))
+    _commit(job, workspace, index + 1, shard, reports)
+    (workspace.folder / _state(index)).unlink(missing_ok=True)
+
+
+def _head_step(job: Prepared, workspace: Workspace, memory: Memory, progress: Progress) -> None:
+    """Quantize, write and commit the output head."""
+    streams = []
+    if job.tokens is not None:
+        path = workspace.folder / _state(job.model.count)
+        streams = _batches(job, Activations.load(path, *_boundary(job), in_memory=memory.in_memory))
+    weight, report = quantize_head(job, streams)
+    progress.matrix(report)
+    write_tensors(workspace.folder / "head.safetensors", _encode(job, "", Written({"lm_head": weight}, {})))
+    workspace.commit({"shard": "head.safetensors", "matrices": [asdict(report)]})
+
+
+def _encode(job: Prepared, prefix: str, written: Written) -> dict[str, Tensor]:
+    """The block's tensors under their final names.
+
+    Raises:
+        FormatError: the format cannot hold a matrix's scales.
+    """
+    form = FORMATS[job.recipe.format]
+    tensors = {prefix + name: tensor for name, tensor in written.plain.items()}
+    for name, weight in written.quantized.items():
+        try:
+            encoded = form.encode(weight, job.model.dtype)
+        except FormatError as error:
+            raise FormatError(f"{prefix}{name}: {error}") from None
+        tensors |= {f"{prefix}{name}.{suffix}": tensor.cpu() for suffix, tensor in encoded.items()}
+    return tensors
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or device memory ran out; torch's CPU allocator says so only in words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "ALLOC_FAILED"))
+
+
+def memory_plan(job: Prepared, limit: int) -> Memory:
+    """What fits into `limit` bytes of host memory (and, on a GPU, into half of what is free there)."""
+    if job.tokens is None:
+        return Memory(in_memory=True, hold=True)
+    states, paused = job.activation_bytes()
+    if job.model.device.type == "cuda":
+        return Memory(states <= limit, paused <= torch.cuda.mem_get_info(job.model.device)[0] // 2)
+    return Memory(in_memory=states <= limit, hold=states + paused <= limit)

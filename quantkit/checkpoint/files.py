@@ -1,0 +1,59 @@
+"""Write single files so that each is complete and flushed, or not there at all."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantkit.errors import ArtifactError, ResourceError
+
+Json = dict[str, Any]
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or an unwritable path into one clear line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        if full:
+            raise ResourceError(
+                f"{path}: the disk is full; free some space and run the same command again, finished blocks are kept"
+            ) from None
+        raise ArtifactError(f"{path}: cannot be written ({error})") from None
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, complete and flushed, or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata={"format": "pt"})
+        sync(scratch)
+        scratch.replace(path)
+        sync(path.parent)
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write indented JSON, complete and flushed, or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        sync(scratch)
+        scratch.replace(path)

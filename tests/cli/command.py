@@ -1,0 +1,123 @@
+"""The command line as the tests run it: in this process, or in one of its own that can be killed.
+
+Processes are forked from a server that has everything imported, so each costs a fraction of a second. A test gives such a
+process a fault: a callable that runs in it before the command does.
+"""
+
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from quantkit.cli import main
+
+#: Calibration that is just large enough for several micro-batches in both streams.
+FAST = ("--samples", "80", "--seq-len", "64")
+
+_PATIENCE = 120.0
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["pytest", "quantkit.cli", "transformers.models.llama.modeling_llama"])
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended: exit status and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def quantkit(*arguments: object, terminal: bool = False) -> Done:
+    """Run `quantkit ARGUMENTS` in this process, on a terminal or not."""
+    stream, argv = _Terminal if terminal else io.StringIO, sys.argv
+    out, err = stream(), stream()
+    sys.argv = ["quantkit", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        return Done(int(end.code or 0), out.getvalue(), err.getvalue())
+    finally:
+        sys.argv = argv
+    raise AssertionError("main returned")
+
+
+def refused(*arguments: object) -> str:
+    """The one line with which `quantkit ARGUMENTS` is refused."""
+    done = quantkit(*arguments)
+    assert done.status == 2, done
+    assert done.out == ""
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def start(log: Path, *arguments: object, fault: Callable[[], None] | None = None) -> multiprocessing.Process:
+    """Start `quantkit ARGUMENTS` in a process of its own, whose output goes to `log`."""
+    process = _SERVER.Process(target=_run, args=(log, tuple(map(str, arguments)), fault), daemon=True)
+    process.start()
+    return process
+
+
+def ended(process: multiprocessing.Process) -> int:
+    """The exit status of a process, negative if a signal ended it."""
+    process.join(_PATIENCE)
+    assert process.exitcode is not None, "the command hangs"
+    return process.exitcode
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Come back when `condition` holds."""
+    end = time.monotonic() + _PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def signal_at_change(folder: Path, number: int, what: signal.Signals = signal.SIGKILL, *, of: str = "") -> Callable[[], None]:
+    """A fault: a signal just before the `number`th change of the file system below `folder`.
+
+    With `of`, the `number`th renaming of something to that name.
+    """
+    return partial(_signal_at_change, str(folder), number, what, of)
+
+
+def _signal_at_change(folder: str, number: int, what: signal.Signals, of: str) -> None:
+    seen = 0
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        nonlocal seen
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        changes |= event == "open" and isinstance(args[2], int) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+        if of:
+            changes = event == "os.rename" and str(args[1]).endswith(of)
+        if changes and str(args[0]).startswith(folder):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), what)
+
+    sys.addaudithook(hook)
+
+
+def _run(log: Path, arguments: tuple[str, ...], fault: Callable[[], None] | None) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.argv = ["quantkit", *arguments]
+    if fault is not None:
+        fault()
+    main()

@@ -1,0 +1,94 @@
+"""`quantkit eval`: gates for CI, and what is shown."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cli.command import quantkit, refused
+
+SIZES = ("--windows", 3, "--seq-len", 64)
+
+
+@pytest.fixture(scope="module")
+def two_bits(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rounded to 2 bits: far from the original."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    assert quantkit("quantize", llama, "-o", out, "--method", "rtn", "--bits", 2, "-q").status == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def worse(llama: Path, two_bits: Path) -> tuple[Path, Path]:
+    """Two models, first the one of higher perplexity, which for a random model may be the original."""
+
+    def perplexity(model: Path) -> float:
+        report = json.loads(quantkit("eval", model, *SIZES, "--json", "-").out)
+        return float(report["model"]["metrics"]["perplexity"])
+
+    first, second = sorted((llama, two_bits), key=perplexity, reverse=True)
+    return first, second
+
+
+@pytest.mark.parametrize("gate", [("--max-kl", 1e-6), ("--max-ppl-increase", "0.0001%"), ("--max-kl", 0)])
+def test_failed_gate(worse: tuple[Path, Path], gate: tuple[object, ...]) -> None:
+    done = quantkit("eval", worse[0], "--baseline", worse[1], *SIZES, *gate, "--json", "-")
+    (failure,) = json.loads(done.out)["failed_gates"]
+    assert done.status == 1
+    assert f"gate failed: {failure}" in done.err
+    assert "allowed is" in failure
+
+
+def test_both_gates_fail(worse: tuple[Path, Path]) -> None:
+    done = quantkit("eval", worse[0], "--baseline", worse[1], *SIZES, "--max-kl", 0, "--max-ppl-increase", 0, "-q")
+    assert done.status == 1
+    assert [line.split(":")[0] for line in done.err.splitlines()] == ["gate failed", "gate failed"]
+
+
+@pytest.mark.parametrize("gate", [("--max-kl", 99), ("--max-ppl-increase", "99999%"), ("--max-ppl-increase", "999"), ()])
+def test_passed_gate(worse: tuple[Path, Path], gate: tuple[object, ...]) -> None:
+    done = quantkit("eval", worse[0], "--baseline", worse[1], *SIZES, *gate, "-q")
+    assert (done.status, done.out, done.err) == (0, "", "")
+
+
+def test_a_model_is_no_worse_than_itself(llama: Path) -> None:
+    gates = ("--max-kl", "1e-6", "--max-ppl-increase", "0")
+    assert quantkit("eval", llama, "--baseline", llama, *SIZES, *gates, "-q").status == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--max-kl", 1), "name it with --baseline"),
+        (("--max-ppl-increase", "2%"), "name it with --baseline"),
+        (("--max-ppl-increase", "two"), "--max-ppl-increase two: not a number"),
+        (("--max-ppl-increase", "-1%"), "must not be negative"),
+        (("--max-ppl-increase", "nan"), "--max-ppl-increase nan"),
+        (("--text", "nowhere.txt"), "nowhere.txt"),
+        (("--windows", 10**9), "lower --samples, --windows"),
+        (("--baseline", "nowhere"), "nowhere: no such folder"),
+        (("--device", "tpu"), "--device tpu"),
+    ],
+)
+def test_bad_options(llama: Path, options: tuple[object, ...], words: str) -> None:
+    assert words in refused("eval", llama, *SIZES, *options)
+
+
+def test_shows_what_json_holds(llama: Path, two_bits: Path) -> None:
+    done = quantkit("eval", two_bits, "--baseline", llama, *SIZES, "--json", "-")
+    report = json.loads(done.out)
+    metrics = report["model"]["metrics"]
+    for value in (f"{metrics['perplexity']:.3f}", f"{metrics['kl_mean']:.4f}", f"{report['ppl_increase']:+.2%}"):
+        assert value in done.err
+    assert report["model"]["bits_per_weight"] < report["baseline"]["bits_per_weight"] == 32
+    assert report["model"]["size_bytes"] < report["baseline"]["size_bytes"]
+
+
+def test_without_a_baseline_nothing_is_compared(two_bits: Path) -> None:
+    report = json.loads(quantkit("eval", two_bits, *SIZES, "--json", "-").out)
+    assert report["baseline"] is report["ppl_increase"] is report["model"]["metrics"]["kl_mean"] is None
+
+
+def test_a_bar_on_a_terminal(llama: Path) -> None:
+    done = quantkit("eval", llama, *SIZES, terminal=True)
+    assert "3/3" in done.err
+    assert "perplexity" in done.out

@@ -1,0 +1,181 @@
+"""What each method is made of, the drift that GPTQ makes up for, and the fall-back that is said so."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from quantkit.architecture import Fold, Group
+from quantkit.block_job import BlockJob
+from quantkit.calibrate import Stream, Walk
+from quantkit.errors import NumericsError
+from quantkit.methods import solve as solve_module
+from quantkit.methods.gptq import factorise
+from quantkit.methods.grid import Scheme
+from quantkit.methods.hessian import Hessian
+from quantkit.methods.rtn import rtn
+from quantkit.methods.solve import Moments, Settings, matched, prepare, solve
+from quantkit.report import MatrixReport
+
+METHODS = ["rtn", "awq", "gptq", "awq+gptq"]
+SETTINGS = Settings("gptq", act_order=True, damping=0.01, drift=0.5, sweeps=1, dtype=torch.bfloat16)
+INDEFINITE = torch.eye(32) - 2 * torch.ones(32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_every_answer_can_be_stored(scheme: Scheme, method: str, dtype: torch.dtype) -> None:
+    settings = replace(SETTINGS, method=method, dtype=dtype)
+    weight = weights(6, 96)
+    quantized, target = solve(weight, prepare(second_moment(activations(96)), None, settings), scheme, settings)
+    assert_sound(quantized, 6, 96, dtype)
+    assert torch.equal(target, weight)
+    assert quantized.scheme == scheme
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_each_method_loses_less_than_the_one_before(scheme: Scheme) -> None:
+    hessian, weight = second_moment(activations(96)), weights(32, 96)
+    losses = []
+    for settings in (replace(SETTINGS, method=method) for method in ("rtn", "awq", "gptq")):
+        losses.append(loss(weight, solve(weight, prepare(hessian, None, settings), scheme, settings)[0], hessian))
+    # Clipping looks at a group alone, so over the whole matrix it may lose a little; absorbing the error never does.
+    assert losses[1] < 1.1 * losses[0]
+    assert losses[2] < 0.8 * min(losses[:2])
+
+
+def test_without_inputs_there_is_only_rounding() -> None:
+    weight, scheme = weights(6, 96), Scheme(4, 32, True)
+    for method in METHODS:
+        quantized, _ = solve(weight, None, scheme, replace(SETTINGS, method=method))
+        assert torch.equal(quantized.codes, rtn(weight, scheme, torch.bfloat16).codes)
+
+
+def _paired(tokens: int = 300) -> tuple[Tensor, Tensor, Hessian]:
+    """Inputs, what they were in the original model, and their moments; as many tokens again walk alone."""
+    reference = activations(48, tokens)
+    x = reference + 0.1 * activations(48, tokens, seed=5)
+    sums = Hessian(48, torch.device("cpu"))
+    sums.add(x, reference)
+    sums.add(activations(48, tokens, seed=9))
+    return x, reference, sums
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_matched_solves_the_least_squares_problem(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A visible ridge, so that the test would see it missing or applied to W* instead of to the change W* - W.
+    monkeypatch.setattr(solve_module, "RIDGE", 0.1)
+    x, reference, sums = _paired()
+    weight, drift = weights(7, 48).double(), sums.drift()
+    assert drift is not None
+    # min over C of ||X C^T - (X_ref - X) W^T||^2 + T * ridge * ||C||^2, as one ordinary least-squares problem.
+    ridge = 0.1 * float(x.double().square().mean(0).mean()) * len(x)
+    system = torch.cat([x.double(), ridge**0.5 * torch.eye(48, dtype=torch.float64)])
+    wanted = torch.cat([(reference - x).double() @ weight.T, torch.zeros(48, 7, dtype=torch.float64)])
+    change = torch.linalg.lstsq(system, wanted).solution.T
+    # The ridge bounds the condition number near 1e3; float32 moments then give the solution to about 1e-4 of its size.
+    found = matched(weight.float(), drift, strength).double() - weight
+    torch.testing.assert_close(found, strength * change, rtol=0, atol=2e-4 * float(change.abs().max()))
+
+
+def test_matching_brings_the_outputs_back() -> None:
+    x, reference, sums = _paired()
+    weight, drift = weights(7, 48), sums.drift()
+    assert drift is not None
+    wanted = reference @ weight.T
+    before = float((x @ weight.T - wanted).square().sum())
+    assert float((x @ matched(weight, drift, 1.0).T - wanted).square().sum()) < 0.9 * before
+    assert torch.equal(matched(weight, drift, 0.0), weight)
+
+
+def test_gptq_aims_at_the_matched_weight() -> None:
+    _, _, sums = _paired()
+    weight, scheme = weights(7, 48), Scheme(4, 16, True)
+    moments = prepare(sums.mean(), sums.drift(), SETTINGS)
+    assert moments.drift is not None
+    quantized, target = solve(weight, moments, scheme, SETTINGS)
+    assert torch.equal(target, matched(weight, moments.drift, SETTINGS.drift))
+    assert loss(target, quantized, moments.hessian) < loss(weight, quantized, moments.hessian)
+
+
+def test_a_hopeless_hessian_falls_back_to_rounding() -> None:
+    weight, scheme = weights(6, 32), Scheme(4, 16, False)
+    assert factorise(INDEFINITE, 0.01, act_order=True) is None
+    moments = prepare(INDEFINITE, None, SETTINGS)
+    assert moments.inverse is None
+    quantized, target = solve(weight, moments, scheme, SETTINGS)
+    assert torch.equal(quantized.dequantize(), rtn(weight, scheme, torch.bfloat16).dequantize())
+    assert torch.equal(target, weight)
+
+
+class _Block(nn.Module):
+    """A norm and two matrices that read its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.RMSNorm(32), nn.Linear(32, 8, bias=False), nn.Linear(32, 24, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = self.norm(hidden)
+        return hidden + torch.cat([self.first(normed), self.second(normed)], -1)
+
+
+GROUPS = (Group(("first", "second"), Fold("norm")),)
+
+
+def _run_job(method: str, hidden: Tensor) -> tuple[BlockJob, list[MatrixReport]]:
+    torch.manual_seed(0)
+    reports: list[MatrixReport] = []
+    schemes = {"first": Scheme(4, 16, True), "second": Scheme(3, 16, True)}
+    settings = replace(SETTINGS, method=method, drift=0.0)
+    block = _Block()
+    job = BlockJob(block, "layers.0.", schemes, PreTrainedConfig(), settings, reports.append)
+    job.written.plain["norm.weight"] = block.norm.weight.detach()
+    streams = [Stream([hidden])]
+    with torch.no_grad(), Walk(block, GROUPS, streams, lambda _rows: {}, hold=True) as walk:
+        job.run(GROUPS, walk, streams)
+        list(walk.outputs())
+    return job, reports
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_the_job_reports_its_fall_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hessian, "mean", lambda _self: INDEFINITE)
+    job, reports = _run_job(method, torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)))
+    assert [report.name for report in reports] == ["layers.0.first", "layers.0.second"]
+    for report in reports:
+        assert report.method == "rtn"
+        assert "fell back to rtn" in report.note
+        assert report.damping is None
+    assert set(job.written.quantized) == {"first", "second"}
+
+
+def test_the_job_reports_what_it_did() -> None:
+    hidden = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 5, 32)
+    for method in ("awq", "gptq", "awq+gptq"):
+        _, reports = _run_job(method, hidden)
+        assert [(report.method, report.note) for report in reports] == [(method, "")] * 2
+        assert [report.scheme for report in reports] == ["4-bit g16 sym", "3-bit g16 sym"]
+        assert all((report.damping == 0.01) == ("gptq" in method) for report in reports)
+        assert all((report.scale_ratio is not None) == method.startswith("awq") for report in reports)
+        assert all(0 < report.output_error < 0.1 for report in reports)
+        assert all(0 < report.saturation < 1 for report in reports)
+        # A bit more is worth about 6 dB; the two differ by one bit and by their weights.
+        assert reports[0].snr_db > reports[1].snr_db + 3
+
+
+def test_an_input_that_is_not_finite_is_named() -> None:
+    hidden = torch.ones(1, 16, 32)
+    hidden[0, 3, 7] = torch.inf
+    with pytest.raises(NumericsError, match=r"layers\.0\.first: its calibration inputs hold NaN or Inf"):
+        _run_job("gptq", hidden)
+
+
+def test_moments_hold_no_factor_that_nobody_needs() -> None:
+    for method in ("rtn", "awq"):
+        assert isinstance(moments := prepare(torch.eye(4), None, replace(SETTINGS, method=method)), Moments)
+        assert moments.inverse is None

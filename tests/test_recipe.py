@@ -1,0 +1,144 @@
+"""Recipes: what ships, what is laid over it, and which scheme a matrix gets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkit.errors import RecipeError
+from quantkit.methods.grid import Scheme
+from quantkit.recipe import Recipe, Rule, builtin_recipes, load_recipe, recorded_threads, resolved_json
+
+PATH = "model.layers.3.mlp.down_proj"
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_what_ships_is_valid_and_described(name: str) -> None:
+    assert load_recipe(name, {}) != Recipe() or name == "gptq-w4"
+    assert "description: " in builtin_recipes()[name]
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_resolved_recipe_reproduces_itself(tmp_path: Path, name: str, suffix: str) -> None:
+    recipe = load_recipe(name, {"seed": 3, "calibration": {"samples": 5}})
+    resolved = resolved_json(recipe)
+    path = tmp_path / f"quantkit.{suffix}"
+    path.write_text(json.dumps({"recipe": resolved} if suffix == "json" else resolved))
+    assert load_recipe(str(path), {}) == recipe
+
+
+def test_small_numbers_survive(tmp_path: Path) -> None:
+    """YAML reads 1e-05 as text."""
+    path = tmp_path / "quantkit.json"
+    path.write_text(json.dumps({"recipe": resolved_json(Recipe(damping=1e-05))}))
+    assert load_recipe(str(path), {}).damping == 1e-05
+
+
+@pytest.mark.parametrize(
+    ("report", "threads"),
+    [
+        ({"versions": {"threads": "3"}}, 3),
+        ({"versions": {"threads": "0"}}, None),
+        ({"versions": {"threads": "99999999"}}, None),
+        ({"versions": {"threads": [3]}}, None),
+        ({"versions": {}}, None),
+        ({"versions": []}, None),
+        ({}, None),
+    ],
+)
+def test_threads_of_a_report(tmp_path: Path, report: dict[str, Any], threads: int | None) -> None:
+    (tmp_path / "quantkit.json").write_text(json.dumps(report))
+    assert recorded_threads(str(tmp_path / "quantkit.json")) == threads
+
+
+def test_other_recipes_record_no_threads() -> None:
+    assert recorded_threads("gptq-w4") is None
+
+
+def test_overrides_replace_fields_and_complete_the_calibration() -> None:
+    recipe = load_recipe("gptq-w3", {"bits": 8, "calibration": {"seq_len": 99}})
+    assert (recipe.bits, recipe.symmetric, recipe.calibration.seq_len, recipe.calibration.samples) == (8, False, 99, 128)
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ([], Scheme(4, 64, True)),
+        ([{"match": "down_proj", "bits": 8}], Scheme(8, 64, True)),
+        ([{"match": "down_proj", "group_size": -1, "symmetric": False}], Scheme(4, -1, False)),
+        ([{"match": "down_proj", "skip": True}], None),
+        ([{"match": "^down_proj", "skip": True}], Scheme(4, 64, True)),
+        ([{"match": r"layers\.3\.", "bits": 2}, {"match": "down_proj", "skip": True}], Scheme(2, 64, True)),
+        ([{"match": r"layers\.4\.", "bits": 2}, {"match": "down_proj", "skip": True}], None),
+    ],
+)
+def test_first_matching_rule_decides(rules: list[dict[str, Any]], expected: Scheme | None) -> None:
+    recipe = Recipe(bits=4, group_size=64, symmetric=True, rules=tuple(Rule.model_validate(rule) for rule in rules))
+    assert recipe.scheme(PATH) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("method", "best", "method"),
+        ("bits", 5, "2, 3, 4 or 8"),
+        ("group_size", 12, "not a multiple of 8"),
+        ("group_size", 0, "not a multiple of 8"),
+        ("group_size", -2, "not a multiple of 8"),
+        ("damping", 0, "damping"),
+        ("sweeps", 21, "sweeps"),
+        ("format", "gguf", "format"),
+        ("rules", [{"match": "["}], "rules.0.match: Value error, not a regular expression"),
+        ("rules", [{"bits": 4}], "rules.0.match: Field required"),
+        ("bit", 4, "bit: Extra inputs"),
+        ("calibration", {"sample": 4}, "calibration.sample: Extra inputs"),
+        ("calibration", {"seq_len": 15}, "calibration.seq_len"),
+    ],
+)
+def test_wrong_field_is_named(tmp_path: Path, field: str, value: Any, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({field: value}))
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(path), {})
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("recipe.yaml", "a: b: c", "cannot be read as YAML"),
+        ("quantkit.json", "{", "cannot be read as JSON"),
+        ("quantkit.json", "{}", "holds no recipe"),
+        ("quantkit.json", '{"recipe": []}', "holds no recipe"),
+        ("recipe.yaml", "[]", "holds no recipe"),
+    ],
+)
+def test_unreadable_file_is_named(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=f"{name}.*{words}"):
+        load_recipe(str(tmp_path / name), {})
+
+
+@pytest.mark.parametrize("name", ["nothing", ".", "gptq-w5"])
+def test_unknown_recipe_lists_those_that_ship(name: str) -> None:
+    with pytest.raises(RecipeError, match="neither a file nor one of: awq"):
+        load_recipe(name, {})
+
+
+@given(
+    recipe=st.builds(
+        Recipe,
+        bits=st.sampled_from([2, 3, 4, 8]),
+        group_size=st.sampled_from(["auto", -1, 8, 128]),
+        damping=st.floats(0, 1, exclude_min=True),
+        drift=st.floats(0, 1),
+        seed=st.none() | st.integers(0, 2**63 - 1),
+    )
+)
+def test_json_keeps_every_field(recipe: Recipe) -> None:
+    assert Recipe.model_validate(json.loads(json.dumps(resolved_json(recipe)))) == recipe
