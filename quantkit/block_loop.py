@@ -21,6 +21,7 @@ from quantkit.formats import FORMATS
 from quantkit.head import quantize_head
 from quantkit.prepare import Prepared
 from quantkit.report import MatrixReport
+from quantkit.usage import trim_memory
 
 
 class Progress(Protocol):
@@ -68,9 +69,12 @@ def quantize_blocks(job: Prepared, workspace: Workspace, memory: Memory, progres
         for entry in workspace.finished[1:]:
             for report in entry["matrices"]:
                 progress.matrix(MatrixReport(**report))
-        for index in range(len(workspace.finished) - 1, model.count):
-            progress.block(index, model.count)
-            memory = _attempt(job, workspace, memory, index, progress)
+        _ = job.recorded_kwargs
+        with model.blocks_only():
+            for index in range(len(workspace.finished) - 1, model.count):
+                progress.block(index, model.count)
+                memory = _attempt(job, workspace, memory, index, progress)
+                trim_memory()
         if job.plan["lm_head"] is not None and len(workspace.finished) == model.count + 1:
             _head_step(job, workspace, memory, progress)
         progress.block(model.count, model.count)

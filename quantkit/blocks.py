@@ -45,9 +45,23 @@ class BlockModel:
         self._model = _skeleton(self.config, self.family, dtype)
         self.count = len(self._blocks)
         self._realise_buffers(self._model)
-        outside = [name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks)]
-        self._load(self._model, "", outside)
+        self._outside = [name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks)]
+        self._load_outside()
+
+    def _load_outside(self) -> None:
+        self._load(self._model, "", self._outside)
         self._model.tie_weights()
+
+    @contextmanager
+    def blocks_only(self) -> Iterator[None]:
+        """While in this context embeddings, final norm and head are not in memory: only `block` can be called."""
+        empty = {name: p.detach().to("meta") for name, p in self._model.named_parameters() if name in self._outside}
+        self._model.load_state_dict(empty, strict=False, assign=True)
+        self._model.tie_weights()
+        try:
+            yield
+        finally:
+            self._load_outside()
 
     @property
     def _blocks(self) -> nn.ModuleList:

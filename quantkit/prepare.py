@@ -88,17 +88,15 @@ class Prepared:
 
     def block_kwargs(self, index: int) -> Callable[[int], dict[str, Any]]:
         """Keyword arguments of block `index` for a batch of that many rows; rows are full, so only their number matters."""
-        return lambda rows: self._kwargs_by_rows(rows)[index]
+        return lambda rows: self.recorded_kwargs[rows][index]
 
     @cached_property
-    def _recorded(self) -> dict[int, list[dict[str, Any]]]:
-        return {}
-
-    def _kwargs_by_rows(self, rows: int) -> list[dict[str, Any]]:
-        assert self.tokens is not None
-        if rows not in self._recorded:
-            self._recorded[rows] = self.model.embed(self.tokens[:rows])[1]
-        return self._recorded[rows]
+    def recorded_kwargs(self) -> dict[int, list[dict[str, Any]]]:
+        """Rows in a micro-batch -> every block's keyword arguments, for the sizes that occur. Needs the embeddings."""
+        if self.tokens is None:
+            return {}
+        sizes = {size for rows in self.stream_rows for size in (min(rows, self.rows_per_batch), rows % self.rows_per_batch)}
+        return {size: self.model.embed(self.tokens[:size])[1] for size in sizes if size}
 
     def activation_bytes(self) -> tuple[int, int]:
         """Bytes of the hidden states between blocks, and of what paused micro-batches hold at a group's matrices.

@@ -85,6 +85,16 @@ def test_rows_are_the_first_tokens_of_the_whole(
         assert rows_of(path, tokenizer, samples, 32).flatten().tolist() == ids[: samples * 32]
 
 
+def test_no_token_at_a_cut_is_used(tmp_path: Path, merging: PreTrainedTokenizerFast) -> None:
+    """Wherever the text is cut for tokenizing, the tokens before the margin are those of the whole."""
+    path = tmp_path / "text.txt"
+    path.write_text(("=" * 79 + "\n") * 1000)
+    ids = merging(path.read_text(), add_special_tokens=False)["input_ids"]
+    assert len(ids) < path.stat().st_size / 16
+    for wanted in range(16, 400):
+        assert rows_of(path, merging, 1, wanted).flatten().tolist() == ids[:wanted]
+
+
 def test_builtin_parts_share_no_text(plain: PreTrainedTokenizerFast) -> None:
     calibration = everything("builtin", plain)
     evaluation = everything("builtin", plain, evaluation=True)

@@ -20,6 +20,8 @@ from cli.command import FAST, ended, quantkit, refused, signal_at_change, start,
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from quantkit import quantize as job
+from quantkit.block_loop import Memory
 from quantkit.calibrate import Walk
 from quantkit.checkpoint import files
 from quantkit.checkpoint.activations import Activations
@@ -163,6 +165,12 @@ def test_goes_on_after_the_last_finished_block(source: Path, whole: Whole, tmp_p
     finished = len(journal(out)) - 1
     assert finish(source, out, "awq+gptq") == contents(whole("awq+gptq"))
     assert json.loads((out / "quantkit.json").read_text())["totals"]["resumed_blocks"] == finished >= lines - 1
+
+
+def test_what_an_unfinished_block_needs_is_still_there(source: Path, whole: Whole, interrupted: Path) -> None:
+    """Killed just before a line of the journal: only that block is done again."""
+    assert finish(source, interrupted, "gptq") == contents(whole("gptq"))
+    assert json.loads((interrupted / "quantkit.json").read_text())["totals"]["resumed_blocks"] == 3
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -394,6 +402,16 @@ def test_memory_may_differ_when_a_run_goes_on(source: Path, whole: Whole, tmp_pa
     assert finish(source, out, "gptq", "--max-memory", memory[1]) == contents(whole("gptq"))
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("hold", [True, False])
+def test_less_memory_comes_to_an_end_at_the_least(in_memory: bool, hold: bool) -> None:
+    ways = [Memory(in_memory, hold)]
+    while (less := ways[-1].less()) is not None:
+        ways.append(less)
+    assert ways[-1] == Memory(in_memory=False, hold=False)
+    assert len(ways) == 1 + in_memory + hold
+
+
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory"),
     MemoryError(),
@@ -477,6 +495,20 @@ def test_full_disk_anywhere_else(
             assert "disk is full" in refused(*command(source, out, "gptq", "--max-memory", memory))
         assert not out.exists()
     assert finish(source, out, "gptq") == contents(whole("gptq"))
+
+
+def test_out_that_appears_meanwhile_costs_no_finished_block(
+    source: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_metadata", lambda *_: out.mkdir())
+        patch.setattr(job, "Checkpoint", lambda _: None)
+        patch.setattr(job, "bits_per_weight", lambda _: 4.0)
+        assert "exists" in refused(*command(source, out, "rtn"))
+    assert len(journal(out)) == BLOCKS + 1
+    out.rmdir()
+    assert finish(source, out, "rtn") == contents(whole("rtn"))
 
 
 def test_interrupt_from_the_keyboard(source: Path, whole: Whole, tmp_path: Path) -> None:
