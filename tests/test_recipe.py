@@ -31,10 +31,10 @@ def test_resolved_recipe_reproduces_itself(tmp_path: Path, name: str, suffix: st
     assert load_recipe(str(path), {}) == recipe
 
 
-def test_small_numbers_survive(tmp_path: Path) -> None:
-    """YAML reads 1e-05 as text."""
+def test_json_is_read_as_json(tmp_path: Path) -> None:
+    """YAML takes no tabs, and 1e-05 for a text."""
     path = tmp_path / "quantkit.json"
-    path.write_text(json.dumps({"recipe": resolved_json(Recipe(damping=1e-05))}))
+    path.write_text(json.dumps({"recipe": resolved_json(Recipe(damping=1e-05))}, indent="\t"))
     assert load_recipe(str(path), {}).damping == 1e-05
 
 
