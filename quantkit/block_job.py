@@ -86,13 +86,15 @@ class BlockJob:
         sums = Hessian(columns, next(self.block.parameters()).device)
         for inputs in walk.inputs(number):
             sums.add(*inputs)
-        hessian = sums.mean()
-        if not math.isfinite(float(hessian.diagonal().sum())):
+        hessian, drift = sums.mean(), sums.drift()
+        # A NaN or Inf in either stream reaches these sums.
+        strayed = 0.0 if drift is None else float(drift.cross.sum())
+        if not math.isfinite(float(hessian.diagonal().sum()) + strayed):
             raise NumericsError(
                 f"{self.prefix}{walk.groups[number].names[0]}: its calibration inputs hold NaN or Inf; the model overflows "
                 "in its own dtype, or the checkpoint is damaged"
             )
-        return hessian, sums.drift()
+        return hessian, drift
 
     def _scale(
         self, walk: Walk, number: int, weights: dict[str, Tensor], hessian: Tensor, drift: Drift | None
