@@ -69,12 +69,12 @@ def quantize_blocks(job: Prepared, workspace: Workspace, memory: Memory, progres
         for entry in workspace.finished[1:]:
             for report in entry["matrices"]:
                 progress.matrix(MatrixReport(**report))
-        _ = job.recorded_kwargs
-        with model.blocks_only():
-            for index in range(len(workspace.finished) - 1, model.count):
-                progress.block(index, model.count)
-                memory = _attempt(job, workspace, memory, index, progress)
-                trim_memory()
+        _ = job.recorded_kwargs  # needs the embeddings
+        model.release_outside()
+        for index in range(len(workspace.finished) - 1, model.count):
+            progress.block(index, model.count)
+            memory = _attempt(job, workspace, memory, index, progress)
+            trim_memory()
         if job.plan["lm_head"] is not None and len(workspace.finished) == model.count + 1:
             _head_step(job, workspace, memory, progress)
         progress.block(model.count, model.count)
@@ -174,6 +174,7 @@ def _step(job: Prepared, workspace: Workspace, memory: Memory, index: int, progr
 
 def _head_step(job: Prepared, workspace: Workspace, memory: Memory, progress: Progress) -> None:
     """Quantize, write and commit the output head."""
+    job.model.load_outside()
     streams = []
     if job.tokens is not None:
         path = workspace.folder / _state(job.model.count)

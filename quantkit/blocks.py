@@ -46,22 +46,18 @@ class BlockModel:
         self.count = len(self._blocks)
         self._realise_buffers(self._model)
         self._outside = [name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks)]
-        self._load_outside()
+        self.load_outside()
 
-    def _load_outside(self) -> None:
+    def load_outside(self) -> None:
+        """Read embeddings, final norm and head."""
         self._load(self._model, "", self._outside)
         self._model.tie_weights()
 
-    @contextmanager
-    def blocks_only(self) -> Iterator[None]:
-        """While in this context embeddings, final norm and head are not in memory: only `block` can be called."""
+    def release_outside(self) -> None:
+        """Give the memory of embeddings, final norm and head back: until `load_outside` only `block` can be called."""
         empty = {name: p.detach().to("meta") for name, p in self._model.named_parameters() if name in self._outside}
         self._model.load_state_dict(empty, strict=False, assign=True)
         self._model.tie_weights()
-        try:
-            yield
-        finally:
-            self._load_outside()
 
     @property
     def _blocks(self) -> nn.ModuleList:

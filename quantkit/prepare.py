@@ -158,7 +158,7 @@ def prepare_run(folder: Path, recipe: Recipe, device: torch.device) -> Prepared:
     model = BlockModel(checkpoint, checkpoint.read, storage_dtype(checkpoint), device)
     check_tensors(checkpoint, model)
     recipe = _with_group_size(recipe, model)
-    plan = _plan(recipe, model, checkpoint)
+    plan = _plan(recipe, model)
     tokens = None
     if recipe.calibrates:
         rows = calibration_rows(recipe.calibration, recipe.seed, load_tokenizer(checkpoint))
@@ -195,7 +195,7 @@ def _with_group_size(recipe: Recipe, model: BlockModel) -> Recipe:
     return recipe.model_copy(update={"group_size": size, "rules": rules})
 
 
-def _plan(recipe: Recipe, model: BlockModel, checkpoint: Checkpoint) -> dict[str, Scheme | None]:
+def _plan(recipe: Recipe, model: BlockModel) -> dict[str, Scheme | None]:
     """Every matrix's scheme, checked against the format.
 
     Raises:
