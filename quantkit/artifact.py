@@ -12,7 +12,7 @@ from torch import Tensor
 from quantkit.checkpoint.files import disk_errors, write_json
 from quantkit.checkpoint.reader import Checkpoint, shown
 from quantkit.errors import FormatError
-from quantkit.formats import FORMATS, Format, Plan, format_of
+from quantkit.formats import FORMATS, Format, Plan, format_of, sort_groups
 from quantkit.methods.grid import QuantizedWeight, Scheme
 
 #: Not copied from the source: weights in any form, what is written anew, and another tool's metadata.
@@ -85,15 +85,43 @@ class PackedReader:
         return self.form.dense_shape(info.shape, bits)
 
     def read(self, module: str) -> QuantizedWeight:
-        """One packed matrix.
+        """One packed matrix whose groups are in the order of its columns.
+
+        Raises:
+            FormatError: its tensors are missing or disagree with config.json, or its groups are permuted.
+        """
+        return self._decoded(module, self._stored(module))
+
+    def read_sorted(self, module: str) -> tuple[QuantizedWeight, Tensor | None]:
+        """One packed matrix, and which column of the input each of its columns multiplies (None: the same).
 
         Raises:
             FormatError: its tensors are missing or disagree with config.json.
         """
         scheme = self.scheme(module)
+        try:
+            tensors, order = sort_groups(self._stored(module), scheme)
+        except FormatError as error:
+            raise FormatError(f"{self._checkpoint.folder}: {shown(module)}: {error}") from None
+        return self._decoded(module, tensors), order
+
+    def dense(self, module: str) -> Tensor:
+        """One packed matrix's values, float32 [N, K].
+
+        Raises:
+            FormatError: its tensors are missing or disagree with config.json.
+        """
+        weight, order = self.read_sorted(module)
+        values = weight.dequantize()
+        return values if order is None else values[:, torch.argsort(order)]
+
+    def _stored(self, module: str) -> dict[str, Tensor]:
         names = {suffix: f"{module}.{suffix}" for suffix in self.form.suffixes}
         stored = self._checkpoint.read(name for name in names.values() if name in self._checkpoint.tensors)
-        tensors = {suffix: stored[name] for suffix, name in names.items() if name in stored}
+        return {suffix: stored[name] for suffix, name in names.items() if name in stored}
+
+    def _decoded(self, module: str, tensors: dict[str, Tensor]) -> QuantizedWeight:
+        scheme = self.scheme(module)
         try:
             return self.form.decode(tensors, scheme, self._config)
         except KeyError as error:
@@ -118,7 +146,7 @@ def dense_source(checkpoint: Checkpoint) -> Callable[[list[str]], dict[str, Tens
         for name in names:
             module = name.removesuffix(".weight")
             if name.endswith(".weight") and module in modules:
-                dense[name] = packed.read(module).dequantize(torch.float32)
+                dense[name] = packed.dense(module)
             else:
                 dense |= checkpoint.read([name])
         return dense

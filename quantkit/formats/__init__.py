@@ -7,9 +7,9 @@ from quantkit.errors import FormatError
 from quantkit.formats.awq import AWQ
 from quantkit.formats.base import Engine, Format, Plan
 from quantkit.formats.compressed_tensors import COMPRESSED_TENSORS
-from quantkit.formats.gptq import GPTQ
+from quantkit.formats.gptq import GPTQ, sort_groups
 
-__all__ = ["FORMATS", "Engine", "Format", "Plan", "format_of"]
+__all__ = ["FORMATS", "Engine", "Format", "Plan", "format_of", "sort_groups"]
 
 #: Name after `--format`, which is also `quant_method` in config.json -> format.
 FORMATS: dict[str, Format] = {form.name: form for form in (COMPRESSED_TENSORS, GPTQ, AWQ)}

@@ -50,6 +50,36 @@ def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, config: Mapping[str, 
     return QuantizedWeight(codes, scales, zeros, scheme)
 
 
+def sort_groups(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A matrix quantized with desc_act and dynamic groups, as a plain one whose columns are sorted by group.
+
+    Args:
+        tensors: suffix -> tensor of any format's matrix; only GPTQ's may hold a permuted `g_idx`.
+        scheme: its bits and group size.
+
+    Returns:
+        the tensors of the plain matrix, and int64 [K], which of the input's columns each of its columns multiplies; the
+        tensors as they are and None where the groups are in order.
+
+    Raises:
+        FormatError: `g_idx` does not fill every group with group_size columns.
+    """
+    if "g_idx" not in tensors:
+        return dict(tensors), None
+    _, columns = _dense_shape(tuple(tensors["qweight"].shape), scheme.bits)
+    plain, found = _group_index(scheme, columns), part(tensors, "g_idx", (columns,))
+    if torch.equal(found, plain):
+        return dict(tensors), None
+    order = torch.argsort(found, stable=True)
+    if not torch.equal(found[order], plain):
+        raise FormatError(
+            f"g_idx does not put {scheme.group_columns(columns)} columns into every group; fetch the model again"
+        )
+    codes = unpack(tensors["qweight"].T.contiguous(), scheme.bits, columns)
+    qweight = pack(codes[:, order], scheme.bits).T.contiguous()
+    return {suffix: t for suffix, t in tensors.items() if suffix != "g_idx"} | {"qweight": qweight}, order
+
+
 def _group_index(scheme: Scheme, columns: int) -> Tensor:
     """Group of every column, int32 [K]."""
     return (torch.arange(columns) // scheme.group_columns(columns)).int()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,29 @@ def test_any_damage_to_the_tensors(tmp_path: Path, form: str, data: st.DataObjec
     shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 12, 32, 96]), max_size=3))
     tensors[name] = torch.full(shape, data.draw(st.sampled_from([0, 1, -1, 96])), dtype=torch.int64).to(dtype)
     everything_or_one_line(written(tmp_path, FORMATS[form].config({MODULE: SCHEME}), tensors))
+
+
+def test_a_gptq_matrix_with_dynamic_act_order_is_read_sorted_and_dense(tmp_path: Path) -> None:
+    """What AutoGPTQ's desc_act writes: column k belongs to group g_idx[k], in any order."""
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    shuffled = replace(WEIGHT, codes=WEIGHT.codes[:, order].contiguous())
+    tensors = FORMATS["gptq"].encode(shuffled, torch.float16)
+    tensors["g_idx"] = tensors["g_idx"][order].contiguous()
+    config = FORMATS["gptq"].config({MODULE: SCHEME}) | {"desc_act": True}
+    checkpoint = written(tmp_path, config, {f"{MODULE}.{suffix}": tensor for suffix, tensor in tensors.items()})
+    packed = PackedReader(checkpoint)
+    with pytest.raises(FormatError, match="g_idx is permuted"):
+        packed.read(MODULE)
+    weight, columns = packed.read_sorted(MODULE)
+    assert columns is not None
+    expected = WEIGHT.dequantize()[:, order]
+    assert torch.equal(weight.dequantize(), expected[:, columns])
+    assert torch.equal(dense_source(checkpoint)([f"{MODULE}.weight"])[f"{MODULE}.weight"], expected)
+
+
+def test_a_g_idx_with_groups_of_unequal_size_is_refused(tmp_path: Path) -> None:
+    tensors = packed_tensors("gptq")
+    tensors[f"{MODULE}.g_idx"][0] = 1
+    packed = PackedReader(written(tmp_path, FORMATS["gptq"].config({MODULE: SCHEME}), tensors))
+    with pytest.raises(FormatError, match=rf"\A{tmp_path}: '{MODULE}': g_idx does not put 32 columns .*; fetch .*\Z"):
+        packed.read_sorted(MODULE)
