@@ -1,9 +1,15 @@
 """Fixtures that several rooms share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
+
+# Kernels are compiled where there is a GPU and interpreted elsewhere. Triton reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +21,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama in bfloat16 over several shards. Read only."""
-    import torch
-
     return tiny.make_model(tmp_path_factory.mktemp("llama_bf16") / "model", dtype=torch.bfloat16, shard="60KB")
 
 
