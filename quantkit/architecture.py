@@ -58,6 +58,11 @@ class Family:
         """All quantizable modules of a block in run order."""
         return tuple(name for group in self.groups for name in group.names)
 
+    @property
+    def norm_offset(self) -> float:
+        """What every RMS norm adds to its stored weight."""
+        return max((group.fold.offset for group in self.groups if group.fold), default=0.0)
+
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from quantkit.architecture import Family, family_of
+from quantkit.architecture import family_of
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.definition import read_config, realise_buffers, skeleton
 from quantkit.errors import CheckpointError
 
 #: Reads tensors by name; a quantized checkpoint's reader hands out dense weights.
@@ -42,9 +42,9 @@ class BlockModel:
         self._source = source
         self.family = family_of(checkpoint.config["model_type"], str(checkpoint.folder / "config.json"))
         self.config = read_config(checkpoint)
-        self._model = _skeleton(self.config, self.family, dtype)
+        self._model = skeleton(self.config, self.family.attention, dtype)
         self.count = len(self._blocks)
-        self._realise_buffers(self._model)
+        realise_buffers(self._model, self._model, device, apart=self._blocks)
         self._outside = [name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks)]
         self.load_outside()
 
@@ -86,7 +86,7 @@ class BlockModel:
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights; they are released when the context ends."""
         module, prefix = self._blocks[index], self.prefix(index)
-        self._realise_buffers(module)
+        realise_buffers(self._model, module, self.device)
         self._load(module, prefix, [name for name, _ in module.named_parameters()])
         try:
             yield module
@@ -103,17 +103,6 @@ class BlockModel:
                     f"{self.checkpoint.folder}: '{prefix}{name}' has shape {found}, config.json says {wanted}"
                 )
         module.load_state_dict(state, strict=False, assign=True)
-
-    def _realise_buffers(self, root: nn.Module) -> None:
-        """Compute the buffers that no checkpoint stores (inverse frequencies, embedding scales)."""
-        for module in root.modules():
-            if root is self._model and any(module is part for part in self._blocks.modules()):
-                continue
-            own = {name: value for name, value in module.named_buffers(recurse=False) if value.is_meta}
-            for name, value in own.items():
-                setattr(module, name, torch.empty_like(value, device=self.device))
-            if own:
-                self._model._init_weights(module)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -195,33 +184,3 @@ def check_tensors(checkpoint: Checkpoint, model: BlockModel) -> None:
         if not info.dtype.is_floating_point or (len(shape) > 1 and info.dtype != model.dtype):
             stored, promised = (str(dtype).removeprefix("torch.") for dtype in (info.dtype, model.dtype))
             raise CheckpointError(f"{info.file}: '{name}' is {stored}, config.json says {promised}; correct its \"dtype\"")
-
-
-def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """The transformers config of a checkpoint, which must not need code of its own.
-
-    Raises:
-        CheckpointError: the config asks for remote code or transformers refuses it.
-    """
-    path = checkpoint.folder / "config.json"
-    if "auto_map" in checkpoint.config:
-        raise CheckpointError(f"{path}: needs trust_remote_code, which quantkit never runs; use a model with built-in code")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    except Exception as error:  # transformers validates with many exception types
-        raise CheckpointError(f"{path}: not a config that transformers accepts ({_one_line(error)})") from error
-    return config
-
-
-def _skeleton(config: PreTrainedConfig, family: Family, dtype: torch.dtype) -> Any:
-    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation=family.attention)
-    except Exception as error:
-        raise CheckpointError(f"config.json: transformers cannot build this model ({_one_line(error)})") from error
-    return model.eval()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
