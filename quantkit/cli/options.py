@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 from quantkit.errors import QuantkitError, RecipeError, ResourceError
-from quantkit.usage import available_memory
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, Hub id, or 'demo' (SmolLM2-135M-Instruct).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -40,17 +39,15 @@ def device(name: str) -> torch.device:
     return chosen
 
 
-def byte_size(text: str | None) -> int:
-    """Bytes that "8GiB" names; half of the available memory for None.
+def byte_size(text: str, option: str) -> int:
+    """Bytes that "8GiB" names.
 
     Raises:
         RecipeError: it is not a size.
     """
-    if text is None:
-        return available_memory() // 2
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise RecipeError(f"--max-memory {text}: not a size; write for example 8GiB or 500MB")
+        raise RecipeError(f"{option} {text}: not a size; write for example 8GiB or 500MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -10,7 +10,8 @@ from quantkit.checkpoint.locate import locate
 from quantkit.cli import options, tables
 from quantkit.cli.progress import RunProgress
 from quantkit.plan import predict
-from quantkit.recipe import load_recipe, recorded_threads
+from quantkit.recipe import load_recipe, recorded_computing
+from quantkit.usage import available_memory
 
 EXAMPLE = "Example: quantkit quantize demo -o demo-w4 --recipe awq+gptq-w4   (then: quantkit eval demo-w4 --baseline demo)"
 
@@ -64,9 +65,9 @@ def quantize(
         out=out,
         recipe=load_recipe(recipe, overrides),
         device=options.device(device),
-        max_memory=options.byte_size(max_memory),
+        max_memory=available_memory() // 2 if max_memory is None else options.byte_size(max_memory, "--max-memory"),
         overwrite=overwrite,
-        threads=recorded_threads(recipe),
+        computing=recorded_computing(recipe),
     )
     console = options.console(json_file, quiet=quiet)
     if plan:
