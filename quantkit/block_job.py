@@ -43,10 +43,13 @@ class BlockJob:
     written: Written = field(default_factory=lambda: Written({}, {}))
 
     def weight(self, name: str) -> Tensor:
-        """A matrix of the block, float32 [N, K]."""
+        """A matrix of the block, float32 [N, K]; not to be modified."""
+        return self._parameter(name).detach().float()
+
+    def _parameter(self, name: str) -> Tensor:
         weight = self.block.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        return weight.detach().float()
+        return weight
 
     def active(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         """The groups of which at least one matrix is quantized."""
@@ -55,7 +58,7 @@ class BlockJob:
     def run(self, groups: tuple[Group, ...], walk: Walk | None, streams: list[Stream]) -> None:
         """Quantize `groups` (active ones); with a walk, from measured inputs, each group seeing the ones before quantized."""
         for stream in streams:
-            stream.weights |= {name: self._cast(self.weight(name)) for group in groups for name in group.names}
+            stream.weights |= {name: self._parameter(name).detach() for group in groups for name in group.names}
         for number, group in enumerate(groups):
             started = time.monotonic()
             weights = {name: self.weight(name) for name in group.names}
@@ -67,15 +70,14 @@ class BlockJob:
             if self.settings.scales_channels:
                 hessian, drift, ratio, note = self._scale(walk, number, weights, hessian, drift)
                 for stream in streams:
-                    stream.weights |= {name: self._cast(weight) for name, weight in weights.items()}
+                    stream.weights |= {name: weight.to(self._parameter(name).dtype) for name, weight in weights.items()}
             moments = prepare(hessian, drift, self.settings)
             self._solve(group, weights, moments, ratio, note, started)
             # The first stream goes on with what was written; a second one stays with the (scaled) originals.
             quantized = self.written.quantized
-            streams[0].weights |= {name: self._cast(quantized[name].dequantize()) for name in weights if name in quantized}
-
-    def _cast(self, weight: Tensor) -> Tensor:
-        return weight.to(next(self.block.parameters()).dtype)
+            streams[0].weights |= {
+                name: quantized[name].dequantize(self._parameter(name).dtype) for name in weights if name in quantized
+            }
 
     def _measure(self, walk: Walk, number: int, columns: int) -> tuple[Tensor, Drift | None]:
         """H and drift of group `number`'s inputs.
@@ -112,7 +114,7 @@ class BlockJob:
         for name, weight in weights.items():
             weights[name] = weight * scale
             if name not in self.schemes:
-                self.written.plain[f"{name}.weight"] = self._cast(weights[name])
+                self.written.plain[f"{name}.weight"] = weights[name].to(self.settings.dtype)
         walk.divide(number, scale)
         outer = scale[:, None] * scale
         return hessian / outer, None if drift is None else drift.divided(outer), found.ratio, ""

@@ -15,9 +15,9 @@ from quantkit.calibrate import MICRO_BATCH_TOKENS, Stream, Walk
 from quantkit.checkpoint.activations import Activations
 from quantkit.checkpoint.files import write_tensors
 from quantkit.checkpoint.writer import Workspace
-from quantkit.errors import FormatError, ResourceError
+from quantkit.errors import ResourceError
 from quantkit.fold import Written
-from quantkit.formats import FORMATS
+from quantkit.formats import encode
 from quantkit.head import quantize_head
 from quantkit.prepare import Prepared
 from quantkit.report import MatrixReport
@@ -191,13 +191,9 @@ def _encode(job: Prepared, prefix: str, written: Written) -> dict[str, Tensor]:
     Raises:
         FormatError: the format cannot hold a matrix's scales.
     """
-    form = FORMATS[job.recipe.format]
     tensors = {prefix + name: tensor for name, tensor in written.plain.items()}
     for name, weight in written.quantized.items():
-        try:
-            encoded = form.encode(weight, job.model.dtype)
-        except FormatError as error:
-            raise FormatError(f"{prefix}{name}: {error}") from None
+        encoded = encode(job.recipe.format, weight, job.model.dtype, prefix + name)
         tensors |= {f"{prefix}{name}.{suffix}": tensor.cpu() for suffix, tensor in encoded.items()}
     return tensors
 

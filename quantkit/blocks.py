@@ -16,6 +16,7 @@ from quantkit.architecture import family_of
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.definition import read_config, realise_buffers, skeleton
 from quantkit.errors import CheckpointError
+from quantkit.matmul import multiplying_in
 
 #: Reads tensors by name; a quantized checkpoint's reader hands out dense weights.
 Source = Callable[[list[str]], dict[str, Tensor]]
@@ -30,6 +31,7 @@ class BlockModel:
         family: groups and folds of a block.
         count: number of decoder blocks.
         dtype, device: of every tensor that is loaded.
+        matmul_dtype: in which a block's matrices are held and multiply; may be changed between blocks.
     """
 
     def __init__(self, checkpoint: Checkpoint, source: Source, dtype: torch.dtype, device: torch.device) -> None:
@@ -39,6 +41,7 @@ class BlockModel:
             CheckpointError: the architecture is unknown, needs remote code, or a tensor disagrees with config.json.
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.matmul_dtype = dtype
         self._source = source
         self.family = family_of(checkpoint.config["model_type"], str(checkpoint.folder / "config.json"))
         self.config = read_config(checkpoint)
@@ -84,12 +87,13 @@ class BlockModel:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights; they are released when the context ends."""
+        """Block `index` with its weights, matrices in `matmul_dtype`; they are released when the context ends."""
         module, prefix = self._blocks[index], self.prefix(index)
         realise_buffers(self._model, module, self.device)
         self._load(module, prefix, [name for name, _ in module.named_parameters()])
         try:
-            yield module
+            with multiplying_in(self.matmul_dtype, map(module.get_submodule, self.family.matrices)):
+                yield module
         finally:
             module.to("meta")
 

@@ -11,9 +11,9 @@ from quantkit.artifact import PackedReader, bits_per_weight, write_metadata
 from quantkit.checkpoint.files import write_json, write_tensors
 from quantkit.checkpoint.reader import Checkpoint, read_json, sha256, shown
 from quantkit.checkpoint.writer import Workspace
-from quantkit.errors import ArtifactError, CheckpointError, FormatError, QuantkitError, ResourceError
-from quantkit.formats import FORMATS, Plan
-from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.errors import CheckpointError, FormatError
+from quantkit.formats import FORMATS, Plan, encode
+from quantkit.methods.grid import Scheme
 from quantkit.prepare import storage_dtype
 
 
@@ -25,9 +25,7 @@ def convert(source: Path, out: Path, form: str, *, overwrite: bool) -> int:
         FormatError: the source is not quantized, or `form` cannot hold its grid exactly.
         ArtifactError: OUT is in the way.
     """
-    Workspace.require_free(out, overwrite=overwrite)
-    if out.exists() and out.samefile(source):
-        raise ArtifactError(f"{out}: is the source itself, which --overwrite does not replace; choose another name")
+    Workspace.require_free(out, source, overwrite=overwrite)
     checkpoint = Checkpoint(source)
     if "quantization_config" not in checkpoint.config:
         raise FormatError(f"{source}: is not quantized; use `quantkit quantize`")
@@ -36,15 +34,8 @@ def convert(source: Path, out: Path, form: str, *, overwrite: bool) -> int:
     _require_room(checkpoint.folder, packed, plan, form)
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files}
     identity = {"convert": str(source.resolve()), "source": stamps, "to": form}
-    with Workspace(out, identity, overwrite=overwrite) as workspace:
-        try:
-            _make(checkpoint, packed, plan, workspace, form)
-        except (ResourceError, ArtifactError):
-            raise
-        except QuantkitError:
-            # What is wrong with the source stays wrong: nothing half-written is left behind.
-            workspace.discard()
-            raise
+    with Workspace(out, identity, source=source, overwrite=overwrite) as workspace:
+        _make(checkpoint, packed, plan, workspace, form)
     return len(packed.modules)
 
 
@@ -119,16 +110,6 @@ def _converted(checkpoint: Checkpoint, packed: PackedReader, file: Path, form: s
         module = owners.get(name)
         if module is None or not name.endswith("." + packed.form.suffixes[0]):
             continue
-        encoded = _encoded(packed.read(module), form, dtype, f"{file}: {shown(module)}")
+        encoded = encode(form, packed.read(module), dtype, f"{file}: {shown(module)}")
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in encoded.items()}
     return tensors
-
-
-def _encoded(weight: QuantizedWeight, form: str, dtype: torch.dtype, where: str) -> dict[str, Tensor]:
-    """One matrix in its new format; what its header alone did not say is checked here."""
-    if problem := FORMATS[form].problem(weight.scheme, *weight.codes.shape):
-        raise FormatError(f"{where}: {problem}")
-    try:
-        return FORMATS[form].encode(weight, dtype)
-    except FormatError as error:
-        raise FormatError(f"{where}: {error}") from None

@@ -16,11 +16,13 @@ from torch import Tensor
 from quantkit.block_job import BlockJob
 from quantkit.block_loop import memory_plan
 from quantkit.calibrate import Stream, Walk
+from quantkit.checkpoint.writer import Workspace
 from quantkit.formats import Engine
 from quantkit.formats.packing import words
+from quantkit.matmul import fastest_matmul
 from quantkit.methods.grid import Scheme
 from quantkit.prepare import Prepared, prepare_run
-from quantkit.quantize import Request, require_free
+from quantkit.quantize import Request
 from quantkit.report import MatrixReport
 from quantkit.usage import peak_memory
 
@@ -64,8 +66,9 @@ def predict(request: Request) -> PlanReport:
     Raises:
         QuantkitError: the run would be refused.
     """
-    require_free(request)
+    Workspace.require_free(request.out, request.folder, overwrite=request.overwrite)
     job = prepare_run(request.folder, request.recipe, request.device)
+    job.model.matmul_dtype = fastest_matmul(job.model.dtype, request.device)
     block_seconds = _time_block(job)
     memory = memory_plan(job, request.max_memory)
     states, paused = job.activation_bytes() if job.tokens is not None else (0, 0)

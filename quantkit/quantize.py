@@ -1,8 +1,10 @@
 """The job: check everything, walk the blocks, publish the artifact with its report."""
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +13,8 @@ from quantkit.block_loop import Progress, memory_plan, quantize_blocks
 from quantkit.checkpoint.files import write_json
 from quantkit.checkpoint.reader import Checkpoint, read_json, sha256
 from quantkit.checkpoint.writer import Workspace
-from quantkit.errors import ArtifactError, CheckpointError, QuantkitError, ResourceError
+from quantkit.errors import CheckpointError
+from quantkit.matmul import fastest_matmul
 from quantkit.prepare import Prepared, prepare_run
 from quantkit.recipe import Recipe
 from quantkit.report import MatrixReport, RunReport, Totals, worst_five
@@ -29,7 +32,8 @@ class Request:
         device: where blocks are computed.
         max_memory: host bytes for calibration activations.
         overwrite: replace OUT, or an unfinished run that differs.
-        threads: to compute with; None: as many as torch chose. An interrupted run goes on with its own number.
+        computing: what a recorded run that is repeated used as "threads" and "matmul" (dtype in which matrices multiply),
+            which decide the last bits; else it is chosen for this machine. An interrupted run goes on as it began.
     """
 
     folder: Path
@@ -38,7 +42,7 @@ class Request:
     device: torch.device
     max_memory: int
     overwrite: bool
-    threads: int | None = None
+    computing: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(request: Request, progress: Progress) -> RunReport:
@@ -50,7 +54,7 @@ def run(request: Request, progress: Progress) -> RunReport:
     started, cpu = time.monotonic(), cpu_seconds()
     left_over = request.out.is_dir() and Workspace.folder_of(request.out).is_dir()
     if not left_over:
-        require_free(request)
+        Workspace.require_free(request.out, request.folder, overwrite=request.overwrite)
     job = prepare_run(request.folder, request.recipe, request.device)
     if left_over:
         complete = _complete(request.out, job)
@@ -58,22 +62,19 @@ def run(request: Request, progress: Progress) -> RunReport:
             Workspace.delete_leftovers(request.out)
             progress.note(f"{request.out} was complete already; deleted what a killed run had left beside it")
             return complete
-        require_free(request)
-    settings = {"threads": request.threads or torch.get_num_threads()}
-    with Workspace(request.out, job.identity(), overwrite=request.overwrite, settings=settings) as workspace:
-        threads: int = workspace.settings["threads"]
-        if threads != torch.get_num_threads():
-            # The order of sums, and so the last bits of the result, depend on it.
-            progress.note(f"computing with {threads} threads, as the run did that this one goes on with or repeats")
-            torch.set_num_threads(threads)
-        try:
-            return _make(request, job, workspace, progress, started, cpu)
-        except (ResourceError, ArtifactError):
-            raise
-        except QuantkitError:
-            # A source or recipe that is wrong stays wrong: nothing half-written is left behind.
-            workspace.discard()
-            raise
+    matmul = fastest_matmul(job.model.dtype, request.device)
+    best: dict[str, Any] = {"threads": torch.get_num_threads(), "matmul": str(matmul).removeprefix("torch.")}
+    settings = best | dict(request.computing)
+    with Workspace(
+        request.out, job.identity(), source=request.folder, overwrite=request.overwrite, settings=settings
+    ) as workspace:
+        settings = workspace.settings
+        if settings != best:
+            how = f"{settings['threads']} threads, products in {settings['matmul']}"
+            progress.note(f"computing with {how}, as the run did that this one goes on with or repeats")
+        torch.set_num_threads(settings["threads"])
+        job.model.matmul_dtype = getattr(torch, settings["matmul"])
+        return _make(request, job, workspace, progress, started, cpu)
 
 
 def _make(request: Request, job: Prepared, workspace: Workspace, progress: Progress, started: float, cpu: float) -> RunReport:
@@ -99,7 +100,7 @@ def _make(request: Request, job: Prepared, workspace: Workspace, progress: Progr
     identity = job.identity()
     report = RunReport(
         recipe=identity["recipe"],
-        versions=identity["versions"] | {"threads": str(torch.get_num_threads())},
+        versions=identity["versions"] | {name: str(value) for name, value in workspace.settings.items()},
         source={"folder": str(request.folder), "sha256": identity["source"]},
         calibration_tokens_sha256=identity["calibration tokens"],
         output_sha256={path.name: sha256(path) for path in shards},
@@ -112,17 +113,6 @@ def _make(request: Request, job: Prepared, workspace: Workspace, progress: Progr
     write_json(folder / "quantkit.json", report.to_json())
     workspace.publish()
     return report
-
-
-def require_free(request: Request) -> None:
-    """Refuse an OUT that is in the way, or that is the source.
-
-    Raises:
-        ArtifactError: it is.
-    """
-    Workspace.require_free(request.out, overwrite=request.overwrite)
-    if request.out.exists() and request.out.samefile(request.folder):
-        raise ArtifactError(f"{request.out}: is the source model, which --overwrite does not replace; choose another OUT")
 
 
 def _complete(out: Path, job: Prepared) -> RunReport | None:

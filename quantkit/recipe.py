@@ -144,14 +144,17 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
         raise RecipeError(f"recipe '{name}': {where}: {first['msg']} (got {first['input']!r:.100})") from None
 
 
-def recorded_threads(name: str) -> int | None:
-    """How many threads the run computed with whose quantkit.json is given as a recipe; None for any other recipe."""
+def recorded_computing(name: str) -> dict[str, Any]:
+    """How the run computed whose quantkit.json is given as a recipe: what is known of "threads" and "matmul"."""
     path = Path(name)
     if path.suffix != ".json":
-        return None
+        return {}
     versions = json.loads(path.read_text(encoding="utf-8")).get("versions")
-    known = versions.get("threads") if isinstance(versions, dict) else None
-    return int(known) if isinstance(known, str) and re.fullmatch(r"[1-9]\d{0,2}", known) else None
+    if not isinstance(versions, dict):
+        return {}
+    threads, matmul = str(versions.get("threads")), versions.get("matmul")
+    known: dict[str, Any] = {"threads": int(threads)} if re.fullmatch(r"[1-9]\d{0,2}", threads) else {}
+    return known | ({"matmul": matmul} if matmul in ("float32", "bfloat16", "float16") else {})
 
 
 def _fields(name: str) -> dict[str, Any]:

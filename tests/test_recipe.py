@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quantkit.errors import RecipeError
 from quantkit.methods.grid import Scheme
-from quantkit.recipe import Recipe, Rule, builtin_recipes, load_recipe, recorded_threads, resolved_json
+from quantkit.recipe import Recipe, Rule, builtin_recipes, load_recipe, recorded_computing, resolved_json
 
 PATH = "model.layers.3.mlp.down_proj"
 
@@ -39,24 +39,24 @@ def test_json_is_read_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("report", "threads"),
+    ("report", "known"),
     [
-        ({"versions": {"threads": "3"}}, 3),
-        ({"versions": {"threads": "0"}}, None),
-        ({"versions": {"threads": "99999999"}}, None),
-        ({"versions": {"threads": [3]}}, None),
-        ({"versions": {}}, None),
-        ({"versions": []}, None),
-        ({}, None),
+        ({"versions": {"threads": "3", "matmul": "bfloat16"}}, {"threads": 3, "matmul": "bfloat16"}),
+        ({"versions": {"threads": "0", "matmul": "int8"}}, {}),
+        ({"versions": {"threads": "99999999", "matmul": ["float32"]}}, {}),
+        ({"versions": {"threads": [3], "matmul": "float32"}}, {"matmul": "float32"}),
+        ({"versions": {}}, {}),
+        ({"versions": []}, {}),
+        ({}, {}),
     ],
 )
-def test_threads_of_a_report(tmp_path: Path, report: dict[str, Any], threads: int | None) -> None:
+def test_how_a_report_was_computed(tmp_path: Path, report: dict[str, Any], known: dict[str, Any]) -> None:
     (tmp_path / "quantkit.json").write_text(json.dumps(report))
-    assert recorded_threads(str(tmp_path / "quantkit.json")) == threads
+    assert recorded_computing(str(tmp_path / "quantkit.json")) == known
 
 
-def test_other_recipes_record_no_threads() -> None:
-    assert recorded_threads("gptq-w4") is None
+def test_other_recipes_record_no_way_to_compute() -> None:
+    assert recorded_computing("gptq-w4") == {}
 
 
 def test_overrides_replace_fields_and_complete_the_calibration() -> None:

@@ -306,6 +306,37 @@ def test_number_of_threads_is_the_interrupted_runs(source: Path, tmp_path: Path)
     assert contents(out) == expected
 
 
+@pytest.fixture
+def source_bf16(tmp_path: Path) -> Path:
+    """Stored in 16 bit, so that there is a choice of how to multiply."""
+    return tiny.make_model(tmp_path / "bf16", dtype=torch.bfloat16)
+
+
+def _multiplying_in(dtype: torch.dtype, then: Callable[[], None] = lambda: None) -> None:
+    """From here on this process is one whose processor multiplies best in `dtype`."""
+    job.fastest_matmul = lambda *_: dtype
+    then()
+
+
+def test_products_are_the_interrupted_runs(source_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They decide the last bits too."""
+    source, work = source_bf16, tmp_path / "work"
+    monkeypatch.setattr(job, "fastest_matmul", None)
+    expected = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        _multiplying_in(dtype)
+        expected[dtype] = finish(source, tmp_path / str(dtype), "gptq")
+    assert expected[torch.float32] != expected[torch.bfloat16]
+    fault = functools.partial(_multiplying_in, torch.float32, at_line(work / "out", 3))
+    assert ended(start(tmp_path / "log", *command(source, work / "out", "gptq"), fault=fault)) == -signal.SIGKILL
+    done = quantkit(*command(source, work / "out", "gptq")[:-1])
+    assert "products in float32" in done.err
+    assert contents(work / "out") == expected[torch.float32]
+    recipe = ("--recipe", work / "out" / "quantkit.json")
+    assert quantkit("quantize", source, "-o", work / "again", *recipe, "-q").status == 0
+    assert contents(work / "again") == expected[torch.float32]
+
+
 def _with_threads(threads: int, fault: Callable[[], None]) -> None:
     torch.set_num_threads(threads)
     fault()
@@ -343,7 +374,7 @@ def test_overwrite_deletes_no_folder_that_is_no_model(source: Path, tmp_path: Pa
 def test_overwrite_never_replaces_the_source(tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "model", num_hidden_layers=1)
     before = contents(model)
-    assert "source model" in refused(*command(model, model, "rtn", "--overwrite"))
+    assert "source itself" in refused(*command(model, model, "rtn", "--overwrite"))
     assert contents(model) == before
 
 

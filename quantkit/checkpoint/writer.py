@@ -18,7 +18,7 @@ from typing import IO
 from safetensors import safe_open
 
 from quantkit.checkpoint.files import Json, disk_errors, sync, write_json, write_tensors
-from quantkit.errors import ArtifactError
+from quantkit.errors import ArtifactError, QuantkitError, ResourceError
 
 #: Shards of the finished artifact are joined up to this many bytes; it bounds the memory that joining takes.
 SHARD_BYTES = 500_000_000
@@ -26,9 +26,8 @@ SHARD_BYTES = 500_000_000
 
 def _looks_like_a_model(folder: Path) -> bool:
     """Whether replacing `folder` replaces a model, not somebody's home."""
-    if not folder.is_dir():
-        return False
-    return not any(folder.iterdir()) or ((folder / "config.json").is_file() and any(folder.glob("*.safetensors")))
+    whole = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return whole or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _take_lock(folder: Path) -> IO[str]:
@@ -75,12 +74,13 @@ class Workspace:
         settings: those of the run's first start.
     """
 
-    def __init__(self, out: Path, identity: Json, *, overwrite: bool, settings: Json | None = None) -> None:
+    def __init__(self, out: Path, identity: Json, *, source: Path, overwrite: bool, settings: Json | None = None) -> None:
         """Open or create the workspace of the run that `identity` describes.
 
         Args:
             out: the artifact's final path.
             identity: must be equal for the run to go on.
+            source: the model folder that is read, which OUT never replaces.
             overwrite: replace OUT, or an unfinished run with another identity.
             settings: kept from the run's first start, not compared.
 
@@ -88,8 +88,8 @@ class Workspace:
             ArtifactError: OUT exists, another run is at work, or OUT.partial belongs to a different run.
         """
         self.out, self.folder = out, self.folder_of(out)
-        self._overwrite = overwrite
-        self.require_free(out, overwrite=overwrite)
+        self._source, self._overwrite = source, overwrite
+        self.require_free(out, source, overwrite=overwrite)
         self._lock = _take_lock(self.folder)
         try:
             self.settings = self._open(identity, settings or {})
@@ -101,8 +101,10 @@ class Workspace:
     def __enter__(self) -> "Workspace":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Let another run in."""
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Let another run in. After an error that the same command will meet again, nothing half-written is left behind."""
+        if isinstance(error, QuantkitError) and not isinstance(error, ResourceError | ArtifactError):
+            self.discard()
         self._lock.close()
 
     def _open(self, identity: Json, settings: Json) -> Json:
@@ -142,8 +144,8 @@ class Workspace:
             shutil.rmtree(folder)
 
     @staticmethod
-    def require_free(out: Path, *, overwrite: bool) -> None:
-        """Refuse an OUT that is in the way.
+    def require_free(out: Path, source: Path, *, overwrite: bool) -> None:
+        """Refuse an OUT that is in the way, or that is the model which is read.
 
         Raises:
             ArtifactError: OUT exists and may not, or must not, be replaced.
@@ -154,6 +156,8 @@ class Workspace:
             raise ArtifactError(f"{out}: exists; choose another name or pass --overwrite to replace it")
         if not _looks_like_a_model(out):
             raise ArtifactError(f"{out}: is not a model folder, so --overwrite does not delete it; choose another name")
+        if source.exists() and out.samefile(source):
+            raise ArtifactError(f"{out}: is the source itself, which --overwrite does not replace; choose another name")
 
     def _stored(self) -> Json | None:
         try:
@@ -231,7 +235,7 @@ class Workspace:
             for path in artifact.iterdir():
                 sync(path)
             sync(artifact)
-            self.require_free(self.out, overwrite=self._overwrite)
+            self.require_free(self.out, self._source, overwrite=self._overwrite)
             if self.out.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 self.out.rename(old)

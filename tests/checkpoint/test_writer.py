@@ -14,6 +14,7 @@ from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import ArtifactError
 
 IDENTITY = {"recipe": {"bits": 4}, "source": {"model.safetensors": "00"}}
+SOURCE = Path("model")
 
 
 def tensors(number: int) -> dict[str, torch.Tensor]:
@@ -22,7 +23,7 @@ def tensors(number: int) -> dict[str, torch.Tensor]:
 
 def filled(out: Path, count: int = 3) -> Workspace:
     """A workspace with `count` finished steps, none of which needs a state."""
-    workspace = Workspace(out, IDENTITY, overwrite=False)
+    workspace = Workspace(out, IDENTITY, source=SOURCE, overwrite=False)
     for number in range(count):
         write_tensors(workspace.folder / f"{number}.safetensors", tensors(number))
         workspace.commit({"shard": f"{number}.safetensors"})
@@ -47,38 +48,38 @@ def test_nothing_stands_under_the_name_until_published(tmp_path: Path) -> None:
 def test_goes_on_where_it_was(tmp_path: Path) -> None:
     with filled(tmp_path / "out") as first:
         entries = first.finished
-    with Workspace(tmp_path / "out", IDENTITY, overwrite=False) as second:
+    with Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False) as second:
         assert second.finished == entries
 
 
 def test_settings_are_those_of_the_first_start(tmp_path: Path) -> None:
-    with Workspace(tmp_path / "out", IDENTITY, overwrite=False, settings={"threads": 3}) as first:
+    with Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False, settings={"threads": 3}) as first:
         assert first.settings == {"threads": 3}
-    with Workspace(tmp_path / "out", IDENTITY, overwrite=False, settings={"threads": 5}) as second:
+    with Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False, settings={"threads": 5}) as second:
         assert second.settings == {"threads": 3}
 
 
 def test_every_difference_is_named(tmp_path: Path) -> None:
-    filled(tmp_path / "out").__exit__()
+    filled(tmp_path / "out").__exit__(None, None, None)
     other = {"recipe": {"bits": 3}, "source": IDENTITY["source"], "device": "cpu"}
     with pytest.raises(ArtifactError, match="different device, recipe;"):
-        Workspace(tmp_path / "out", other, overwrite=False)
-    with Workspace(tmp_path / "out", other, overwrite=True) as anew:
+        Workspace(tmp_path / "out", other, source=SOURCE, overwrite=False)
+    with Workspace(tmp_path / "out", other, source=SOURCE, overwrite=True) as anew:
         assert anew.finished == []
         assert sorted(path.name for path in anew.folder.iterdir()) == ["lock", "run.json"]
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
     with filled(tmp_path / "out"), pytest.raises(ArtifactError, match="another run"):
-        Workspace(tmp_path / "out", IDENTITY, overwrite=True)
-    Workspace(tmp_path / "out", IDENTITY, overwrite=False).__exit__()
+        Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=True)
+    Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False).__exit__(None, None, None)
 
 
 def test_a_refused_workspace_is_not_kept_locked(tmp_path: Path) -> None:
-    filled(tmp_path / "out").__exit__()
+    filled(tmp_path / "out").__exit__(None, None, None)
     for _ in range(2):
         with pytest.raises(ArtifactError, match="different"):
-            Workspace(tmp_path / "out", {}, overwrite=False)
+            Workspace(tmp_path / "out", {}, source=SOURCE, overwrite=False)
     with (tmp_path / "out.partial" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -93,14 +94,14 @@ def test_lock_on_a_deleted_file_does_not_count(tmp_path: Path, monkeypatch: pyte
         flock(*arguments)
 
     monkeypatch.setattr(writer.fcntl, "flock", end_then_lock)
-    with Workspace(tmp_path / "out", IDENTITY, overwrite=False) as second:
+    with Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False) as second:
         assert second.finished == []
         with pytest.raises(ArtifactError, match="another run"):
-            Workspace(tmp_path / "out", IDENTITY, overwrite=False)
+            Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False)
 
 
 def test_state_that_is_gone_takes_its_steps_along(tmp_path: Path) -> None:
-    with Workspace(tmp_path / "out", IDENTITY, overwrite=False) as workspace:
+    with Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False) as workspace:
         for number in range(3):
             write_tensors(workspace.folder / f"{number}.safetensors", tensors(number))
             (workspace.folder / f"{number}.state").touch()
@@ -108,7 +109,7 @@ def test_state_that_is_gone_takes_its_steps_along(tmp_path: Path) -> None:
         (workspace.folder / "0.state").unlink()
 
     def finished() -> int:
-        with Workspace(tmp_path / "out", IDENTITY, overwrite=False) as again:
+        with Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False) as again:
             return len(again.finished)
 
     assert finished() == 3
@@ -119,17 +120,17 @@ def test_state_that_is_gone_takes_its_steps_along(tmp_path: Path) -> None:
 
 
 def test_steps_count_up_to_the_first_missing_shard(tmp_path: Path) -> None:
-    filled(tmp_path / "out").__exit__()
+    filled(tmp_path / "out").__exit__(None, None, None)
     (tmp_path / "out.partial" / "1.safetensors").unlink()
-    with Workspace(tmp_path / "out", IDENTITY, overwrite=False) as again:
+    with Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False) as again:
         assert again.finished == [{"shard": "0.safetensors"}]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"identity": 3, "settings": {}}'])
 def test_a_journal_without_its_run_does_not_count(tmp_path: Path, text: str) -> None:
-    filled(tmp_path / "out").__exit__()
+    filled(tmp_path / "out").__exit__(None, None, None)
     (tmp_path / "out.partial" / "run.json").write_text(text)
-    with Workspace(tmp_path / "out", IDENTITY, overwrite=False) as again:
+    with Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False) as again:
         assert again.finished == []
 
 
@@ -166,7 +167,7 @@ def test_overwrite_of_a_link_keeps_what_it_points_to(tmp_path: Path) -> None:
     (model / "config.json").touch()
     (model / "model.safetensors").touch()
     (tmp_path / "out").symlink_to(model)
-    workspace = Workspace(tmp_path / "out", IDENTITY, overwrite=True)
+    workspace = Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=True)
     write_tensors(workspace.folder / "0.safetensors", tensors(0))
     workspace.commit({"shard": "0.safetensors"})
     assert set(published(workspace)) == {"t0"}
@@ -178,5 +179,5 @@ def test_overwrite_of_a_link_keeps_what_it_points_to(tmp_path: Path) -> None:
 def test_a_file_in_the_way(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(ArtifactError, match=name):
-        Workspace(tmp_path / "out", IDENTITY, overwrite=True)
+        Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=True)
     assert (tmp_path / name).read_text() == "mine"

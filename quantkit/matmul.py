@@ -1,0 +1,60 @@
+"""In which dtype matrices multiply: the stored one where the processor has instructions for it, else float32.
+
+Without such instructions 16-bit products run at an eighth of float32's speed. Activations keep the stored dtype all the
+same, as they will when the model serves: what waits between two matrices is then half as large.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+#: How much faster the stored dtype must be: the choice should be the same from run to run where the two are close.
+_CLEARLY = 1.5
+
+
+def fastest_matmul(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or float32 where products in `dtype` are not clearly faster; on a GPU always `dtype`.
+
+    Measured, because no flag tells: some processors have instructions for a dtype and are slower with them.
+    """
+    if device.type != "cpu" or dtype == torch.float32:
+        return dtype
+    return dtype if _CLEARLY * _seconds(dtype) < _seconds(torch.float32) else torch.float32
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """The least time of a few products."""
+    matrix = torch.ones(512, 512, dtype=dtype)
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        linear(matrix, matrix)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+@contextmanager
+def multiplying_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Hold the weights of linear layers in `dtype` and multiply in it; what comes out has the dtype of what goes in."""
+    changed = list(layers)
+    for layer in changed:
+        assert isinstance(layer, nn.Linear)
+        layer.weight.data = layer.weight.data.to(dtype)
+        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """x W^T + b, from x [..., K]."""
+    dtype = layer.weight.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return linear(inputs.to(dtype), layer.weight, bias).to(inputs.dtype)
