@@ -1,1 +1,1 @@
-"""Compute kernels of the runtime. Empty until the runtime lands: quantization itself runs on plain torch."""
+"""Compute kernels: one operation a file, each with its torch oracle in `reference`."""

@@ -1,0 +1,157 @@
+"""The kernels on a GPU: the matmul with packed weights at the linear layers of Llama 3 8B and 70B, then paged attention.
+
+Terms: us = median time of one call replayed from a CUDA graph, the L2 cache flushed before each. read = bytes of packed
+weights, scales, zero points and activations, each counted once; GB/s = read / us; of copy = GB/s over what copying 1 GiB on
+the same device attains (read + written). times dense = us of torch.nn.functional.linear with the same weights in 16 bit,
+over us; times gemlite = the same of gemlite (4 bits), where it is installed. Results are compared before they are timed.
+Configs are tuned on first use and kept under $QUANTKIT_CACHE. For attention see benchmarks.attention.
+
+Goals: at 1 row 0.75 of copy and 3 times dense; at no number of rows below 0.95 times dense.
+
+usage: python -m benchmarks.kernels [--dtype bfloat16] [--bits 4] [--group 128] [--skip-attention] [--json FILE]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import attention
+from benchmarks.attention import Row, copy_bandwidth, microseconds
+
+#: name -> [N, K]; q, k, v are one matrix, and so are gate and up.
+SHAPES = {
+    "8b qkv": (6144, 4096),
+    "8b o": (4096, 4096),
+    "8b gate+up": (28672, 4096),
+    "8b down": (4096, 14336),
+    "70b qkv": (10240, 8192),
+    "70b o": (8192, 8192),
+    "70b gate+up": (57344, 8192),
+    "70b down": (8192, 28672),
+}
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
+
+
+Matmul = Callable[[Tensor], Tensor]
+
+
+def gemlite_matmul(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> Matmul:
+    """gemlite's layer with the same weight."""
+    from gemlite import helper
+
+    maker = helper.A16Wn(device="cuda", dtype=scales.dtype)
+    forward: Matmul = maker.from_weights(codes, scales, zeros.to(scales.dtype), bits, group).forward
+    return forward
+
+
+def matmuls(shape: tuple[int, int], dtype: torch.dtype, bits: int, group: int, device: str) -> tuple[int, dict[str, Matmul]]:
+    """Bytes of a random packed weight [N, K], and every way to multiply by it."""
+    from quantkit.kernels.dequant_matmul import dequant_matmul
+    from quantkit.kernels.dequantize import dequantize
+    from quantkit.kernels.planes import to_planes
+
+    outputs, columns = shape
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, device=device)
+    scales = (torch.rand(outputs, columns // group, device=device) * 0.01 + 0.005).to(dtype)
+    zeros = torch.randint(0, 1 << bits, scales.shape, dtype=torch.uint8, device=device)
+    weight = to_planes(codes, scales, zeros, bits, group, dtype)
+    dense = dequantize(weight, dtype)
+    ways: dict[str, Matmul] = {
+        "packed": lambda x: dequant_matmul(x, weight),
+        "dense": lambda x: torch.nn.functional.linear(x, dense),
+    }
+    if bits == 4 and find_spec("gemlite"):
+        ways["gemlite"] = gemlite_matmul(codes, scales, zeros, bits, group)
+    return weight.nbytes, ways
+
+
+def matmul_rows(dtype: torch.dtype, bits: int, group: int, copy: float, device: str = "cuda") -> Iterator[Row]:
+    """Every row of the matmul's table, as it is measured; `copy` is the device's copy bandwidth in GB/s."""
+    for name, shape in SHAPES.items():
+        nbytes, ways = matmuls(shape, dtype, bits, group, device)
+        for rows in ROWS:
+            x = torch.randn(rows, shape[1], dtype=dtype, device=device)
+            assert_same({way: run(x) for way, run in ways.items()})
+            took = {way: microseconds(partial(run, x)) for way, run in ways.items()}
+            rate = (nbytes + x.nbytes) / 1e3 / took["packed"]
+            yield {
+                "operation": "matmul",
+                "layer": name,
+                "bits": bits,
+                "group": group,
+                "rows": rows,
+                "dtype": str(dtype).removeprefix("torch."),
+                "us": round(took["packed"], 2),
+                "GB/s": round(rate, 1),
+                "of copy": round(rate / copy, 3),
+                **{f"times {way}": round(us / took["packed"], 2) for way, us in took.items() if way != "packed"},
+            }
+
+
+def assert_same(results: dict[str, Tensor]) -> None:
+    """All agree within 2% of the largest value: tests measure rounding, this only keeps nonsense from being timed."""
+    wanted = results["dense"].float()
+    for way, result in results.items():
+        worst = (result.float() - wanted).abs().max() / wanted.abs().max()
+        assert worst < 0.02, f"{way} is off by {worst:.3g} of the largest value"
+
+
+def goals(rows: list[Row]) -> dict[str, str]:
+    """Each goal with its worst case in rows of the matmul."""
+    one = [row for row in rows if row["rows"] == 1]
+    cases = {
+        "1 row, of copy, 0.75": (one, "of copy", 0.75),
+        "1 row, times dense, 3": (one, "times dense", 3.0),
+        "any rows, times dense, 0.95": (rows, "times dense", 0.95),
+    }
+    found = {}
+    for name, (among, column, wanted) in cases.items():
+        worst = min(among, key=lambda row, column=column: float(row[column]))
+        verdict = "met" if float(worst[column]) >= wanted else "missed"
+        found[name] = f"{verdict}: worst {worst[column]} ({worst['layer']}, {worst['rows']} rows)"
+    return found
+
+
+def main() -> None:
+    """Print a row as it is measured, then the goals, then everything as JSON, which is also kept in benchmarks/results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
+    parser.add_argument("--bits", type=int, choices=[2, 3, 4, 8], default=4)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--skip-attention", action="store_true")
+    parser.add_argument("--json", type=Path, help="instead of benchmarks/results/<device>.json")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.kernels: no CUDA device; run it on a machine with an NVIDIA GPU", file=sys.stderr)
+        raise SystemExit(2)
+    dtype, copy = getattr(torch, options.dtype), copy_bandwidth()
+    matmul = _shown(matmul_rows(dtype, options.bits, options.group, copy))
+    reached = goals(matmul)
+    print(*(f"{name}: {verdict}" for name, verdict in reached.items()), sep="\n")
+    others = [] if options.skip_attention else _shown(attention.rows(dtype, copy))
+    device = torch.cuda.get_device_name()
+    versions = {name: version(name) for name in ("torch", "triton", "gemlite") if find_spec(name)}
+    report = {"device": device, "versions": versions, "copy GB/s": round(copy, 1), "goals": reached, "rows": matmul + others}
+    file = options.json or Path(__file__).parent / "results" / f"{device.replace(' ', '-').replace('/', '-')}.json"
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report))
+
+
+def _shown(rows: Iterator[Row]) -> list[Row]:
+    found = []
+    for row in rows:
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        found.append(row)
+    return found
+
+
+if __name__ == "__main__":
+    main()
