@@ -1,5 +1,6 @@
 """What every kernel computes, in plain torch and in float32: the oracles that tests compare the kernels with."""
 
+import torch
 from torch import Tensor
 
 
@@ -35,3 +36,105 @@ def matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: 
     """
     out = x.float() @ dequantize(codes, scales, zeros, group_size).T
     return out if bias is None else out + bias.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467, equation 4).
+
+    Args:
+        x: floating [..., N].
+        weight: floating [N].
+        eps: added to the mean square.
+
+    Returns:
+        [..., N] in x's dtype; computed in float32 (float64 for a float64 x).
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
+
+
+def kv_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store new keys and values in their slots of the paged caches, in place.
+
+    Args:
+        key: [T, Hkv, D].
+        value: [T, Hkv, Dv].
+        key_cache: [num_blocks, block_size, Hkv, D], contiguous.
+        value_cache: [num_blocks, block_size, Hkv, Dv], contiguous.
+        slot_mapping: int64 [T], block * block_size + offset of every token; -1 for padding, which is not written.
+    """
+    real = slot_mapping >= 0
+    key_cache.flatten(0, 1)[slot_mapping[real]] = key[real]
+    value_cache.flatten(0, 1)[slot_mapping[real]] = value[real]
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of every sequence's newest tokens to all of its tokens, whose keys and values lie in the paged caches.
+
+    Args:
+        query: [T, Hq, D], the new tokens of all sequences one after the other; Hq is a multiple of Hkv.
+        key_cache: [num_blocks, block_size, Hkv, D].
+        value_cache: [num_blocks, block_size, Hkv, Dv].
+        block_table: int32 [S, max_blocks], physical block of each logical block; what lies beyond a sequence's length is
+            arbitrary and not read.
+        query_start: int32 [S + 1], first row of each sequence in `query`; the last entry is T.
+        seq_lens: int32 [S], tokens in the cache, the new ones included. Query i of n stands at position seq_lens - n + i;
+            a query at a negative position (padding: seq_lens is 0) sees nothing and its output is zero.
+        scale: factor of the scores.
+        window: if above 0, the query at position p sees only the keys p - window + 1 .. p.
+        softcap: if above 0, scores become softcap * tanh(scores / softcap).
+        sinks: float [Hq], a further logit of each query head, which takes its share of the softmax and has no value.
+
+    Returns:
+        [T, Hq, Dv] in the query's dtype; computed in float32 (float64 for a float64 query).
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros(*query.shape[:2], value_cache.shape[-1])
+    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    for sequence, length in enumerate(lengths):
+        rows = slice(starts[sequence], starts[sequence + 1])
+        blocks = block_table[sequence, : -(-length // key_cache.shape[1])].long()
+        keys = key_cache[blocks].flatten(0, 1)[:length].to(wide)
+        values = value_cache[blocks].flatten(0, 1)[:length].to(wide)
+        positions = torch.arange(length - (rows.stop - rows.start), length, device=query.device)
+        out[rows] = _attention(query[rows].to(wide), keys, values, positions, scale, window, softcap, sinks).to(out.dtype)
+    return out
+
+
+def _attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One sequence of `paged_attention`: query [n, Hq, D] at `positions` [n], keys [L, Hkv, D], values [L, Hkv, Dv]."""
+    ratio = query.shape[1] // keys.shape[1]
+    scores = torch.einsum("nhd,lhd->hnl", query, keys.repeat_interleave(ratio, dim=1)) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    tokens = torch.arange(len(keys), device=query.device)
+    hidden = tokens > positions[:, None]
+    if window > 0:
+        hidden |= tokens <= positions[:, None] - window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    extra = scores.new_full((len(scores),), float("-inf")) if sinks is None else sinks.to(scores)
+    scores = torch.cat([scores, extra[:, None, None].expand(-1, scores.shape[1], 1)], dim=-1)
+    # A row that sees nothing is 0 / 0 in the softmax.
+    weights = torch.softmax(scores, dim=-1)[..., :-1].masked_fill(hidden, 0.0)
+    return torch.einsum("hnl,lhd->nhd", weights, values.repeat_interleave(ratio, dim=1))

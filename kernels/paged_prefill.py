@@ -1,0 +1,130 @@
+"""Attention of many new tokens a sequence, packed without padding, to the paged context and to themselves.
+
+Everything is read from the caches, where the new keys and values lie already, so a chunk of a long prompt and a prompt
+behind a shared prefix need no case of their own. One program takes a tile of rows (new tokens times the query heads of one
+KV head) and walks over the tokens that any of them sees: first the tiles that all rows see whole, which need no mask, then
+those at the diagonal and at the far edge of the window.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantkit.kernels.paged_tile import LOG2E, Device, Scores, Tile, attend, empty_state, load_query, normalise, widen
+
+#: Rows of a tile: what the matrix units of Hopper take from two groups of four warps.
+MOST_ROWS = 128
+
+
+@triton.jit
+def prefill_kernel(  # type: ignore[no-untyped-def]
+    query,
+    key_cache,
+    value_cache,
+    block_table,
+    query_start,
+    seq_lens,
+    sinks,
+    out,
+    query_stride,
+    query_stride_head,
+    table_stride,
+    scale,
+    cap,
+    window,
+    HEADS: tl.constexpr,
+    RATIO: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Grid (row tiles of the longest sequence, HEADS, S). Sequences with fewer than SHORTEST new tokens are left alone."""
+    kv_head, sequence = tl.program_id(1), tl.program_id(2)
+    start = tl.load(query_start + sequence)
+    count = tl.load(query_start + sequence + 1) - start
+    length = tl.load(seq_lens + sequence)
+    # The last rows see most: they start first.
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    if count < SHORTEST or first_row >= count * RATIO:
+        return
+
+    rows = first_row + tl.arange(0, ROWS)
+    tile, positions = load_query(
+        query, query_stride, query_stride_head, start, count, length, rows, kv_head, RATIO, D, D_PAD, WIDEN
+    )
+    earliest = length - count + first_row // RATIO
+    latest = length - count + tl.minimum((first_row + ROWS - 1) // RATIO, count - 1)
+    # Tiles are counted from the first token that any row sees; `lead` of them straddle the edge of the window.
+    begin = tl.maximum(earliest - window + 1, 0)
+    tiles = tl.cdiv(tl.maximum(latest + 1 - begin, 0), TILE)
+    lead = tl.cdiv(tl.maximum(latest - window + 1 - begin, 0), TILE)
+    whole = tl.maximum(tl.maximum(earliest + 1 - begin, 0) // TILE - lead, 0)
+
+    table = block_table + sequence.to(tl.int64) * table_stride
+    key_head, value_head = key_cache + kv_head * D, value_cache + kv_head * DV
+    acc, peak, total = empty_state(ROWS, DV_PAD)
+    for i in range(lead, lead + whole):
+        acc, peak, total = attend(
+            acc, peak, total, tile, positions, begin + i * TILE, length, table, key_head, value_head, scale, cap, window,
+            HEADS, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, CAPPED, WIDEN, MASKED=False,
+        )  # fmt: skip
+    for edge in range(tiles - whole):
+        i = tl.where(edge < lead, edge, edge + whole)
+        acc, peak, total = attend(
+            acc, peak, total, tile, positions, begin + i * TILE, length, table, key_head, value_head, scale, cap, window,
+            HEADS, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, CAPPED, WIDEN, MASKED=True,
+        )  # fmt: skip
+
+    dims = tl.arange(0, DV_PAD)
+    inside = rows < count * RATIO
+    heads = kv_head * RATIO + rows % RATIO
+    sink = tl.full([ROWS], float("-inf"), tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + heads, mask=inside, other=0.0) * LOG2E
+    place = ((start + rows // RATIO).to(tl.int64) * (HEADS * RATIO) + heads) * DV
+    result = normalise(acc, peak, total, sink).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] + dims[None, :], result, mask=inside[:, None] & (dims < DV)[None, :])
+
+
+def paged_prefill(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    scores: Scores,
+    shortest: int,
+    longest: int,
+    device: Device,
+) -> None:
+    """Write the rows of `out` that belong to sequences of at least `shortest` new tokens.
+
+    Args:
+        query, key_cache, value_cache, block_table, query_start, seq_lens, sinks: as for `reference.paged_attention`.
+        out: [T, Hq, Dv], contiguous.
+        scores: scale, soft cap and window.
+        shortest: new tokens of a sequence, 1 at least.
+        longest: most new tokens of any sequence.
+        device: where the tensors lie.
+    """
+    (sequences, _), (_, block_size, heads, dim), value_dim = block_table.shape, key_cache.shape, value_cache.shape[3]
+    ratio = query.shape[1] // heads
+    tile = Tile.of(query, value_dim, triton.next_power_of_2(longest * ratio), MOST_ROWS, 16, 64, device.shared_memory)
+    prefill_kernel[(triton.cdiv(longest * ratio, tile.rows), heads, sequences)](
+        query, key_cache, value_cache, block_table, query_start, seq_lens, sinks, out,
+        query.stride(0), query.stride(1), block_table.stride(0), scores.scale, scores.cap, scores.window,
+        HEADS=heads, RATIO=ratio, SHORTEST=shortest, ROWS=tile.rows, BLOCK_SIZE=block_size, TILE=tile.tokens,
+        D=dim, D_PAD=tile.dim, DV=value_dim, DV_PAD=tile.value_dim, CAPPED=scores.cap > 0, SINKS=sinks is not None,
+        WIDEN=widen(query), num_warps=8, num_stages=tile.stages,
+    )  # fmt: skip

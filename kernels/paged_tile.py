@@ -1,0 +1,240 @@
+"""Attention of a tile of query rows to a tile of paged tokens: the inner step of both paged kernels.
+
+    scores = query keys^T * scale        softmax in base 2: exp(s) = exp2(s * log2(e)), the factor folded into the scale
+    peak'  = max(peak, row max of scores)
+    total' = total * exp2(peak - peak') + row sum of exp2(scores - peak')
+    acc'   = acc   * exp2(peak - peak') + exp2(scores - peak') values
+
+(online softmax, arXiv 1805.02867; arXiv 2205.14135, algorithm 1). The rows of a tile are the new tokens of one sequence
+times the query heads that share one KV head, so that each key is read once for all of them: row r is token r // RATIO,
+head r % RATIO of the group. Tokens are gathered one by one through the block table; a tile may span many blocks.
+
+`peak` starts at a finite number below any score, so that a tile in which a row sees nothing leaves total = 0 and no NaN.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+#: A window that hides nothing; small enough that position - window does not overflow int32.
+NO_WINDOW = 1 << 30
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How raw dot products become exponents of 2: x * scale, or cap * (1 - 2 / (1 + exp2(x * scale))) = cap * tanh(..)."""
+
+    scale: float
+    cap: float
+    window: int
+
+    @classmethod
+    def of(cls, scale: float, window: int, softcap: float) -> "Scores":
+        """From the arguments of `paged_attention`."""
+        window = window if window > 0 else NO_WINDOW
+        if softcap > 0:
+            return cls(2 * LOG2E.value * scale / softcap, LOG2E.value * softcap, window)
+        return cls(LOG2E.value * scale, 0.0, window)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the shape of a launch depends on.
+
+    Attributes:
+        capability: of the compute architecture, 80 for sm_80. From 90 on, matrix units take operands from shared memory.
+        processors: number of multiprocessors.
+        shared_memory: bytes that one program may have.
+    """
+
+    capability: int
+    processors: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program works on at a time.
+
+    Attributes:
+        rows, tokens: of a tile of scores; powers of two.
+        dim, value_dim: head dimensions padded to powers of two, 16 at least.
+        stages: the block table is read stages - 1 tiles ahead, the caches (stages - 1) / 2.
+    """
+
+    rows: int
+    tokens: int
+    dim: int
+    value_dim: int
+    stages: int
+
+    @classmethod
+    def of(cls, query: Tensor, value_dim: int, rows: int, most_rows: int, least: int, most: int, shared_memory: int) -> "Tile":
+        """About 32 KiB of keys and values, but `least` to `most` tokens; `rows`, or fewer where heads are wider than 128; two
+        such tiles in flight where `shared_memory` has room for them, one otherwise.
+
+        float32 is there to be right, not fast: it gets the largest tile whose products do not spill.
+        """
+        size = query.element_size()
+        dim, value_dim = (max(16, triton.next_power_of_2(dim)) for dim in (query.shape[2], value_dim))
+        rows = max(16, min(rows, most_rows, most_rows * 128 // max(dim, value_dim)))
+        token = 2 * max(dim, value_dim) * size
+        if size == 4:
+            return cls(min(rows, 32), max(16, min(64, 16384 // token)), dim, value_dim, 2)
+        tokens = max(least, min(most, 32768 // token))
+        # A third buffer is for the tile that Hopper's matrix unit may still be reading; the rest is the query and the weights.
+        buffers = 3 if rows >= 64 else 2
+        needed = buffers * tokens * token + rows * (dim + tokens) * size
+        return cls(rows, tokens, dim, value_dim, 5 if needed <= shared_memory else 3)
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, on CPU tensors, instead of compiling them."""
+    return not isinstance(attend, triton.JITFunction)
+
+
+def widen(x: Tensor) -> bool:
+    """Whether to compute in float32: the interpreter's bfloat16 arithmetic is wrong."""
+    return interpreted() and x.dtype == torch.bfloat16
+
+
+@triton.jit
+def empty_state(ROWS: tl.constexpr, DV_PAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc [ROWS, DV_PAD], peak [ROWS] and total [ROWS] before the first tile."""
+    peak = tl.full([ROWS], -1.0e30, tl.float32)
+    return tl.zeros([ROWS, DV_PAD], tl.float32), peak, tl.zeros([ROWS], tl.float32)
+
+
+@triton.jit
+def load_query(  # type: ignore[no-untyped-def]
+    query,
+    stride_token,
+    stride_head,
+    start,
+    count,
+    length,
+    rows,
+    kv_head,
+    RATIO: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """(tile [ROWS, D_PAD], positions [ROWS]) of one sequence's rows; rows beyond its `count` tokens stand at position -1."""
+    tokens = rows // RATIO
+    heads = kv_head * RATIO + rows % RATIO
+    dims = tl.arange(0, D_PAD)
+    pointers = query + (start.to(tl.int64) + tokens) * stride_token + heads * stride_head
+    inside = (tokens < count)[:, None] & (dims < D)[None, :]
+    tile = tl.load(pointers[:, None] + dims[None, :], mask=inside, other=0.0)
+    if WIDEN:
+        tile = tile.to(tl.float32)
+    return tile, tl.where(tokens < count, length - count + tokens, -1)
+
+
+@triton.jit
+def _load(pointers, inside, wide, MASKED: tl.constexpr, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PADDED:
+        tile = tl.load(pointers, mask=inside & wide, other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def attend(  # type: ignore[no-untyped-def]
+    acc,
+    peak,
+    total,
+    query,
+    positions,
+    first,
+    length,
+    table,
+    key_head,
+    value_head,
+    scale,
+    cap,
+    window,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The state after the tokens first .. first + TILE - 1 of a sequence of `length` tokens.
+
+    table points to the sequence's row of the block table, key_head and value_head to the first token of the caches, at the
+    KV head. HEADS is the number of KV heads. Without MASKED every row sees every token of the tile. WIDEN computes in
+    float32, for the interpreter, whose bfloat16 arithmetic is wrong.
+    """
+    tokens = first + tl.arange(0, TILE)
+    inside = tokens < length
+    blocks = _load(table + tokens // BLOCK_SIZE, inside, inside, MASKED, False)
+    slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+    dims = tl.arange(0, D_PAD)
+    pointers = key_head + slots[None, :] * (HEADS * D) + dims[:, None]
+    keys = _load(pointers, inside[None, :], (dims < D)[:, None], MASKED, D != D_PAD)
+    dims = tl.arange(0, DV_PAD)
+    pointers = value_head + slots[:, None] * (HEADS * DV) + dims[None, :]
+    values = _load(pointers, inside[:, None], (dims < DV)[None, :], MASKED, DV != DV_PAD)
+    if WIDEN:
+        keys = keys.to(tl.float32)
+        values = values.to(tl.float32)
+
+    scores = tl.dot(query, keys, input_precision="ieee") * scale
+    if CAPPED:
+        scores = cap - 2.0 * cap / (1.0 + tl.exp2(scores))
+    if MASKED:
+        distance = positions[:, None] - tokens[None, :]
+        scores = tl.where((distance >= 0) & (distance < window), scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_peak[:, None])
+    fade = tl.exp2(peak - new_peak)
+    total = total * fade + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
+    return acc, new_peak, total
+
+
+@triton.jit
+def normalise(acc, peak, total, sink):  # type: ignore[no-untyped-def]
+    """acc [ROWS, DV_PAD] / total, with `sink` [ROWS] (base 2; -inf for none) in the softmax; 0 where nothing was seen."""
+    new_peak = tl.maximum(peak, sink)
+    fade = tl.exp2(peak - new_peak)
+    total = total * fade + tl.exp2(sink - new_peak)
+    return acc * (fade / tl.where(total > 0, total, 1.0))[:, None]
+
+
+def check(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+) -> None:
+    """Assert the shapes, dtypes and layouts that `reference.paged_attention` documents and the kernels rely on."""
+    (sequences, _), block_size = block_table.shape, key_cache.shape[1]
+    assert query.shape[2] == key_cache.shape[3], (query.shape, key_cache.shape)
+    assert query.shape[1] % key_cache.shape[2] == 0, (query.shape, key_cache.shape)
+    assert key_cache.shape[:3] == value_cache.shape[:3], (key_cache.shape, value_cache.shape)
+    assert block_size & (block_size - 1) == 0, block_size
+    assert query.dtype == key_cache.dtype == value_cache.dtype, (query.dtype, key_cache.dtype, value_cache.dtype)
+    assert all(cache.is_contiguous() for cache in (key_cache, value_cache))
+    assert all(x.stride(-1) == 1 for x in (query, block_table, query_start, seq_lens))
+    assert (len(query_start), len(seq_lens)) == (sequences + 1, sequences)
+    assert block_table.dtype == query_start.dtype == seq_lens.dtype == torch.int32
+    assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == query.shape[1:2] and sinks.is_contiguous())
