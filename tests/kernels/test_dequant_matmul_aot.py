@@ -33,7 +33,7 @@ ROWS = {16: (2.3, 2.3), 32: (2.8, 2.65), 64: (3.75, 2.95), 128: (6.5, 4.6)}
 #: Size of groups -> the same for 4 bits and float16.
 GROUPS = {32: 2.9, 64: 2.4}
 
-#: At 64 rows sm_80 lacks a register or two outside of the loop.
+#: Bytes of stack. At 64 rows sm_80 lacks two registers: one value is read back once a step, next to 128 matrix instructions.
 SPILLS = {("rows", 64, 80): 8}
 
 
