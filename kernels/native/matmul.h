@@ -1,0 +1,41 @@
+/* out [M, N] = x [M, K] @ weight [N, K]^T + bias, the weight packed (2, 4 or 8 bits) or dense.
+
+   A row of the result depends on its row of x only: not on M, not on the number of threads. */
+#ifndef QUANTKIT_MATMUL_H
+#define QUANTKIT_MATMUL_H
+
+#include <stdint.h>
+
+/* Rows of a packed weight that lie together. */
+#define TILE 32
+
+/* Longest run of columns that is summed before its scale is applied; x is prepared in such runs. */
+#define RUN 256
+
+/* A weight [rows, columns].
+   bits == 0: dense, `data` row-major of `type`; scales and zeros unused.
+   bits in {2, 4, 8}: `data` uint32 [ceil(rows/TILE), groups, words, TILE], word w of a row's group holding the codes of
+   columns w*F .. w*F+F-1 (F = 32/bits), the first in the lowest bits; words = ceil(group/F), the rest of the last one 0.
+   scales float [tiles, groups, TILE]; zeros uint32 [tiles, ceil(groups/4), TILE], byte g % 4 of a word that of group g.
+   value = (code - zero) * scale. */
+typedef struct {
+    const void *data;
+    const float *scales;
+    const uint32_t *zeros;
+    const float *bias; /* [rows] or NULL */
+    int64_t rows, columns;
+    int64_t group; /* columns that share a scale; divides columns */
+    int32_t bits, type;
+} Matrix;
+
+/* Floats that one prepared row of x takes. */
+int64_t prepared_floats(const Matrix *weight);
+
+/* x [columns] -> what the matmul reads. Packed: columns scaled so that codes need no shift, padded, then the sum of each run;
+   16-bit: even and odd columns apart (vec.h); all padded with zeros. */
+void prepare(const Matrix *weight, const float *x, float *prepared);
+
+/* This thread's share of the columns of out [m, rows] (row stride out_stride); no barrier. */
+void matmul_share(const Matrix *weight, const float *prepared, int64_t m, float *out, int64_t out_stride);
+
+#endif

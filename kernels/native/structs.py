@@ -1,0 +1,93 @@
+"""The C structures of the native kernels, field for field: matmul.h, attention.h, decoder.c."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+_POINTER, _INT, _WORD, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+#: Element types of dense matrices and caches (vec.h).
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Matrix(ctypes.Structure):
+    """A weight [rows, columns], packed or dense."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("data", "scales", "zeros", "bias")),
+        *((name, _INT) for name in ("rows", "columns", "group")),
+        *((name, _WORD) for name in ("bits", "type")),
+    ]
+
+
+class Pages(ctypes.Structure):
+    """Block tables and lengths of a batch."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("block_table", "query_start", "lengths")),
+        *((name, _INT) for name in ("sequences", "table_width", "block_size")),
+    ]
+
+
+class Heads(ctypes.Structure):
+    """Shape of an attention layer."""
+
+    _fields_ = [
+        ("sinks", _POINTER),
+        *((name, _INT) for name in ("heads", "kv_heads", "dim", "value_dim", "window", "type")),
+        *((name, _FLOAT) for name in ("scale", "softcap")),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """A decoder block."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, _POINTER) for name in ("norm_attention", "norm_attention_out", "norm_mlp", "norm_mlp_out")),
+        *((name, _POINTER) for name in ("norm_query", "norm_key")),
+        ("heads", Heads),
+        *((name, _INT) for name in ("norm_all_heads", "rope")),
+        *((name, _POINTER) for name in ("keys", "values")),
+    ]
+
+
+class Rope(ctypes.Structure):
+    """A rotary position embedding."""
+
+    _fields_ = [
+        ("frequencies", _POINTER),
+        ("pairs", _INT),
+        ("scaling", _FLOAT),
+    ]
+
+
+class Decoder(ctypes.Structure):
+    """All blocks, the last norm and the head."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("layers", "ropes", "norm")),
+        ("head", Matrix),
+        *((name, _INT) for name in ("layer_count", "rope_count", "hidden", "inner", "activation")),
+        *((name, _FLOAT) for name in ("epsilon", "residual")),
+    ]
+
+
+class Batch(ctypes.Structure):
+    """Tokens of one forward."""
+
+    _fields_ = [
+        ("pages", Pages),
+        *((name, _POINTER) for name in ("positions", "slots", "logit_rows")),
+        *((name, _INT) for name in ("tokens", "rows")),
+    ]
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a contiguous CPU tensor begins; None (NULL) for None. The caller keeps the tensor alive."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return tensor.data_ptr()

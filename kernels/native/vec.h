@@ -1,0 +1,102 @@
+/* Vectors of floats by the vector extensions of GCC and Clang: 8 lanes, 16 where the processor has AVX-512.
+
+   Nothing here names an instruction set; a machine without 32-byte registers gets the same results from smaller ones.
+   Sums over lanes are taken in one fixed order, so that a result depends on its operands only. */
+#ifndef QUANTKIT_VEC_H
+#define QUANTKIT_VEC_H
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* For inner loops: a function of its own has all registers to itself. */
+#define NOINLINE __attribute__((noinline))
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+
+/* Element types of dense matrices and of KV caches. */
+enum { F32 = 0, BF16 = 1, F16 = 2 };
+
+INLINE vf load(const float *from) { vf v; memcpy(&v, from, sizeof v); return v; }
+INLINE vu load_words(const void *from) { vu v; memcpy(&v, from, sizeof v); return v; }
+/* A load that the compiler may not repeat as an operand of several instructions: load ports are scarcer than registers. */
+INLINE vf load_once(const void *from) { return *(const volatile vf *)from; }
+INLINE void store(float *to, vf v) { memcpy(to, &v, sizeof v); }
+INLINE vf splat(float x) { return x - (vf){0}; }
+
+INLINE float bits_to_float(uint32_t bits) { float f; memcpy(&f, &bits, sizeof f); return f; }
+INLINE uint32_t float_to_bits(float f) { uint32_t bits; memcpy(&bits, &f, sizeof bits); return bits; }
+
+/* IEEE half to float by integer steps: the exponent is rebiased by a multiplication, which is exact for subnormals too.
+   Infinity and NaN do not survive: they read as values of 65536 and more. */
+#define HALF_REBIAS 5.192296858534828e33f /* 2^112 */
+
+INLINE vf half_to_float(vu half) {
+    vf magnitude = (vf)((half & 0x7fffu) << 13) * HALF_REBIAS;
+    return (vf)((vu)magnitude | (half & 0x8000u) << 16);
+}
+
+/* A word holds two neighbours of a 16-bit array: LANES words give the even elements, then the odd ones. Everything that
+   meets such a vector is put into the same order beforehand; no unpacking instruction is needed then. */
+INLINE vf even_half(vu words, int type) { return type == BF16 ? (vf)(words << 16) : half_to_float(words & 0xffffu); }
+INLINE vf odd_half(vu words, int type) { return type == BF16 ? (vf)(words & 0xffff0000u) : half_to_float(words >> 16); }
+
+/* Where element k of an array goes in the order above. */
+INLINE int64_t split_place(int64_t k) { return k / (2 * LANES) * (2 * LANES) + k % 2 * LANES + k % (2 * LANES) / 2; }
+
+/* Round to nearest even, as torch does; a half out of range becomes infinity. */
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits = float_to_bits(value);
+    if (value != value) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE uint16_t to_half(float value) {
+    uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+    if (magnitude < 0x38800000) /* subnormal: adding 1/2 leaves the half's bits at the bottom of the sum */
+        return (uint16_t)(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+INLINE float lane_sum(vf v) {
+    float part[LANES];
+    memcpy(part, &v, sizeof part);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) part[i] += part[i + width];
+    return part[0];
+}
+
+INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+INLINE vf at_least(vf v, vf floor) { return choose(v < floor, floor, v); }
+INLINE vf at_most(vf v, vf ceiling) { return choose(v > ceiling, ceiling, v); }
+
+/* e^x to about 1 unit in the last place (Cephes expf); below -87.3 it stays at 1e-38, above 88.7 at 3e38; NaN stays NaN. */
+INLINE vf exp_lanes(vf x) {
+    x = at_most(at_least(x, splat(-87.33654f)), splat(88.37f));
+    vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
+    vf r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+}
+
+INLINE vf tanh_lanes(vf x) { return 1.0f - 2.0f / (1.0f + exp_lanes(2.0f * x)); }
+
+#endif
