@@ -18,6 +18,7 @@ from quantkit.methods.grid import QuantizedWeight, Scheme
 from quantkit.methods.hessian import Drift, Hessian
 from quantkit.methods.solve import Moments, Settings, prepare, solve
 from quantkit.report import MatrixReport
+from quantkit.usage import trim_memory
 
 
 @dataclass
@@ -66,6 +67,7 @@ class BlockJob:
                 self._solve(group, weights, None, None, "", started)
                 continue
             hessian, drift = self._measure(walk, number, next(iter(weights.values())).shape[1])
+            trim_memory()
             ratio, note = None, ""
             if self.settings.scales_channels:
                 hessian, drift, ratio, note = self._scale(walk, number, weights, hessian, drift)
@@ -78,6 +80,8 @@ class BlockJob:
             streams[0].weights |= {
                 name: quantized[name].dequantize(self._parameter(name).dtype) for name in weights if name in quantized
             }
+            # Forward and solver take tensors of other sizes than one another.
+            trim_memory()
 
     def _measure(self, walk: Walk, number: int, columns: int) -> tuple[Tensor, Drift | None]:
         """H and drift of group `number`'s inputs.

@@ -21,7 +21,7 @@ from quantkit.formats import encode
 from quantkit.head import quantize_head
 from quantkit.prepare import Prepared
 from quantkit.report import MatrixReport
-from quantkit.usage import trim_memory
+from quantkit.usage import keep_freed_memory, trim_memory
 
 
 class Progress(Protocol):
@@ -71,6 +71,7 @@ def quantize_blocks(job: Prepared, workspace: Workspace, memory: Memory, progres
                 progress.matrix(MatrixReport(**report))
         _ = job.recorded_kwargs  # needs the embeddings
         model.release_outside()
+        keep_freed_memory()
         for index in range(len(workspace.finished) - 1, model.count):
             progress.block(index, model.count)
             memory = _attempt(job, workspace, memory, index, progress)

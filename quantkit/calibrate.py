@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from quantkit.architecture import Group
 
 #: Tokens that run through a block at once. Fixed, because the order of sums decides the last bits of the result.
-MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 1024
 
 
 @dataclass
@@ -63,9 +64,10 @@ class Walk:
         """
         self._block, self._streams, self._kwargs, self._hold = block, streams, kwargs, hold
         self.groups = groups
-        self._modules = {name: block.get_submodule(name) for group in groups for name in group.names}
+        self._modules = {name: _layer(block, name) for group in groups for name in group.names}
         self._divisors: dict[int, Tensor] = {}
         self._paused: dict[tuple[int, int], greenlet] = {}
+        self._parked: dict[tuple[int, int], Tensor] = {}
         self._home = getcurrent()
 
     def __enter__(self) -> "Walk":
@@ -81,6 +83,7 @@ class Walk:
         for runner in self._paused.values():
             runner.throw(GreenletExit)
         self._paused.clear()
+        self._parked.clear()
 
     def inputs(self, number: int) -> Iterator[tuple[Tensor, ...]]:
         """Per micro-batch, what group `number` reads, [B, T, K], in every stream that has the micro-batch.
@@ -119,13 +122,38 @@ class Walk:
                 value = runner.switch()
         if self._hold and not runner.dead:
             self._paused[stream, index] = runner
+            self._park(stream, index, number, value)
         elif not runner.dead:
             runner.throw(GreenletExit)
         assert isinstance(value, Tensor)
         return value
+
+    def _park(self, stream: int, index: int, number: int, value: Tensor) -> None:
+        """Move what group `number` reads to the micro-batch's own place in one large tensor.
+
+        Left where it is, it would lie among the forward's short-lived tensors, and those of the next micro-batches fit into
+        no hole that it leaves. What can be divided for a group is read by nobody else, so the place is free again as soon as
+        the group has run, although the block's frames may still refer to it.
+        """
+        if self.groups[number].fold is None:
+            return
+        if not self._parked:
+            widest = max(module.in_features for module in self._modules.values())
+            tokens = [hidden.shape[0] * hidden.shape[1] for s in self._streams for hidden in s.hidden]
+            places = torch.empty(sum(tokens), widest, dtype=value.dtype, device=value.device).split(tokens)
+            keys = [(k, i) for k, s in enumerate(self._streams) for i in range(len(s.hidden))]
+            self._parked = dict(zip(keys, places, strict=True))
+        place = self._parked[stream, index].view(-1)[: value.numel()].view(value.shape)
+        value.data = place.copy_(value)
 
     def _forward(self, hidden: Tensor) -> Tensor:
         device = next(self._block.parameters()).device
         out = self._block(hidden.to(device), **self._kwargs(hidden.shape[0]))
         value: Tensor = out[0] if isinstance(out, tuple) else out
         return value
+
+
+def _layer(block: nn.Module, name: str) -> nn.Linear:
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer

@@ -41,11 +41,11 @@ def _seconds(dtype: torch.dtype) -> float:
 @contextmanager
 def multiplying_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> Iterator[None]:
     """Hold the weights of linear layers in `dtype` and multiply in it; what comes out has the dtype of what goes in."""
-    changed = list(layers)
+    changed, scratch = list(layers), Scratch(dtype)
     for layer in changed:
         assert isinstance(layer, nn.Linear)
         layer.weight.data = layer.weight.data.to(dtype)
-        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer, scratch)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -53,8 +53,33 @@ def multiplying_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> Iterator[
             del layer.forward
 
 
-def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
+class Scratch:
+    """Two buffers that all layers share, for operand and product in another dtype than the stored one.
+
+    They are the largest tensors of a forward; taken anew each time, they would leave holes among what is held.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+        """The buffer `name` as [rows, columns] on the device of `like`; its contents are whatever was left there."""
+        size, buffer = rows * columns, self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name] = torch.empty(size, dtype=self._dtype, device=like.device)
+        return buffer[:size].view(rows, columns)
+
+
+def _forward(layer: nn.Linear, scratch: Scratch, inputs: Tensor) -> Tensor:
     """x W^T + b, from x [..., K]."""
-    dtype = layer.weight.dtype
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    return linear(inputs.to(dtype), layer.weight, bias).to(inputs.dtype)
+    weight, bias = layer.weight, layer.bias
+    if inputs.dtype == weight.dtype:
+        return linear(inputs, weight, bias)
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    operand = scratch.take("operand", len(rows), rows.shape[1], inputs).copy_(rows)
+    product = scratch.take("product", len(rows), len(weight), inputs)
+    torch.mm(operand, weight.T, out=product)
+    if bias is not None:
+        product += bias
+    return product.to(inputs.dtype).view(*inputs.shape[:-1], -1)

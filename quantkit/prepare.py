@@ -101,7 +101,7 @@ class Prepared:
     def activation_bytes(self) -> tuple[int, int]:
         """Bytes of the hidden states between blocks, and of what paused micro-batches hold at a group's matrices.
 
-        A paused micro-batch holds its residual, the group's input and, inside the MLP, the norm's output.
+        A paused micro-batch holds its residual, a place as wide as any group's input and, inside attention, the queries.
         """
         assert self.tokens is not None
         values = sum(self.stream_rows) * self.tokens.shape[1] * self.model.dtype.itemsize

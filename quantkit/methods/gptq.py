@@ -56,12 +56,13 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse | Non
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = diagonal.mean().clamp_(min=torch.finfo(torch.float32).tiny)
-    fixed = hessian + torch.diag(dead * mean)
-    order = torch.argsort(fixed.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    alive = diagonal + dead * mean
+    order = torch.argsort(alive, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
     order = order.to(hessian.device)
     while True:
-        damped = fixed + torch.diag(torch.full_like(diagonal, float(damping * mean)))
-        factor, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+        damped = hessian.clone()
+        damped.diagonal().copy_(alive + damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped[order[:, None], order])
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed and bool(upper.isfinite().all()):

@@ -25,18 +25,19 @@ class Hessian:
         self._sum = torch.zeros(columns, columns, device=device)
         self._cross: Tensor | None = None
         self._paired_sum = self._sum
+        self._buffers: list[Tensor | None] = [None, None]
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
         """Add the rows of `inputs` [..., K]; `reference` are the same rows in the unquantized model.
 
         Micro-batches with a reference come before those without.
         """
-        x = inputs.reshape(-1, self._sum.shape[0]).float()
+        x = self._widened(0, inputs)
         if reference is not None:
             assert self.paired_tokens == self.tokens, "a micro-batch with a reference came after one without"
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
-            self._cross.addmm_(x.T, reference.reshape(x.shape).float() - x)
+            self._cross.addmm_(x.T, torch.sub(y := self._widened(1, reference), x, out=y))
             self.paired_tokens += x.shape[0]
         elif self._cross is not None and self._paired_sum is self._sum:
             self._paired_sum = self._sum.clone()
@@ -47,15 +48,23 @@ class Hessian:
             stop = start + step
             self._sum[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])
 
+    def _widened(self, number: int, inputs: Tensor) -> Tensor:
+        """`inputs` as float32 [T, K] in a buffer of this object, which serves every micro-batch."""
+        rows = inputs.reshape(-1, self._sum.shape[0])
+        buffer = self._buffers[number]
+        if buffer is None or len(buffer) < len(rows):
+            buffer = self._buffers[number] = torch.empty(rows.shape, device=rows.device)
+        return buffer[: len(rows)].copy_(rows)
+
     def mean(self) -> Tensor:
         """H = X^T X / T over all tokens, float32 [K, K], symmetric."""
-        return _mirrored(self._sum) / self.tokens
+        return _mean(self._sum, self.tokens)
 
     def drift(self) -> "Drift | None":
         """How the inputs stray from the reference, None if no micro-batch had one."""
         if self._cross is None:
             return None
-        return Drift(self._cross / self.paired_tokens, _mirrored(self._paired_sum) / self.paired_tokens)
+        return Drift(self._cross / self.paired_tokens, _mean(self._paired_sum, self.paired_tokens))
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class Drift:
         return Drift(self.cross / outer, self.hessian / outer)
 
 
-def _mirrored(upper: Tensor) -> Tensor:
-    """A symmetric matrix from one whose part below the diagonal is incomplete."""
-    return upper.triu() + upper.triu(1).T
+def _mean(upper: Tensor, tokens: int) -> Tensor:
+    """A sum, of which the part below the diagonal is incomplete, as the symmetric mean."""
+    mean = (upper / tokens).triu_()
+    mean += mean.triu(1).T
+    return mean

@@ -82,8 +82,9 @@ def matched(weight: Tensor, drift: Drift, strength: float) -> Tensor:
     With strength 1 this is the asymmetric calibration of Li et al., "GPTAQ" (arXiv 2504.02692), solved before rounding
     instead of during it. Returns `weight` itself where the regression cannot be solved.
     """
-    ridge = RIDGE * float(drift.hessian.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(drift.hessian + ridge * torch.eye(len(drift.hessian), device=weight.device))
+    damped = drift.hessian.clone()
+    damped.diagonal().add_(RIDGE * drift.hessian.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(damped)
     if failed or strength == 0:
         return weight
     return weight + strength * torch.cholesky_solve(drift.cross @ weight.T, factor).T
