@@ -1,3 +1,4 @@
+/* Attention itself: pieces of work to partial results, and those to outputs. */
 #include "attention.h"
 #include "team.h"
 #include "vec.h"
@@ -5,46 +6,10 @@
 #include <math.h>
 #include <stdlib.h>
 
-#define CHUNK 64
-#define SPAN 4
-/* Rows (queries x heads of one KV head) that share a reading of the keys. */
-#define ROWS 24
-
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t padded(int64_t dim) { return (dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
+static int64_t padded(int64_t dim) { return round_up(dim, 2 * LANES); }
 
 /* A partial result is {maximum, sum, weighted value [padded(value_dim)]}, the value in the order of `convert_row`. */
 int64_t partial_floats(const Heads *h) { return 2 + padded(h->value_dim); }
-
-/* Few queries: one piece a span. Many: pieces of ROWS rows over all their keys; there are enough of those. */
-Plan make_plan(const Pages *p, int64_t heads_per_kv_head) {
-    const int64_t most = larger(1, ROWS / heads_per_kv_head), queries = p->query_start[p->sequences];
-    int64_t room = 0, slot = 0;
-    for (int64_t s = 0; s < p->sequences; s++)
-        room += (p->query_start[s + 1] - p->query_start[s]) / most + p->lengths[s] / (SPAN * CHUNK) + 2;
-    Plan plan = {malloc(room * sizeof(Piece)), 0, malloc((queries + 1) * sizeof(int32_t))};
-    for (int64_t s = 0; s < p->sequences; s++) {
-        const int64_t first = p->query_start[s], end = p->query_start[s + 1], start = p->lengths[s] - (end - first);
-        const int split = end - first <= most;
-        for (int64_t query = first; query < end; query += most) {
-            const int64_t count = smaller(most, end - query);
-            const int64_t chunks = (start + (query - first) + count + CHUNK - 1) / CHUNK, step = split ? SPAN : chunks;
-            int32_t part = 0;
-            for (int64_t chunk = 0; chunk < chunks; chunk += step, part++)
-                plan.pieces[plan.count++] = (Piece){(int32_t)s, (int32_t)query, (int32_t)count, (int32_t)chunk,
-                                                    (int32_t)smaller(chunk + step, chunks), part};
-            for (int64_t i = 0; i < count; i++, slot += part) plan.first_slot[query + i] = (int32_t)slot;
-        }
-    }
-    plan.first_slot[queries] = (int32_t)slot;
-    return plan;
-}
-
-void free_plan(Plan *plan) {
-    free(plan->pieces);
-    free(plan->first_slot);
-}
 
 /* Up to CHUNK keys of a sequence: positions first .. first+count-1, and their slots in the caches. */
 typedef struct { int64_t first, count, slots[CHUNK]; } Keys;
@@ -187,25 +152,36 @@ static void attend_chunk(const Heads *h, const Plane *key_plane, const Plane *va
         if (low[r] < high[r]) weigh(weights + r * CHUNK, chunk, size - 2, low[r], high[r], local + r * size + 2);
 }
 
-static void attend_piece(const Heads *h, const Pages *p, const Plan *plan, const Piece *piece, int64_t kv_head,
-                         const float *queries, int64_t query_stride, const void *keys, const void *values, float *partials) {
-    const int64_t repeat = h->heads / h->kv_heads, rows = piece->count * repeat, dim = padded(h->dim), size = partial_floats(h);
+/* Queries of a piece, scaled, [rows, padded(dim)]: all heads of the KV head for each token. */
+static void fetch_queries(const Attention *a, const Piece *piece, int64_t kv_head, float *to) {
+    const Heads *h = a->heads;
+    const int64_t repeat = h->heads / h->kv_heads, dim = padded(h->dim);
+    memset(to, 0, sizeof(float) * piece->count * repeat * dim);
+    for (int64_t r = 0; r < piece->count * repeat; r++, to += dim) {
+        const int64_t token = piece->query + r / repeat, head = kv_head * repeat + r % repeat;
+        const float *from = a->queries + token * a->query_stride + head * h->dim;
+        for (int64_t d = 0; d < h->dim; d++) to[h->type == F32 ? d : split_place(d)] = h->scale * from[d];
+    }
+}
+
+static void attend_piece(const Attention *a, const Piece *piece, int64_t kv_head) {
+    const Heads *h = a->heads;
+    const Pages *p = a->pages;
+    const int64_t repeat = h->heads / h->kv_heads, rows = piece->count * repeat, size = partial_floats(h);
     const int64_t s = piece->sequence;
     const int64_t position = piece->query + p->lengths[s] - p->query_start[s + 1], end = position + piece->count;
-    const Plane key_plane = plane_of(h, keys, h->dim, kv_head), value_plane = plane_of(h, values, h->value_dim, kv_head);
+    const Plane key_plane = plane_of(h, a->keys, h->dim, kv_head), value_plane = plane_of(h, a->values, h->value_dim, kv_head);
     /* Chunks before the first query's window are seen by nobody. */
     int64_t chunk = h->window ? larger(piece->chunk, (position - h->window + 1) / CHUNK) : piece->chunk;
     Keys some[2];
     find_keys(p, s, chunk * CHUNK, smaller(end, piece->chunk_end * CHUNK), &some[0]);
     ask(&key_plane, &some[0]);
     ask(&value_plane, &some[0]);
-    float query[rows * dim], local[rows * size], *total[rows];
-    memset(query, 0, sizeof query);
+    float query[rows * padded(h->dim)], local[rows * size], *total[rows];
+    fetch_queries(a, piece, kv_head, query);
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t token = piece->query + r / repeat, head = kv_head * repeat + r % repeat;
-        for (int64_t d = 0; d < h->dim; d++)
-            query[r * dim + (h->type == F32 ? d : split_place(d))] = h->scale * queries[token * query_stride + head * h->dim + d];
-        total[r] = partials + ((plan->first_slot[token] + piece->part) * h->heads + head) * size;
+        const int64_t slot = a->plan->first_slot[piece->query + r / repeat] + piece->part;
+        total[r] = a->partials + (slot * h->heads + kv_head * repeat + r % repeat) * size;
         clear(h, total[r]);
         clear(h, local + r * size);
     }
@@ -220,21 +196,21 @@ static void attend_piece(const Heads *h, const Pages *p, const Plan *plan, const
     }
 }
 
-void attend_share(const Heads *h, const Pages *p, const Plan *plan, const float *queries, int64_t query_stride,
-                  const void *keys, const void *values, float *partials) {
+void attend_share(const Attention *a) {
     /* Dealt out in turn, because later queries of a prompt see more keys. */
-    const int64_t step = omp_get_num_threads();
-    for (int64_t i = omp_get_thread_num(); i < plan->count * h->kv_heads; i += step)
-        attend_piece(h, p, plan, plan->pieces + i / h->kv_heads, i % h->kv_heads, queries, query_stride, keys, values, partials);
+    const int64_t kv_heads = a->heads->kv_heads, step = omp_get_num_threads();
+    for (int64_t i = omp_get_thread_num(); i < a->plan->count * kv_heads; i += step)
+        attend_piece(a, a->plan->pieces + i / kv_heads, i % kv_heads);
 }
 
-void merge_query(const Heads *h, const Plan *plan, int64_t query, const float *partials, float *out) {
+void merge_query(const Attention *a, int64_t query, float *out) {
+    const Heads *h = a->heads;
     const int64_t size = partial_floats(h);
     float total[size];
     for (int64_t head = 0; head < h->heads; head++, out += h->value_dim) {
         clear(h, total);
-        for (int64_t slot = plan->first_slot[query]; slot < plan->first_slot[query + 1]; slot++)
-            merge(h, total, partials + (slot * h->heads + head) * size);
+        for (int64_t slot = a->plan->first_slot[query]; slot < a->plan->first_slot[query + 1]; slot++)
+            merge(h, total, a->partials + (slot * h->heads + head) * size);
         float scale = total[1] > 0 ? 1.0f / total[1] : 0.0f; /* a query before its sequence sees nothing */
         if (h->sinks) {
             const float maximum = total[0] > h->sinks[head] ? total[0] : h->sinks[head], keep = expf(total[0] - maximum);
@@ -244,56 +220,25 @@ void merge_query(const Heads *h, const Plan *plan, int64_t query, const float *p
     }
 }
 
-void write_slot(void *cache, int64_t type, int64_t slot, int64_t width, const float *row) {
-    if (type == F32) memcpy((float *)cache + slot * width, row, sizeof(float) * width);
-    uint16_t *half = (uint16_t *)cache + slot * width;
-    if (type == BF16)
-        for (int64_t i = 0; i < width; i++) half[i] = to_bf16(row[i]);
-    if (type == F16)
-        for (int64_t i = 0; i < width; i++) half[i] = to_half(row[i]);
-}
-
-typedef struct {
-    const Heads *heads;
-    const Pages *pages;
-    const Plan *plan;
-    const float *queries;
-    const void *keys, *values;
-    float *partials, *out;
-} AttentionCall;
+typedef struct { Attention attention; float *out; } AttentionCall;
 
 static void attention_body(void *argument) {
     const AttentionCall *c = argument;
-    const Heads *h = c->heads;
-    attend_share(h, c->pages, c->plan, c->queries, h->heads * h->dim, c->keys, c->values, c->partials);
+    const Attention *a = &c->attention;
+    attend_share(a);
     GOMP_barrier();
-    for (Range r = my_share(c->pages->query_start[c->pages->sequences]); r.first < r.last; r.first++)
-        merge_query(h, c->plan, r.first, c->partials, c->out + r.first * h->heads * h->value_dim);
+    for (Range r = my_share(a->pages->query_start[a->pages->sequences]); r.first < r.last; r.first++)
+        merge_query(a, r.first, c->out + r.first * a->heads->heads * a->heads->value_dim);
 }
 
 /* queries [tokens, heads, dim] -> out [tokens, heads, value_dim], both float. */
 EXPORT void quantkit_paged_attention(const Heads *heads, const Pages *pages, const float *queries, const void *keys,
-                                    const void *values, float *out, int threads) {
+                                     const void *values, float *out, int threads) {
     Plan plan = make_plan(pages, heads->heads / heads->kv_heads);
     const int64_t slots = plan.first_slot[pages->query_start[pages->sequences]];
     float *partials = malloc(sizeof(float) * slots * heads->heads * partial_floats(heads));
-    AttentionCall call = {heads, pages, &plan, queries, keys, values, partials, out};
+    AttentionCall call = {{heads, pages, &plan, queries, heads->heads * heads->dim, keys, values, partials}, out};
     GOMP_parallel(attention_body, &call, (unsigned)threads, 0);
     free(partials);
     free_plan(&plan);
-}
-
-typedef struct { void *cache; const int64_t *slots; const float *rows; int64_t type, count, width; } WriteCall;
-
-static void write_body(void *argument) {
-    const WriteCall *c = argument;
-    for (Range r = my_share(c->count); r.first < r.last; r.first++)
-        if (c->slots[r.first] >= 0) write_slot(c->cache, c->type, c->slots[r.first], c->width, c->rows + r.first * c->width);
-}
-
-/* rows [count, width] into their slots; a slot of -1 is not written. */
-EXPORT void quantkit_kv_write(void *cache, int64_t type, const int64_t *slots, int64_t count, int64_t width, const float *rows,
-                              int threads) {
-    WriteCall call = {cache, slots, rows, type, count, width};
-    GOMP_parallel(write_body, &call, (unsigned)threads, 0);
 }

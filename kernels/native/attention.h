@@ -9,6 +9,10 @@
 
 #include <stdint.h>
 
+/* Keys that are read and scored together, and chunks whose partial results are merged one by one. */
+#define CHUNK 64
+#define SPAN 4
+
 /* Queries q = query_start[s] .. query_start[s+1]-1 are the last tokens of sequence s; keys are in blocks of a table. */
 typedef struct {
     const int32_t *block_table; /* [sequences, table_width] */
@@ -25,7 +29,7 @@ typedef struct {
     float scale, softcap;
 } Heads;
 
-/* `count` queries from `query` on against the keys of chunks chunk .. chunk_end-1; `part` numbers pieces of the same queries. */
+/* `count` queries from `query` on against chunks chunk .. chunk_end-1 of keys; `part` numbers pieces of the same queries. */
 typedef struct { int32_t sequence, query, count, chunk, chunk_end, part; } Piece;
 
 /* All work of a batch; each piece is done once for every KV head. */
@@ -41,12 +45,22 @@ void free_plan(Plan *plan);
 /* Floats of one partial result (one slot, one query head). */
 int64_t partial_floats(const Heads *heads);
 
-/* This thread's share of the plan; queries [queries, heads * dim] with a row stride, partials [slots, heads, ...]. */
-void attend_share(const Heads *heads, const Pages *pages, const Plan *plan, const float *queries, int64_t query_stride,
-                  const void *keys, const void *values, float *partials);
+/* The attention of one layer. */
+typedef struct {
+    const Heads *heads;
+    const Pages *pages;
+    const Plan *plan;
+    const float *queries; /* [queries, heads * dim], rows query_stride apart */
+    int64_t query_stride;
+    const void *keys, *values; /* the caches */
+    float *partials;           /* [slots, heads, partial_floats] */
+} Attention;
+
+/* This thread's share of the plan, into `partials`. */
+void attend_share(const Attention *attention);
 
 /* Result of one query from its partial results: out [heads * value_dim]. */
-void merge_query(const Heads *heads, const Plan *plan, int64_t query, const float *partials, float *out);
+void merge_query(const Attention *attention, int64_t query, float *out);
 
 /* row [width] into a slot of a cache of `type`. */
 void write_slot(void *cache, int64_t type, int64_t slot, int64_t width, const float *row);

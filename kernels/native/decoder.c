@@ -164,12 +164,13 @@ static void project(const Worker *w, const Matrix *matrix, float *out) {
 
 static void attention(const Worker *w, const Layer *l) {
     const Forward *f = w->all;
+    const Attention a = {&l->heads, &f->batch->pages, &f->plan, f->wide, l->qkv.rows, l->keys, l->values, f->partials};
     for (Range r = my_share(f->batch->tokens); r.first < r.last; r.first++) place_token(f, l, r.first);
     GOMP_barrier();
-    attend_share(&l->heads, &f->batch->pages, &f->plan, f->wide, l->qkv.rows, l->keys, l->values, f->partials);
+    attend_share(&a);
     GOMP_barrier();
     for (int64_t t = w->tokens.first; t < w->tokens.last; t++) {
-        merge_query(&l->heads, &f->plan, t, f->partials, w->row);
+        merge_query(&a, t, w->row);
         prepare(&l->out, w->row, w->prepared + t * prepared_floats(&l->out));
     }
     project(w, &l->out, f->delta);
@@ -226,8 +227,6 @@ static void forward_body(void *argument) {
     head(&w);
 }
 
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 /* Floats of the widest row of any step, prepared or not; a multiple of a cache line. */
 static int64_t widest_row(const Decoder *m) {
     int64_t widest = larger(m->hidden, prepared_floats(&m->head));
@@ -237,11 +236,12 @@ static int64_t widest_row(const Decoder *m) {
         widest = larger(widest, larger(prepared_floats(&l->qkv), prepared_floats(&l->out)));
         widest = larger(widest, larger(prepared_floats(&l->gate_up), prepared_floats(&l->down)));
     }
-    return (widest + 15) / 16 * 16;
+    return round_up(widest, 16);
 }
 
 /* hidden [tokens, hidden]: embeddings of the tokens -> logits [rows, vocabulary]; returns 0, or -1 without memory. */
-EXPORT int quantkit_decoder_forward(const Decoder *model, const Batch *batch, const float *hidden, float *logits, int threads) {
+EXPORT int quantkit_decoder_forward(const Decoder *model, const Batch *batch, const float *hidden, float *logits,
+                                    int threads) {
     const Heads *heads = &model->layers[0].heads;
     Forward f = {.model = model, .batch = batch, .logits = logits, .widest = widest_row(model)};
     f.plan = make_plan(&batch->pages, heads->heads / heads->kv_heads);
@@ -252,13 +252,13 @@ EXPORT int quantkit_decoder_forward(const Decoder *model, const Batch *batch, co
                               (int64_t)f.plan.first_slot[tokens] * heads->heads * partial_floats(heads)};
     float **const places[7] = {&f.hidden, &f.prepared, &f.row, &f.wide, &f.delta, &f.turns, &f.partials};
     int64_t total = 0;
-    for (int i = 0; i < 7; i++) total += (sizes[i] + 15) / 16 * 16;
+    for (int i = 0; i < 7; i++) total += round_up(sizes[i], 16);
     float *workspace = aligned_alloc(64, sizeof(float) * total);
     if (!workspace) return -1;
     total = 0;
     for (int i = 0; i < 7; i++) {
         *places[i] = workspace + total;
-        total += (sizes[i] + 15) / 16 * 16;
+        total += round_up(sizes[i], 16);
     }
     for (int64_t i = 0; i < copies; i++) memcpy(f.hidden + i * model->hidden, hidden, sizeof(float) * tokens * model->hidden);
     GOMP_parallel(forward_body, &f, (unsigned)threads, 0);

@@ -4,6 +4,8 @@
 #ifndef QUANTKIT_MATMUL_H
 #define QUANTKIT_MATMUL_H
 
+#include "vec.h"
+
 #include <stdint.h>
 
 /* Rows of a packed weight that lie together. */
@@ -28,6 +30,12 @@ typedef struct {
     int32_t bits, type;
 } Matrix;
 
+/* Groups of a packed row; columns of a group, and of all groups, with padding; words of a tile. */
+static inline int64_t groups(const Matrix *w) { return w->columns / w->group; }
+static inline int64_t padded_group(const Matrix *w) { return round_up(w->group, 32 / w->bits); }
+static inline int64_t padded_columns(const Matrix *w) { return groups(w) * padded_group(w); }
+static inline int64_t tile_words(const Matrix *w) { return padded_columns(w) / (32 / w->bits) * TILE; }
+
 /* Floats that one prepared row of x takes. */
 int64_t prepared_floats(const Matrix *weight);
 
@@ -37,5 +45,9 @@ void prepare(const Matrix *weight, const float *x, float *prepared);
 
 /* This thread's share of the columns of out [m, rows] (row stride out_stride); no barrier. */
 void matmul_share(const Matrix *weight, const float *prepared, int64_t m, float *out, int64_t out_stride);
+
+/* The two ways of it. */
+void packed_share(const Matrix *weight, const float *prepared, int64_t m, float *out, int64_t out_stride);
+void dense_share(const Matrix *weight, const float *prepared, int64_t m, float *out, int64_t out_stride);
 
 #endif

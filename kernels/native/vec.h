@@ -8,16 +8,22 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifndef LANES /* may be given, to test one width on a processor of the other */
 #ifdef __AVX512F__
 #define LANES 16
 #else
 #define LANES 8
+#endif
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
 
 /* For inner loops: a function of its own has all registers to itself. */
 #define NOINLINE __attribute__((noinline))
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));

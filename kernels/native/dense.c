@@ -1,0 +1,83 @@
+/* Dense weights, row-major as they lie in a checkpoint: lanes run along the columns, several rows at a time. */
+#include "matmul.h"
+#include "team.h"
+#include "vec.h"
+
+/* One step of 2 * LANES columns: `count` rows of a dense weight times `rows` rows of x. */
+INLINE void dense_step(int type, int count, int rows, const char *weight, int64_t weight_stride, const float *x,
+                       int64_t x_stride, vf acc[8][4]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) {
+        const char *from = weight + i * weight_stride;
+        vu words = load_words(from);
+        vf low = type == F32 ? (vf)words : even_half(words, type);
+        vf high = type == F32 ? load((const float *)from + LANES) : odd_half(words, type);
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++) {
+            acc[i][m] += low * load(x + m * x_stride);
+            acc[i][m] += high * load(x + m * x_stride + LANES);
+        }
+    }
+}
+
+/* Rows n .. n+count-1 of a dense weight times `rows` rows of x; lanes run along the columns. The tail is copied and padded
+   by zeros, because the row behind it is another one's. Constants of each instance: type, count, rows. */
+INLINE void dense_block(int type, int count, int rows, const Matrix *w, int64_t n, const float *x, int64_t x_stride,
+                        float *out, int64_t out_stride) {
+    enum { STEP = 2 * LANES };
+    const int64_t size = type == F32 ? 4 : 2, whole = w->columns / STEP * STEP, stride = w->columns * size;
+    const char *weight = (const char *)w->data + n * stride;
+    vf acc[8][4];
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++)
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++) acc[i][m] = (vf){0};
+    for (int64_t k = 0; k < whole; k += STEP) {
+        const char *from = weight + k * size;
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++) __builtin_prefetch(from + (count + i) * stride); /* the rows behind these */
+        dense_step(type, count, rows, from, stride, x + k, x_stride, acc);
+    }
+    if (whole < w->columns) {
+        char tail[8 * STEP * 4] = {0};
+        for (int i = 0; i < count; i++)
+            memcpy(tail + i * STEP * 4, weight + i * stride + whole * size, (w->columns - whole) * size);
+        dense_step(type, count, rows, tail, STEP * 4, x + whole, x_stride, acc);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++)
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++)
+            out[m * out_stride + n + i] = lane_sum(acc[i][m]) + (w->bias ? w->bias[n + i] : 0.0f);
+}
+
+typedef void DenseBlock(const Matrix *w, int64_t n, const float *x, int64_t x_stride, float *out, int64_t out_stride);
+
+#define DENSE(TYPE, COUNT, ROWS)                                                                                            \
+    static NOINLINE void dense_##TYPE##_##COUNT##_##ROWS(const Matrix *w, int64_t n, const float *x, int64_t x_stride,      \
+                                                         float *out, int64_t out_stride) {                                  \
+        dense_block(TYPE, COUNT, ROWS, w, n, x, x_stride, out, out_stride);                                                 \
+    }
+#define DENSE_TYPE(TYPE)                                                                                                    \
+    DENSE(TYPE, 1, 1) DENSE(TYPE, 1, 2) DENSE(TYPE, 1, 3) DENSE(TYPE, 1, 4) DENSE(TYPE, 8, 1) DENSE(TYPE, 4, 2)             \
+    DENSE(TYPE, 3, 1) DENSE(TYPE, 3, 2) DENSE(TYPE, 3, 3) DENSE(TYPE, 3, 4)
+#define DENSE_TABLE(TYPE)                                                                                                   \
+    {[1] = {0, dense_##TYPE##_1_1, dense_##TYPE##_1_2, dense_##TYPE##_1_3, dense_##TYPE##_1_4},                             \
+     [3] = {0, dense_##TYPE##_3_1, dense_##TYPE##_3_2, dense_##TYPE##_3_3, dense_##TYPE##_3_4},                             \
+     [4] = {0, 0, dense_##TYPE##_4_2}, [8] = {0, dense_##TYPE##_8_1}}
+DENSE_TYPE(F32) DENSE_TYPE(BF16) DENSE_TYPE(F16)
+
+/* By type, rows of the weight and rows of x: at most 12 sums. */
+static DenseBlock *const DENSE_BLOCK[3][9][5] = {DENSE_TABLE(F32), DENSE_TABLE(BF16), DENSE_TABLE(F16)};
+
+void dense_share(const Matrix *w, const float *x, int64_t m, float *out, int64_t out_stride) {
+    const int64_t stride = prepared_floats(w), most = m == 1 ? 8 : m == 2 ? 4 : 3;
+    Range r = my_share(w->rows);
+    for (int64_t n = r.first, count; n < r.last; n += count) {
+        count = n + most <= r.last ? most : 1;
+        for (int64_t row = 0; row < m; row += 4) {
+            DenseBlock *block = DENSE_BLOCK[w->type][count][smaller(4, m - row)];
+            block(w, n, x + row * stride, stride, out + row * out_stride, out_stride);
+        }
+    }
+}

@@ -1,0 +1,242 @@
+/* Packed weights: TILE rows of a weight side by side in the lanes, columns one after the other.
+
+   Few rows of x: codes become floats on the way, two instructions for LANES of them. Many: a run of columns is unpacked
+   into a panel of floats once and multiplied like a dense matrix. Both add the same numbers in the same order. */
+#include "matmul.h"
+#include "team.h"
+#include "vec.h"
+
+/* Rows of x that are multiplied at a time: 6 x 2 accumulators, 2 weights and 1 input fit 16 vector registers. */
+#define BLOCK 6
+
+/* Words that are asked for ahead of their use. */
+#define PREFETCH 1024
+
+/* Rows of x that one unpacked panel serves. */
+#define PANEL_ROWS 96
+
+/* Field j of each word as a float, times 2^(bits*j) except for the highest: one mask or one shift, one conversion. */
+INLINE vf field(vu word, int bits, int j) {
+    if (j == 32 / bits - 1) return __builtin_convertvector((vi)(word >> (32 - bits)), vf);
+    return __builtin_convertvector((vi)(word & (((1u << bits) - 1) << (bits * j))), vf);
+}
+
+/* Weights are read once, in order, and faster than a processor's own prefetching brings them (measured: 7 instead of 14 GB/s
+   a thread). Far enough for memory, near enough for the first cache; reading past the end only asks in vain. */
+INLINE void prefetch_words(const uint32_t *words) {
+    __builtin_prefetch(words + PREFETCH);
+    __builtin_prefetch(words + PREFETCH + TILE / 2);
+}
+
+/* Sums of fields times x over `steps` words of columns (bits 0: over `steps` columns already unpacked, [steps, TILE] floats)
+   for TILE weight rows and `rows` rows of x; sums [rows, TILE]. Constants of each instance: bits, rows. */
+INLINE void run_sums(int bits, int rows, int64_t steps, const void *data, const float *x, int64_t x_stride, float *sums) {
+    /* At least 8 chains of additions, to hide their latency, and at most 12, to fit the registers. */
+    const int fields = bits ? 32 / bits : 1, vectors = rows <= 3 ? TILE / LANES : 2;
+    for (int part = 0; part < TILE; part += vectors * LANES) {
+        vf acc[BLOCK][TILE / LANES];
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) acc[m][v] = (vf){0};
+        for (int64_t step = 0; step < steps; step++) {
+            const uint32_t *words = (const uint32_t *)data + step * TILE + part;
+            if (bits) prefetch_words((const uint32_t *)data + step * TILE);
+#pragma GCC unroll 16
+            for (int j = 0; j < fields; j++) {
+                vf weight[TILE / LANES];
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++)
+                    weight[v] = bits ? field(load_words(words + v * LANES), bits, j) : load_once(words + v * LANES);
+#pragma GCC unroll 8
+                for (int m = 0; m < rows; m++) {
+                    vf input = splat(x[m * x_stride + step * fields + j]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < vectors; v++) acc[m][v] += input * weight[v];
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) store(sums + m * TILE + part + v * LANES, acc[m][v]);
+    }
+}
+
+typedef void RunSums(int64_t steps, const void *data, const float *x, int64_t x_stride, float *sums);
+
+#define INSTANCE(BITS, ROWS)                                                                                                \
+    static NOINLINE void sums_##BITS##_##ROWS(int64_t steps, const void *data, const float *x, int64_t stride, float *sums) { \
+        run_sums(BITS, ROWS, steps, data, x, stride, sums);                                                                 \
+    }
+#define INSTANCES(BITS) INSTANCE(BITS, 1) INSTANCE(BITS, 2) INSTANCE(BITS, 3) INSTANCE(BITS, 4) INSTANCE(BITS, 5)
+INSTANCES(0) INSTANCE(0, 6) INSTANCES(2) INSTANCES(4) INSTANCES(8)
+
+/* By bits / 2 (0: panel) and rows of x. */
+static RunSums *const RUN_SUMS[5][BLOCK + 1] = {
+    {0, sums_0_1, sums_0_2, sums_0_3, sums_0_4, sums_0_5, sums_0_6},
+    {0, sums_2_1, sums_2_2, sums_2_3, sums_2_4, sums_2_5, 0},
+    {0, sums_4_1, sums_4_2, sums_4_3, sums_4_4, sums_4_5, 0},
+    {0},
+    {0, sums_8_1, sums_8_2, sums_8_3, sums_8_4, sums_8_5, 0},
+};
+
+/* total += scale * (sum - zero * sum of x) for LANES weight rows and one run. */
+INLINE void add_scaled(vf sum, vf scale, vf zero, float x_sum, float *total) {
+    vf difference = sum - zero * x_sum;
+    store(total, load(total) + scale * difference);
+}
+
+/* Zero points of group g from the words of a tile. */
+INLINE vf zeros_of(const uint32_t *zeros, int64_t g) {
+    return __builtin_convertvector((vi)(load_words(zeros + g / 4 * TILE) >> (uint32_t)(g % 4 * 8) & 0xffu), vf);
+}
+
+/* What one tile of a weight and some prepared rows of x are, with the counts that its loops need. */
+typedef struct {
+    const uint32_t *words;
+    const float *scales;
+    const uint32_t *zeros;
+    const float *x;
+    int64_t x_stride;
+    int64_t groups, padded, columns; /* groups; columns of a group, and of all groups, with padding */
+    int bits;
+} Tile;
+
+/* `add_scaled` for TILE weight rows and several rows of x; sums and totals [rows, TILE]. */
+static void apply_scales(const Tile *t, int64_t g, int64_t rows, const float *sums, const float *x_sums, float *totals) {
+    for (int v = 0; v < TILE; v += LANES) {
+        const vf scale = load(t->scales + g * TILE + v), zero = zeros_of(t->zeros + v, g);
+        for (int64_t m = 0; m < rows; m++)
+            add_scaled(load(sums + m * TILE + v), scale, zero, x_sums[m * t->x_stride], totals + m * TILE + v);
+    }
+}
+
+/* All columns of a tile for one row of x: two runs at a time have twice the independent chains of additions, and the same
+   sums as one; totals [TILE]. Needs groups of at most RUN columns. */
+INLINE void tile_one_row(int bits, const Tile *t, float *totals) {
+    const int fields = 32 / bits;
+    const int64_t steps = t->padded / fields;
+    const uint32_t *words = t->words;
+    const float *x = t->x, *x_sums = t->x + t->columns;
+    for (int64_t g = 0; g < t->groups; g += 2) {
+        vf acc[2][TILE / LANES] = {0};
+        /* A last group without a pair is multiplied twice and used once. */
+        const int64_t next = g + 1 < t->groups ? steps : 0;
+        for (int64_t step = 0; step < steps; step++) {
+            prefetch_words(words + step * TILE);
+            prefetch_words(words + (next + step) * TILE);
+#pragma GCC unroll 16
+            for (int j = 0; j < fields; j++)
+#pragma GCC unroll 2
+                for (int run = 0; run < 2; run++) {
+                    vf input = splat(x[(run * next + step) * fields + j]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < TILE / LANES; v++)
+                        acc[run][v] += input * field(load_words(words + (run * next + step) * TILE + v * LANES), bits, j);
+                }
+        }
+        for (int run = 0; run < (next ? 2 : 1); run++)
+#pragma GCC unroll 4
+            for (int v = 0; v < TILE; v += LANES)
+                add_scaled(acc[run][v / LANES], load(t->scales + (g + run) * TILE + v), zeros_of(t->zeros + v, g + run),
+                           x_sums[run], totals + v);
+        words += 2 * steps * TILE;
+        x += 2 * t->padded;
+        x_sums += 2;
+    }
+}
+static NOINLINE void tile_one_row_2(const Tile *t, float *totals) { tile_one_row(2, t, totals); }
+static NOINLINE void tile_one_row_4(const Tile *t, float *totals) { tile_one_row(4, t, totals); }
+static NOINLINE void tile_one_row_8(const Tile *t, float *totals) { tile_one_row(8, t, totals); }
+
+/* All columns of a tile for fewer than BLOCK rows of x, fields unpacked on the way; totals [rows, TILE]. */
+static void tile_direct(const Tile *t, int64_t rows, float *totals) {
+    const int bits = t->bits, fields = 32 / bits;
+    const float *x = t->x, *x_sums = t->x + t->columns;
+    const uint32_t *words = t->words;
+    float sums[BLOCK * TILE] __attribute__((aligned(64)));
+    for (int64_t g = 0; g < t->groups; g++)
+        for (int64_t first = 0; first < t->padded; first += RUN, x_sums++) {
+            int64_t steps = smaller(RUN, t->padded - first) / fields;
+            RUN_SUMS[bits / 2][rows](steps, words, x, t->x_stride, sums);
+            apply_scales(t, g, rows, sums, x_sums, totals);
+            words += steps * TILE;
+            x += steps * fields;
+        }
+}
+
+/* Size of the next block of `left` rows: as few blocks as possible, and none of them small. */
+static int64_t even_block(int64_t left) {
+    int64_t blocks = (left + BLOCK - 1) / BLOCK;
+    return (left + blocks - 1) / blocks;
+}
+
+INLINE void unpack(int bits, const uint32_t *words, int64_t steps, float *panel) {
+    const int fields = 32 / bits;
+    for (int64_t step = 0; step < steps; step++) {
+        prefetch_words(words + step * TILE);
+#pragma GCC unroll 16
+        for (int j = 0; j < fields; j++)
+            for (int v = 0; v < TILE; v += LANES)
+                store(panel + (step * fields + j) * TILE + v, field(load_words(words + step * TILE + v), bits, j));
+    }
+}
+
+/* The same for many rows: each run is unpacked once into a panel that stays in the cache; m <= PANEL_ROWS. */
+static void tile_by_panels(const Tile *t, int64_t m, float *totals) {
+    const int bits = t->bits, fields = 32 / bits;
+    const float *x = t->x, *x_sums = t->x + t->columns;
+    const uint32_t *words = t->words;
+    float panel[RUN * TILE] __attribute__((aligned(64))), sums[BLOCK * TILE] __attribute__((aligned(64)));
+    for (int64_t g = 0; g < t->groups; g++)
+        for (int64_t first = 0; first < t->padded; first += RUN, x_sums++) {
+            int64_t columns = smaller(RUN, t->padded - first), steps = columns / fields;
+            if (bits == 2) unpack(2, words, steps, panel);
+            else if (bits == 4) unpack(4, words, steps, panel);
+            else unpack(8, words, steps, panel);
+            for (int64_t row = 0, rows; row < m; row += rows) {
+                rows = even_block(m - row);
+                RUN_SUMS[0][rows](columns, panel, x + row * t->x_stride, t->x_stride, sums);
+                apply_scales(t, g, rows, sums, x_sums + row * t->x_stride, totals + row * TILE);
+            }
+            words += steps * TILE;
+            x += columns;
+        }
+}
+
+/* One tile for up to PANEL_ROWS rows of x; totals [m, TILE]. */
+static void tile_totals(const Tile *t, int64_t m, float *totals) {
+    memset(totals, 0, sizeof(float) * m * TILE);
+    if (m >= BLOCK) tile_by_panels(t, m, totals);
+    else if (m > 1 || t->padded > RUN) tile_direct(t, m, totals);
+    else if (t->bits == 2) tile_one_row_2(t, totals);
+    else if (t->bits == 4) tile_one_row_4(t, totals);
+    else tile_one_row_8(t, totals);
+}
+
+/* totals (+ bias) -> out, `count` of TILE. */
+static void put_row(const float *totals, const float *bias, int64_t count, float *out) {
+    if (!bias) memcpy(out, totals, sizeof(float) * count);
+    else
+        for (int64_t n = 0; n < count; n++) out[n] = totals[n] + bias[n];
+}
+
+void packed_share(const Matrix *w, const float *prepared, int64_t m, float *out, int64_t out_stride) {
+    Tile t = {.x_stride = prepared_floats(w), .groups = groups(w), .padded = padded_group(w), .columns = padded_columns(w),
+              .bits = w->bits};
+    float totals[PANEL_ROWS * TILE] __attribute__((aligned(64)));
+    for (Range r = my_share((w->rows + TILE - 1) / TILE); r.first < r.last; r.first++) {
+        const int64_t base = r.first * TILE, count = smaller(TILE, w->rows - base);
+        t.words = (const uint32_t *)w->data + r.first * tile_words(w);
+        t.scales = w->scales + base * t.groups;
+        t.zeros = w->zeros + base * ((t.groups + 3) / 4);
+        for (int64_t row = 0, some; row < m; row += some) {
+            some = smaller(PANEL_ROWS, m - row);
+            t.x = prepared + row * t.x_stride;
+            tile_totals(&t, some, totals);
+            for (int64_t i = 0; i < some; i++)
+                put_row(totals + i * TILE, w->bias ? w->bias + base : NULL, count, out + (row + i) * out_stride + base);
+        }
+    }
+}
