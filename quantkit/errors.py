@@ -37,3 +37,7 @@ class NumericsError(QuantkitError):
 
 class ResourceError(QuantkitError):
     """Memory or disk ran out."""
+
+
+class RequestError(QuantkitError):
+    """A request to generate text asks for what this model, its cache or its sampler cannot do."""

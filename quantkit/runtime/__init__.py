@@ -1,0 +1,1 @@
+"""Run a model for many requests at a time: paged KV cache, continuous batching, sampling."""

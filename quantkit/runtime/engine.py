@@ -1,0 +1,234 @@
+"""Many requests, one model: schedule, forward, sample, hand out.
+
+The engine runs in one thread, and all its methods are called from that thread.
+"""
+
+import time
+from array import array
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from itertools import count
+from random import Random
+
+from quantkit.errors import RequestError
+from quantkit.runtime.accept import accept, ended, joined
+from quantkit.runtime.admission import check_request, length_limit
+from quantkit.runtime.batch import build_batch
+from quantkit.runtime.detokenize import Decode, TextStream
+from quantkit.runtime.kv_manager import KVManager
+from quantkit.runtime.model import Model
+from quantkit.runtime.request import Request
+from quantkit.runtime.sampler import sample
+from quantkit.runtime.scheduler import Scheduler
+from quantkit.runtime.sequence import FinishReason, Output, Sample, Scheduled, Sequence, Stats, Timing
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much runs at a time.
+
+    Attributes:
+        max_batch: running sequences at most.
+        token_budget: new tokens in a step at most. Fewer bound how long a prompt's chunk holds up the others' tokens.
+        prefix_caching: whether finished blocks are kept for prompts that start alike.
+
+    Raises:
+        RequestError: the budget does not cover one token for each running sequence.
+    """
+
+    max_batch: int = 64
+    token_budget: int = 512
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_batch <= self.token_budget:
+            found = f"max_batch is {self.max_batch} and token_budget {self.token_budget}"
+            raise RequestError(f"{found}; max_batch must be at least 1 and token_budget at least max_batch")
+
+
+class Engine:
+    """Continuous batching over a model with a paged KV cache.
+
+    Attributes:
+        model: as given.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig | None = None,
+        *,
+        decode: Decode | None = None,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        """
+        Args:
+            model: what to run; the engine owns its cache from now on.
+            config: how much runs at a time.
+            decode: token ids to text; without it every text is empty.
+            eos_token_ids: end a sequence unless its request ignores them.
+        """
+        self.model = model
+        self._config = config or EngineConfig()
+        self._decode = decode
+        self._eos = frozenset(eos_token_ids)
+        self._kv = KVManager(model.num_blocks, model.block_size, self._config.prefix_caching)
+        self._scheduler = Scheduler(self._kv, self._config.max_batch, self._config.token_budget)
+        self._ids = count()
+        self._steps = 0
+        #: Request id -> its sequences that have not ended.
+        self._live: dict[int, list[Sequence]] = {}
+        #: Last outputs of sequences that were cancelled between steps.
+        self._cancelled: list[Output] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do or return anything."""
+        return bool(self._live or self._cancelled)
+
+    @property
+    def stats(self) -> Stats:
+        """Where it stands now."""
+        scheduler, pool = self._scheduler, self._kv.pool
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            used_blocks=len(pool) - pool.num_free,
+            num_blocks=len(pool),
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
+            steps=self._steps,
+        )
+
+    def add(self, request: Request) -> int:
+        """Queue a request; returns its id.
+
+        Raises:
+            RequestError: it can never be served; nothing is allocated.
+        """
+        check_request(request, self.model, self._config.max_batch, self._decode is not None)
+        request_id, timing = next(self._ids), Timing(time.monotonic())
+        sequences = [self._sequence(request, request_id, index, timing) for index in range(request.params.n)]
+        sequences[0].forks = sequences[1:]
+        self._live[request_id] = sequences
+        self._scheduler.add(sequences[0])
+        return request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request now; the next step returns its last outputs. False when it has ended already or never was."""
+        outputs = self._end(request_id, FinishReason.CANCELLED)
+        self._cancelled.extend(outputs)
+        return bool(outputs)
+
+    def step(self) -> list[Output]:
+        """Advance by one forward of the model; what came out, one output a sequence that advanced or ended.
+
+        A step that fails ends the requests in it, and only those, with the error.
+        """
+        outputs, self._cancelled = self._cancelled, []
+        scheduled = self._scheduler.schedule()
+        assert scheduled or not self._live, "nothing runs and something waits"
+        if scheduled:
+            self._steps += 1
+            try:
+                chosen = self._run(scheduled)
+            except Exception as error:  # noqa: BLE001 (whatever it is, the other requests go on)
+                failed = dict.fromkeys(entry.sequence.request_id for entry in scheduled)
+                return outputs + [output for each in failed for output in self._end(each, FinishReason.ERROR, error)]
+            now = time.monotonic()
+            for sequence, token in chosen:
+                outputs.append(accept(sequence, [token], now))
+                if outputs[-1].finish_reason is not None:
+                    self._forget(sequence)
+        return outputs
+
+    def generate(self, requests: Iterable[Request], watch: Callable[[Output], None] | None = None) -> list[Output]:
+        """Run requests to their end, with no others beside; each one's samples as whole outputs, in the order given.
+
+        Args:
+            requests: what to run.
+            watch: sees every output as it comes.
+
+        Raises:
+            RequestError: one of them can never be served; none is run.
+            Exception: whatever a step failed with.
+        """
+        assert not self.has_work, "other requests' outputs would be lost"
+        collected: dict[tuple[int, int], list[Output]] = {}
+        try:
+            for request in requests:
+                self.add(request)
+            while self._live:
+                for output in self.step():
+                    if output.error is not None:
+                        raise output.error
+                    collected.setdefault((output.request_id, output.index), []).append(output)
+                    if watch is not None:
+                        watch(output)
+        finally:
+            for request_id in list(self._live):
+                self._end(request_id, FinishReason.CANCELLED)
+        return [joined(parts) for _, parts in sorted(collected.items())]
+
+    def check(self) -> None:
+        """Assert that no request is lost and that every block is accounted for."""
+        self._scheduler.check()
+        queued = [*self._scheduler.running, *self._scheduler.waiting]
+        known = [*queued, *(child for sequence in queued for child in sequence.forks)]
+        live = [sequence for sequences in self._live.values() for sequence in sequences]
+        assert sorted(known, key=lambda s: s.order) == sorted(live, key=lambda s: s.order), "a sequence is lost"
+
+    def _sequence(self, request: Request, request_id: int, index: int, timing: Timing) -> Sequence:
+        params, prompt = request.params, array("q", request.prompt)
+        return Sequence(
+            request_id=request_id,
+            index=index,
+            params=params,
+            tokens=prompt,
+            num_prompt=len(prompt),
+            limit=length_limit(request, self.model),
+            stop_tokens=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+            text=TextStream(self._decode or _no_text, prompt, params.stop, params.include_stop),
+            # A string, because neighbouring seeds must not share samples.
+            random=Random() if params.seed is None else Random(f"{params.seed}:{index}"),
+            timing=timing,
+        )
+
+    def _run(self, scheduled: list[Scheduled]) -> list[tuple[Sequence, Sample]]:
+        """Forward and sample: the sequences whose tokens are all computed, each with its next one."""
+        copies, self._kv.copies = self._kv.copies, []
+        if copies:
+            self.model.copy_blocks(copies)
+        logits = self.model.forward(build_batch(scheduled, self.model.block_size))
+        for sequence, num_tokens, _ in scheduled:
+            self._kv.commit(sequence, num_tokens)
+        followed = [entry.sequence for entry in scheduled if entry.num_logits]
+        # A prompt's logits serve all samples of its request.
+        pairs = [(row, each) for row, one in enumerate(followed) for each in (one, *self._scheduler.fork(one))]
+        if not pairs:
+            return []
+        if len(pairs) > len(followed):
+            logits = logits[[row for row, _ in pairs]]
+        sequences = [sequence for _, sequence in pairs]
+        return list(zip(sequences, sample(logits, sequences), strict=True))
+
+    def _end(self, request_id: int, reason: FinishReason, error: Exception | None = None) -> list[Output]:
+        """End from outside what is left of a request."""
+        now = time.monotonic()
+        outputs = [ended(sequence, reason, now, error) for sequence in self._live.get(request_id, ())]
+        for sequence in self._live.pop(request_id, ()):
+            self._scheduler.remove(sequence)
+        return outputs
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Free what a sequence that has ended holds."""
+        self._scheduler.remove(sequence)
+        siblings = self._live[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._live[sequence.request_id]
+
+
+def _no_text(_: list[int]) -> str:
+    return ""

@@ -1,0 +1,152 @@
+"""The next token of every row: penalties, temperature, top-k, top-p, min-p, in vLLM's order, then one uniform number.
+
+Top-k, top-p and min-p each keep the first tokens of the vocabulary in falling order of probability, so together they keep the
+shortest of three prefixes, and a token is drawn by inverting the cumulated distribution. Sorting a vocabulary costs more than
+all the rest: the likeliest tokens are selected first, more of them where the prefix turns out to be longer.
+
+A row's token depends on its logits, its parameters and its own random numbers, never on the other rows: equal probabilities
+are ordered by token id, and it takes the same path however many tokens had to be selected.
+"""
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import NumericsError
+from quantkit.runtime.logits import Penalty, likeliest, penalise
+from quantkit.runtime.request import SamplingParams
+from quantkit.runtime.selection import argmax, largest
+from quantkit.runtime.sequence import Sample, Sequence, TokenLogprobs
+
+#: Likeliest tokens that are selected, one number after another until every kept prefix is inside; at last all are sorted.
+_WIDTHS = (256, 1024, 4096)
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
+    """One token for every row.
+
+    Args:
+        logits: float32 [R, V], the model's; changed by penalties.
+        sequences: the R sequences that the rows follow. Those that are not greedy spend one random number each.
+
+    Raises:
+        NumericsError: a row has NaN, positive Inf, or nothing but negative Inf.
+    """
+    params = [sequence.params for sequence in sequences]
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise NumericsError("the model's logits are NaN or Inf, so no token can be chosen; run its weights in a wider type")
+    if all(each.bare for each in params):
+        return [Sample(token) for token in argmax(logits).tolist()]
+    asked = [row for row, each in enumerate(params) if each.logprobs is not None]
+    raw = logits[asked] if asked else None
+    penalties = [_penalty(row, sequence) for row, sequence in enumerate(sequences) if sequence.params.penalised]
+    if penalties:
+        penalise(logits, penalties)
+    tokens = draw(logits, params, [0.0 if each.params.greedy else each.random.random() for each in sequences])
+    samples = [Sample(token) for token in tokens]
+    if raw is not None:
+        wanted = [params[row].logprobs or 0 for row in asked]
+        found = likeliest(raw, [tokens[row] for row in asked], wanted)
+        for row, (value, top) in zip(asked, found, strict=True):
+            samples[row] = Sample(tokens[row], TokenLogprobs(tokens[row], value, top))
+    return samples
+
+
+def _penalty(row: int, sequence: Sequence) -> Penalty:
+    params, history = sequence.params, sequence.history
+    history.update(sequence.tokens, sequence.num_prompt)
+    return Penalty(row, history, params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+
+
+def draw(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> list[int]:
+    """One token for every row of penalised logits.
+
+    Args:
+        logits: float32 [R, V].
+        params: of every row.
+        uniforms: a number from [0, 1) for every row; unused where the row is greedy.
+    """
+    tokens = [0] * len(params)
+    greedy = [row for row, each in enumerate(params) if each.greedy]
+    whole = [row for row, each in enumerate(params) if not each.greedy and not each.filtered]
+    filtered = [row for row, each in enumerate(params) if not each.greedy and each.filtered]
+    for rows, choose in ((greedy, _likeliest), (whole, _draw_whole), (filtered, _draw_filtered)):
+        if rows:
+            part = logits if len(rows) == len(params) else logits[rows]
+            chosen = choose(part, [params[row] for row in rows], [uniforms[row] for row in rows])
+            for row, token in zip(rows, chosen.tolist(), strict=True):
+                tokens[row] = token
+    return tokens
+
+
+def _likeliest(logits: Tensor, _params: SequenceOf[SamplingParams], _uniforms: SequenceOf[float]) -> Tensor:
+    return argmax(logits)
+
+
+def _column(values: SequenceOf[float], like: Tensor) -> Tensor:
+    """float32 [R, 1]."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _draw_whole(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
+    """From the whole distribution, in order of token ids. Returns int64 [R]."""
+    temperature = _column([each.temperature for each in params], logits)
+    cumulated = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+    return _invert(cumulated, cumulated[:, -1:], uniforms)
+
+
+def _invert(cumulated: Tensor, mass: Tensor, uniforms: SequenceOf[float]) -> Tensor:
+    """The first entry at which `cumulated` [R, K] exceeds the share `uniforms` of `mass` [R, 1]. Returns int64 [R]."""
+    target = _column(uniforms, cumulated) * mass
+    # Rounding may lift the target to the mass itself, which no entry exceeds: then it is the one that completes it.
+    last = torch.searchsorted(cumulated, mass.contiguous())
+    return torch.searchsorted(cumulated, target, right=True).minimum(last)[:, 0]
+
+
+def _draw_filtered(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
+    """From what top-k, top-p and min-p keep, in falling order of probability. Returns int64 [R]."""
+    vocab, total = logits.shape[1], _total(logits, params)
+    chosen = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    rows = list(range(len(params)))
+    for width in (*(width for width in _WIDTHS if width < vocab), vocab):
+        values, ids = largest(logits if len(rows) == len(params) else logits[rows], width)
+        left = [params[row] for row in rows]
+        weights = ((values - values[:, :1]) / _column([each.temperature for each in left], values)).exp_()
+        kept, settled = _kept(weights, total[rows], vocab, left)
+        cumulated = weights.cumsum(-1)
+        places = _invert(cumulated, cumulated.gather(1, kept - 1), [uniforms[row] for row in rows])
+        chosen[rows] = ids.gather(1, places[:, None])[:, 0]
+        rows = [row for row, done in zip(rows, settled.tolist(), strict=True) if not done]
+        if not rows:
+            break
+    return chosen
+
+
+def _total(logits: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
+    """Mass of all tokens relative to the likeliest, float32 [R, 1]; only top-p without top-k has a use for it."""
+    if all(each.top_p == 1 or each.top_k > 0 for each in params):
+        return torch.ones(len(params), 1, device=logits.device)
+    relative = logits - logits.amax(-1, keepdim=True)
+    return relative.div_(_column([each.temperature for each in params], logits)).exp_().sum(-1, keepdim=True)
+
+
+def _kept(weights: Tensor, total: Tensor, vocab: int, params: SequenceOf[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """How many of the ranked tokens the filters keep, int64 [R, 1], and for which rows that is certain, bool [R].
+
+    `weights` [R, K] are those of the K likeliest of a vocabulary relative to the first, `total` [R, 1] is the sum of all. Of
+    tokens as likely as the last one, some may be missing: a row is certain when what it keeps ends before these.
+    """
+    width = weights.shape[1]
+    top_k = torch.tensor([min(each.top_k or vocab, vocab) for each in params], device=weights.device)[:, None]
+    top_p, min_p = (_column([getattr(each, name) for each in params], weights) for name in ("top_p", "min_p"))
+    by_k = top_k.clamp(max=width)
+    cumulated = weights.cumsum(-1)
+    mass = torch.where(top_k < vocab, cumulated.gather(1, by_k - 1), total)
+    before = torch.nn.functional.pad(cumulated[:, :-1], (1, 0))
+    by_p = torch.where(top_p < 1, (before < top_p * mass).sum(-1, keepdim=True), width)
+    by_min = (weights >= min_p).sum(-1, keepdim=True)
+    kept = torch.minimum(torch.minimum(by_k, by_p), by_min)
+    inside = (weights.gather(1, kept - 1) > weights[:, -1:]) & ((top_k <= width) | (top_k == vocab))
+    return kept, (inside | (width == vocab))[:, 0]

@@ -1,0 +1,190 @@
+"""What is known about each sample of a request while it runs, and what comes out.
+
+A request of `n` samples is `n` sequences. Tokens are kept in `array`s, so that batch tensors are views of memory and no
+step converts a list that grows with the context.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from random import Random
+from typing import NamedTuple
+
+from quantkit.runtime.detokenize import TextStream
+from quantkit.runtime.logits import History
+from quantkit.runtime.request import SamplingParams
+
+
+class Status(Enum):
+    """Where a sequence is: in no queue yet (a sample whose prompt its first sibling computes), in one of two, or gone."""
+
+    NEW = auto()
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class FinishReason(str, Enum):
+    """Why a sequence ended: a stop string, stop token or end-of-sequence token; its length; from outside; a failed step."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural log probabilities under the model's own distribution: before penalties, temperature and filters, as in vLLM.
+
+    `top` has the likeliest tokens and their log probabilities, best first; the chosen token may be missing from it.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Sample(NamedTuple):
+    """A chosen token."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Usage(NamedTuple):
+    """Tokens of the prompt, of these found in the prefix cache, and tokens generated so far."""
+
+    prompt: int
+    cached: int
+    generated: int
+
+
+class Timing(NamedTuple):
+    """Seconds of `time.monotonic()`: when the request was added, had its first token, and ended."""
+
+    arrival: float
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample of a request.
+
+    Attributes:
+        request_id: counts up with arrival.
+        index: which of the request's samples.
+        params: how it is sampled.
+        tokens: prompt and output, int64.
+        num_prompt: how many of them are the prompt's.
+        limit: length at which it ends.
+        stop_tokens: token ids that end it.
+        text: turns its tokens into text.
+        random: its own source of uniform numbers, one a token, so that no other request has a say.
+        timing: see `Timing`.
+        forks: the request's other samples, until they split off with the first token.
+        status: see `Status`.
+        num_computed: leading tokens whose keys and values are in the cache.
+        blocks: int32, the physical block of each logical block; owned by `KVManager`, as are the next two.
+        num_published: leading blocks that the prefix cache knows.
+        chain: node of the prefix cache at which they end.
+        num_cached: prompt tokens found in the prefix cache; None before it was first admitted.
+        history: what penalties need to know; owned by the sampler.
+    """
+
+    request_id: int
+    index: int
+    params: SamplingParams
+    tokens: "array[int]"
+    num_prompt: int
+    limit: int
+    stop_tokens: frozenset[int]
+    text: TextStream
+    random: Random
+    timing: Timing
+    forks: "list[Sequence]" = field(default_factory=list)
+    status: Status = Status.NEW
+    num_computed: int = 0
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
+    num_published: int = 0
+    chain: int = 0
+    num_cached: int | None = None
+    history: History = field(default_factory=History)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Arrival order, oldest first."""
+        return self.request_id, self.index
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose keys and values are not computed yet: 1 while decoding, more before that."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_slots(self) -> int:
+        """Running sequences that it is or will be."""
+        return 1 + len(self.forks)
+
+    @property
+    def usage(self) -> Usage:
+        """Counts so far."""
+        return Usage(self.num_prompt, self.num_cached or 0, len(self.tokens) - self.num_prompt)
+
+
+class Scheduled(NamedTuple):
+    """A sequence's part in a step: its next `num_tokens` tokens, the last `num_logits` of which are to be followed."""
+
+    sequence: Sequence
+    num_tokens: int
+    num_logits: int
+
+
+@dataclass
+class Output:
+    """What a step added to a sequence. A sequence's last output, and no other, has a finish reason.
+
+    Attributes:
+        request_id: of the request, as `Engine.add` returned it.
+        index: which of the request's samples.
+        usage: counts so far.
+        timing: times so far.
+        text: new text; may be empty while a character or a possible stop string is incomplete.
+        token_ids: new tokens, among them what ended the sequence.
+        logprobs: one an id, where asked for.
+        finish_reason: see `FinishReason`.
+        stop: the stop string or the token that ended it.
+        error: what failed, where a failed step ended it.
+    """
+
+    request_id: int
+    index: int
+    usage: Usage
+    timing: Timing
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop: str | int | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Where an engine stands.
+
+    Attributes:
+        running, waiting: sequences.
+        used_blocks, num_blocks: KV blocks that sequences hold, and all there are.
+        prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found, since the start.
+        preemptions, steps: since the start.
+    """
+
+    running: int
+    waiting: int
+    used_blocks: int
+    num_blocks: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    steps: int
