@@ -68,12 +68,11 @@ class BlockJob:
                 continue
             hessian, drift = self._measure(walk, number, next(iter(weights.values())).shape[1])
             trim_memory()
-            ratio, note = None, ""
+            moments, ratio, note = prepare(hessian, drift, self.settings), None, ""
             if self.settings.scales_channels:
-                hessian, drift, ratio, note = self._scale(walk, number, weights, hessian, drift)
+                moments, ratio, note = self._scale(walk, number, weights, moments)
                 for stream in streams:
                     stream.weights |= {name: weight.to(self._parameter(name).dtype) for name, weight in weights.items()}
-            moments = prepare(hessian, drift, self.settings)
             self._solve(group, weights, moments, ratio, note, started)
             # The first stream goes on with what was written; a second one stays with the (scaled) originals.
             quantized = self.written.quantized
@@ -103,16 +102,16 @@ class BlockJob:
         return hessian, drift
 
     def _scale(
-        self, walk: Walk, number: int, weights: dict[str, Tensor], hessian: Tensor, drift: Drift | None
-    ) -> tuple[Tensor, Drift | None, float | None, str]:
+        self, walk: Walk, number: int, weights: dict[str, Tensor], moments: Moments
+    ) -> tuple[Moments, float | None, str]:
         """Search and fold AWQ's channel scale: multiplies `weights` in place, returns moments of the divided input."""
         fold = walk.groups[number].fold
         if fold is None:
-            return hessian, drift, None, "AWQ scale not folded: the residual stream feeds it directly"
+            return moments, None, "AWQ scale not folded: the residual stream feeds it directly"
+        hessian, cost = moments.hessian, None if moments.inverse is None else moments.inverse.cost
         tie = tied_channels(fold, hessian.shape[0], self.config).to(hessian.device)
         parts = [(weight, self.schemes[name]) for name, weight in weights.items() if name in self.schemes]
-        inverse = prepare(hessian, None, self.settings).inverse
-        found = search_channel_scale(parts, hessian, self.settings.dtype, tie, None if inverse is None else inverse.cost)
+        found = search_channel_scale(parts, hessian, self.settings.dtype, tie, cost)
         scale = foldable(fold, self.block, found.scale, self.settings.dtype)
         fold_into(fold, self.block, scale, tie, self.written, self.settings.dtype)
         for name, weight in weights.items():
@@ -120,8 +119,7 @@ class BlockJob:
             if name not in self.schemes:
                 self.written.plain[f"{name}.weight"] = weights[name].to(self.settings.dtype)
         walk.divide(number, scale)
-        outer = scale[:, None] * scale
-        return hessian / outer, None if drift is None else drift.divided(outer), found.ratio, ""
+        return moments.divided(scale), found.ratio, ""
 
     def _solve(
         self,

@@ -221,6 +221,17 @@ def test_only_active_groups_stop(llama_scene: Scene) -> None:
         assert all(map(torch.equal, (output for (output,) in walk.outputs()), expected))
 
 
+def test_what_waits_lies_in_one_place(llama_scene: Scene) -> None:
+    scene = llama_scene
+    with scene.walk(Stream(scene.hidden), Stream(scene.hidden[:2]), hold=True) as walk:
+        lies = [
+            [value.untyped_storage().data_ptr() for values in walk.inputs(number) for value in values] for number in range(4)
+        ]
+        (outputs, *_) = zip(*walk.outputs(), strict=False)
+    assert len({pointer for group in lies for pointer in group}) == 1
+    assert outputs[0].untyped_storage().data_ptr() != lies[0][0]
+
+
 def test_hidden_states_are_not_modified(scene: Scene) -> None:
     before = [hidden.clone() for hidden in scene.hidden]
     _changing_walk(scene, hold=True)

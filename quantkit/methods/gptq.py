@@ -47,6 +47,11 @@ class Inverse:
         cost[self.order] = self.upper.diagonal().square().reciprocal()
         return cost
 
+    def divided(self, scale: Tensor) -> "Inverse":
+        """The same for inputs divided by `scale`, float32 [K] > 0: with D = diag(scale), (D^-1 H D^-1)^-1 = (U D)^T (U D)."""
+        upper = self.upper * scale[self.order]
+        return Inverse(self.order, upper, self.hessian / (scale[:, None] * scale), self.damping)
+
 
 def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse | None:
     """Damp, order and factor `hessian` (float32 [K, K]); None when no damping up to 1.0 makes it positive definite.

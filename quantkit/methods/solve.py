@@ -68,6 +68,12 @@ class Moments:
     drift: Drift | None
     inverse: Inverse | None
 
+    def divided(self, scale: Tensor) -> "Moments":
+        """The moments of the inputs divided by `scale`, float32 [K] > 0; nothing is factored again."""
+        outer = scale[:, None] * scale
+        drift = None if self.drift is None else self.drift.divided(outer)
+        return Moments(self.hessian / outer, drift, None if self.inverse is None else self.inverse.divided(scale))
+
 
 def prepare(hessian: Tensor, drift: Drift | None, settings: Settings) -> Moments:
     """Factor the Hessian once for all matrices that read the input."""

@@ -177,3 +177,17 @@ def test_damping_is_raised_until_the_hessian_factors(lowest: float, needed: floa
 
 def test_a_hopeless_hessian_has_no_factor() -> None:
     assert factorise(_shifted(-5.0), 0.01, act_order=True) is None
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_divided_factor_is_that_of_the_divided_inputs(act_order: bool) -> None:
+    _, inverse = _problem(48, act_order)
+    scale = torch.logspace(-1, 1, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
+    divided = inverse.divided(scale)
+    inputs = torch.diag(1 / scale.double())
+    expected = torch.linalg.inv(inputs @ inverse.hessian.double() @ inputs)[inverse.order][:, inverse.order]
+    upper = divided.upper.double()
+    assert torch.equal(upper, upper.triu())
+    # Float32, and a condition number of some 1e3.
+    torch.testing.assert_close(upper.T @ upper, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    torch.testing.assert_close(divided.hessian.double(), inputs @ inverse.hessian.double() @ inputs, rtol=1e-5, atol=0)
