@@ -101,19 +101,23 @@ static NOINLINE void weigh(const float *weights, const float *values, int64_t di
 /* scores -> weights e^(score - maximum) of keys low .. high-1, 0 elsewhere; a partial result takes them up (online softmax:
    its sum and value shrink where the maximum grows). */
 static NOINLINE void take_up(const Heads *h, float *scores, int64_t low, int64_t high, float *partial) {
+    vf most = splat(partial[0]), sum = {0};
     if (h->softcap > 0)
         for (int64_t j = 0; j < CHUNK; j += LANES) store(scores + j, h->softcap * tanh_lanes(load(scores + j) / h->softcap));
-    float maximum = partial[0];
-    for (int64_t j = low; j < high; j++) maximum = scores[j] > maximum ? scores[j] : maximum;
+    for (int64_t j = 0; j < low; j++) scores[j] = -INFINITY;
+    for (int64_t j = high; j < CHUNK; j++) scores[j] = -INFINITY;
+    for (int64_t j = 0; j < CHUNK; j += LANES) most = at_least(load(scores + j), most);
+    const float maximum = lane_maximum(most);
     const float shrink = partial[0] == maximum ? 1.0f : expf(partial[0] - maximum);
-    for (int64_t j = 0; j < CHUNK; j += LANES) store(scores + j, exp_lanes(load(scores + j) - maximum));
-    for (int64_t j = 0; j < low; j++) scores[j] = 0;
-    for (int64_t j = high; j < CHUNK; j++) scores[j] = 0;
-    vf sum = {0};
-    for (int64_t j = 0; j < CHUNK; j += LANES) sum += load(scores + j);
+    for (int64_t j = 0; j < CHUNK; j += LANES) {
+        const vf score = load(scores + j), weight = choose(score == -INFINITY, splat(0), exp_lanes(score - maximum));
+        store(scores + j, weight);
+        sum += weight;
+    }
     partial[0] = maximum;
     partial[1] = partial[1] * shrink + lane_sum(sum);
-    for (int64_t d = 0; d < padded(h->value_dim); d++) partial[2 + d] *= shrink;
+    if (shrink != 1.0f)
+        for (int64_t d = 0; d < padded(h->value_dim); d++) partial[2 + d] *= shrink;
 }
 
 /* total takes up a later partial result; an empty one (maximum -inf) changes nothing. */

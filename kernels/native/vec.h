@@ -83,6 +83,12 @@ INLINE float lane_sum(vf v) {
     return part[0];
 }
 
+INLINE float lane_maximum(vf v) {
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
 INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 INLINE vf at_least(vf v, vf floor) { return choose(v < floor, floor, v); }
 INLINE vf at_most(vf v, vf ceiling) { return choose(v > ceiling, ceiling, v); }
