@@ -5,6 +5,7 @@ block runs them. Adding a family is adding a row to FAMILIES.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from quantkit.errors import CheckpointError
 
@@ -39,6 +40,18 @@ class Group:
     fold: Fold | None
 
 
+class Norms(NamedTuple):
+    """A block's norms over the hidden size, by place; None where the family has none there."""
+
+    before_attention: str | None = "input_layernorm"
+    behind_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    behind_mlp: str | None = None
+
+
+_BEFORE = Norms()
+
+
 @dataclass(frozen=True)
 class Family:
     """A model family of transformers.
@@ -47,11 +60,13 @@ class Family:
         groups: one block's groups in run order.
         attention: attention implementation; "eager" where the fast path would drop a soft cap.
         blocks: path of the list of decoder blocks.
+        norms: of a block.
     """
 
     groups: tuple[Group, ...]
     attention: str = "sdpa"
     blocks: str = "model.layers"
+    norms: Norms = _BEFORE
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -76,7 +91,8 @@ GEMMA = Family(
         _OUT,
         Group(_GATE_UP, Fold("pre_feedforward_layernorm", offset=1.0)),
         _DOWN,
-    )
+    ),
+    norms=Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
 PHI3 = Family(
     (
@@ -87,7 +103,10 @@ PHI3 = Family(
     )
 )
 # OLMo 2 normalises the outputs of attention and MLP: their inputs are the residual stream, which nothing can absorb.
-OLMO2 = Family((Group(_QKV, None), _OUT, Group(_GATE_UP, None), _DOWN))
+OLMO2 = Family(
+    (Group(_QKV, None), _OUT, Group(_GATE_UP, None), _DOWN),
+    norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+)
 
 #: `model_type` of config.json -> family.
 FAMILIES: dict[str, Family] = {

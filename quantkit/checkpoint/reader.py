@@ -133,6 +133,7 @@ class Checkpoint:
         if not isinstance(self.config.get("model_type"), str):
             raise CheckpointError(f"{folder / 'config.json'}: has no 'model_type'; only Hugging Face models can be read")
         self.tensors: dict[str, TensorInfo] = {}
+        self._held: dict[str, Tensor] = {}
         weight_map = self._weight_map()
         for file in self.files:
             for name, info in read_header(file).items():
@@ -183,11 +184,14 @@ class Checkpoint:
             NumericsError: a floating tensor holds NaN or Inf.
         """
         by_file: dict[Path, list[str]] = {}
+        tensors = {}
         for name in names:
+            if name in self._held:
+                tensors[name] = self._held.pop(name)
+                continue
             if name not in self.tensors:
                 raise CheckpointError(f"{self.folder}: tensor {shown(name)} is missing; fetch the model again")
             by_file.setdefault(self.tensors[name].file, []).append(name)
-        tensors = {}
         for file, wanted in by_file.items():
             with _opened(file) as shard:
                 for name in wanted:
@@ -196,6 +200,19 @@ class Checkpoint:
                         raise CheckpointError(f"{file}: changed while it was being read; run the command again")
                     _require_finite(tensor, name, file)
         return tensors
+
+    @contextmanager
+    def ahead(self, names: Iterable[str]) -> Iterator[None]:
+        """Read `names` at once; inside, `read` hands each of them out once. A shard is then opened once, not once a tensor.
+
+        Raises:
+            CheckpointError, NumericsError: as `read`.
+        """
+        self._held = self.read(names)
+        try:
+            yield
+        finally:
+            self._held = {}
 
     def refuse_quantized(self) -> None:
         """Refuse a checkpoint that is quantized already."""

@@ -1,6 +1,8 @@
 """`quantkit eval`: perplexity, divergence from a baseline, and gates for CI."""
 
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +12,7 @@ from quantkit.cli import options, tables
 from quantkit.errors import RecipeError
 from quantkit.evaluate.run import EvalReport, EvalRequest
 from quantkit.evaluate.run import evaluate as run
+from quantkit.evaluate.speed import measure_apart
 
 EXAMPLE = "Example: quantkit eval demo-w4 --baseline demo --max-ppl-increase 5% --max-kl 0.2   (exit status 1 if a gate fails)"
 
@@ -22,12 +25,13 @@ def evaluate(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     max_ppl_increase: Annotated[str | None, typer.Option(help="Gate: largest perplexity increase, e.g. 2%.")] = None,
     max_kl: Annotated[float | None, typer.Option(min=0, help="Gate: largest mean KL divergence, nats.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure speed and memory instead of quality.")] = False,
     device: options.Device = "auto",
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure perplexity, KL divergence from a baseline, top-1 agreement, bits per weight and size.
+    """Measure perplexity, KL divergence from a baseline, top-1 agreement, bits per weight and size; or speed.
 
     perplexity = exp(mean negative log-likelihood) over windows that do not overlap, each window's first token unscored.
     """
@@ -35,6 +39,11 @@ def evaluate(
     limit = options.fraction(max_ppl_increase, "--max-ppl-increase")
     if baseline is None and (limit is not None or max_kl is not None):
         raise RecipeError("--max-ppl-increase and --max-kl compare with a baseline; name it with --baseline")
+    if speed:
+        if limit is not None or max_kl is not None:
+            raise RecipeError("--speed measures no quality, so --max-ppl-increase and --max-kl cannot gate it; run eval twice")
+        _speed(model, baseline, device, json_file, quiet=quiet)
+        return
     request = EvalRequest(
         model=locate(model),
         baseline=None if baseline is None else locate(baseline),
@@ -52,6 +61,18 @@ def evaluate(
         typer.echo(f"gate failed: {failure}", err=True)
     if failures:
         raise typer.Exit(1)
+
+
+def _speed(model: str, baseline: str | None, device: str, json_file: Path | None, *, quiet: bool) -> None:
+    """Measure models one after another, each in a process of its own."""
+    names = [name for name in (baseline, model) if name is not None]
+    reports = []
+    for name in names:
+        if not quiet and sys.stderr.isatty():
+            typer.echo(f"measuring {name} (about a minute) ...", err=True)
+        reports.append(measure_apart(locate(name), options.device(device)))
+    options.console(json_file, quiet=quiet).print(tables.speed_table(reports))
+    options.write_json(json_file, dict(zip(("baseline", "model")[-len(reports) :], map(asdict, reports), strict=True)))
 
 
 def _failures(report: EvalReport, max_increase: float | None, max_kl: float | None) -> list[str]:

@@ -9,9 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from quantkit.evaluate.run import EvalReport, EvalRow
+from quantkit.evaluate.speed import SpeedReport
 from quantkit.formats import Engine
 from quantkit.plan import PlanReport
 from quantkit.report import RunReport
+from quantkit.runtime.session import Summary
 
 
 def size(count: int) -> str:
@@ -122,7 +124,46 @@ def eval_table(report: EvalReport, model: str, baseline: str | None) -> Table:
     if report.baseline is not None:
         row(baseline or "", report.baseline, "")
     row(model, report.model, "" if report.ppl_increase is None else f"{report.ppl_increase:+.2%}")
+    if report.kernel_difference is not None:
+        table.caption = f"perplexity through the packed kernels: {report.kernel_difference:+.1e} from the dequantized weights"
     return table
+
+
+def speed_table(reports: list[SpeedReport]) -> Table:
+    """`quantkit eval --speed`: a column a model, a row a number, the formula beside it."""
+    table = named("", *[report.name for report in reports], "what it is")
+    table.title = f"device {reports[0].device}, {reports[0].threads} threads"
+
+    def row(name: str, cell: Callable[[SpeedReport], str], meaning: str) -> None:
+        table.add_row(name, *map(cell, reports), meaning)
+
+    for name in reports[0].rates:
+        rates = [report.rates[name] for report in reports]
+        table.add_row(f"{name} tok/s", *(f"{rate.mean:.1f} ± {rate.sd:.1f}" for rate in rates), "mean ± sd of 5")
+    row("TTFT", lambda r: f"{1000 * r.ttft_seconds:.0f} ms", "first token - arrival, 128 prompt tokens")
+    row("TPOT", lambda r: f"{1000 * r.tpot_seconds:.2f} ms", "(end - first token) / (n - 1), 64 new tokens")
+    for count in reports[0].system_tps:
+        rates_at = (f"{report.system_tps[count]:.1f}" for report in reports)
+        table.add_row(f"{count} concurrent tok/s", *rates_at, "all output tokens / wall")
+    row("weights read", lambda r: size(r.weight_bytes), "by one decode step")
+    row("weight GB/s", lambda r: f"{r.weight_bandwidth / 1e9:.1f}", "weights read * tg128")
+    row("machine GB/s", lambda r: f"{r.read_bandwidth / 1e9:.1f}", "256 MiB summed, best of 5")
+    row("load", lambda r: f"{r.load_seconds:.2f} s", "imports excluded")
+    row("peak memory", lambda r: size(r.peak_memory_bytes), "largest resident set")
+    if reports[0].peak_device_bytes:
+        row("peak device memory", lambda r: size(r.peak_device_bytes), "largest allocation")
+    return table
+
+
+def generated(summary: Summary) -> str:
+    """One line about a run of `quantkit generate`."""
+    decode = "" if summary.decode_tps is None else f", {summary.decode_tps:.1f} tokens/s each"
+    cached = f" ({summary.cached_tokens} from the prefix cache)" if summary.cached_tokens else ""
+    return (
+        f"{summary.prompt_tokens} prompt tokens{cached}, {summary.output_tokens} new ones in {summary.seconds:.2f} s: "
+        f"{summary.output_tps:.1f} tokens/s in all, first token after {1000 * summary.ttft_seconds:.0f} ms{decode}; "
+        f"loaded in {summary.load_seconds:.2f} s, peak memory {size(summary.peak_memory_bytes)}"
+    )
 
 
 @contextmanager

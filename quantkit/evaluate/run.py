@@ -24,6 +24,9 @@ from quantkit.evaluate.metrics import Metrics, measure
 from quantkit.evaluate.stream import final_hidden, open_model
 from quantkit.usage import cpu_seconds, peak_memory
 
+#: Tokens over which kernels are compared with dequantized weights: enough for a perplexity, a fraction of the whole.
+_CHECKED_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class EvalRequest:
@@ -56,7 +59,11 @@ class EvalRow:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Everything that `--json` holds."""
+    """Everything that `--json` holds.
+
+    `kernel_difference` is how far the perplexity through the engine's kernels is from that of the dequantized weights in
+    float32, relative, over the first windows; None for a model that is not quantized.
+    """
 
     text: str
     windows: int
@@ -64,6 +71,7 @@ class EvalReport:
     tokens_sha256: str
     model: EvalRow
     baseline: EvalRow | None
+    kernel_difference: float | None
     cpu_seconds: float
     peak_memory_bytes: int
 
@@ -91,7 +99,8 @@ def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> 
     """
     checkpoint = Checkpoint(request.model)
     tokens = evaluation_rows(request.text, request.windows, request.seq_len, load_tokenizer(checkpoint))
-    model = open_model(checkpoint, request.device)
+    packed = "quantization_config" in checkpoint.config
+    model = open_model(checkpoint, request.device, packed=packed)
     reference: tuple[BlockModel, Tensor] | None = None
     baseline: EvalRow | None = None
     if request.baseline is not None:
@@ -106,6 +115,7 @@ def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> 
         baseline = _row(source, measure(base, reference[1], tokens))
     hidden = final_hidden(model, tokens, lambda done, total: advance("model", done, total))
     row = _row(checkpoint, measure(model, hidden, tokens, reference))
+    difference = _kernel_difference(model, hidden, tokens, advance) if packed else None
     return EvalReport(
         text=request.text,
         windows=request.windows,
@@ -113,9 +123,24 @@ def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> 
         tokens_sha256=tokens_sha256(tokens),
         model=row,
         baseline=baseline,
+        kernel_difference=difference,
         cpu_seconds=cpu_seconds(),
         peak_memory_bytes=peak_memory(),
     )
+
+
+def _kernel_difference(model: BlockModel, hidden: Tensor, tokens: Tensor, advance: Callable[[str, int, int], None]) -> float:
+    """Relative difference of the packed model's perplexity from that of its dequantized weights, over the first windows.
+
+    Args:
+        model: runs through the engine's kernels; hidden: its final hidden states.
+        tokens: int64 [windows, T].
+        advance: as for `evaluate`.
+    """
+    few = tokens[: max(1, _CHECKED_TOKENS // tokens.shape[1])]
+    dense = open_model(model.checkpoint, model.device)
+    reference = final_hidden(dense, few, lambda done, total: advance("dequantized", done, total))
+    return measure(model, hidden[: len(few)], few).perplexity / measure(dense, reference, few).perplexity - 1
 
 
 def _row(checkpoint: Checkpoint, metrics: Metrics) -> EvalRow:

@@ -9,8 +9,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.cli.progress import RunProgress
 from quantkit.errors import CheckpointError, CorpusError
 from quantkit.evaluate.run import EvalReport, EvalRequest, evaluate
+from quantkit.quantize import Request, run
+from quantkit.recipe import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +144,20 @@ def test_a_text_that_is_too_short_is_refused(llama: Path, tmp_path: Path) -> Non
     request = EvalRequest(llama, None, str(text), windows=3, seq_len=32, device=torch.device("cpu"))
     with pytest.raises(CorpusError, match="gives 12 tokens"):
         evaluate(request, lambda *_: None)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_kernels_are_as_good_as_dequantized_weights(llama: Path, tmp_path: Path, bits: int) -> None:
+    """The bound is the project's promise; on a CPU only the order of float32 sums differs."""
+    recipe = load_recipe("rtn-w4", {"bits": bits, "group_size": 16, "rules": [{"match": "lm_head", "bits": 8}]})
+    request = Request(llama, tmp_path / "out", recipe, torch.device("cpu"), 1 << 30, overwrite=False)
+    run(request, RunProgress(quiet=True, verbose=False))
+    report, walked = _evaluate(tmp_path / "out", None)
+    assert "dequantized" in walked
+    assert report.kernel_difference is not None
+    assert abs(report.kernel_difference) <= 1e-3
+
+
+def test_a_model_that_is_not_quantized_has_nothing_to_compare(llama: Path) -> None:
+    report, walked = _evaluate(llama, None)
+    assert (report.kernel_difference, walked) == (None, {"model"})

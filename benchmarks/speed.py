@@ -1,0 +1,100 @@
+"""Speed on one machine, one process after another: transformers, quantkit in 16 and in 4 bits, llama.cpp Q4_0.
+
+Terms: see quantkit.evaluate.speed. Every engine runs the demo model with all threads that torch would use. The 4-bit
+artifacts are made here by rounding to nearest (how codes are chosen does not change speed), with the output head in 16 bit,
+and in 8 bit, which is what llama.cpp's Q4_0 comes closest to. llama.cpp is measured where `llama-cpp-python` is installed and
+`--gguf` names a Q4_0 file of the model.
+
+Last come ratios against llama.cpp Q4_0 (1.3 in tg128 is the bar) and against transformers.
+
+usage: python -m benchmarks.speed [--model demo] [--gguf FILE] [--json FILE]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint.locate import locate
+from quantkit.evaluate.speed import measure_apart
+
+COLUMNS = ("engine", "pp128", "pp512", "tg128", "TTFT ms", "TPOT ms", "16 concurrent", "load s", "peak MB")
+RECIPES = {
+    "quantkit 4-bit": "{method: rtn, bits: 4, group_size: 64}",
+    "quantkit 4-bit, 8-bit head": "{method: rtn, bits: 4, group_size: 64, rules: [{match: ^lm_head$, bits: 8}]}",
+}
+
+
+def quantized(model: Path, recipe: str, out: Path) -> Path:
+    """An artifact by rounding to nearest."""
+    file = out.with_suffix(".yaml")
+    file.write_text(recipe)
+    command = [sys.executable, "-c", "from quantkit.cli import main; main()", "quantize", str(model), "-o", str(out), "-q"]
+    subprocess.run([*command, "--recipe", str(file)], check=True)
+    return out
+
+
+def peer(*arguments: str) -> dict[str, Any]:
+    """Run one of the other engines."""
+    command = [sys.executable, "-m", "benchmarks.speed_peers", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def row(name: str, r: dict[str, Any]) -> str:
+    """One line of the table."""
+    rates = [f"{r['rates'][k]['mean']:.0f} ± {r['rates'][k]['sd']:.0f}" for k in ("pp128", "pp512", "tg128")]
+    times = [f"{1000 * r['ttft_seconds']:.0f}", f"{1000 * r['tpot_seconds']:.2f}", f"{r['system_tps']['16']:.0f}"]
+    return " | ".join([name, *rates, *times, f"{r['load_seconds']:.2f}", f"{r['peak_memory_bytes'] / 1e6:.0f}"])
+
+
+def ratios(results: dict[str, dict[str, Any]], base: str) -> dict[str, dict[str, float]]:
+    """Every engine's rates over those of `base`."""
+
+    def numbers(r: dict[str, Any]) -> dict[str, float]:
+        return {k: v["mean"] for k, v in r["rates"].items()} | {"16 concurrent": r["system_tps"]["16"]}
+
+    below = numbers(results[base])
+    return {name: {k: round(v / below[k], 3) for k, v in numbers(r).items()} for name, r in results.items() if name != base}
+
+
+def main() -> None:
+    """Print a row an engine as it is measured, then ratios, then everything as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--gguf", help="Q4_0 file of the same model; without it llama.cpp is left out")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model, cpu = locate(options.model), torch.device("cpu")
+    results: dict[str, dict[str, Any]] = {}
+
+    def show(name: str, result: dict[str, Any]) -> None:
+        results[name] = result
+        print(row(name, result), flush=True)
+
+    print(" | ".join(COLUMNS))
+    with tempfile.TemporaryDirectory() as scratch:
+        for dtype in ("bfloat16", "float32"):
+            show(f"transformers {dtype}", peer("transformers", str(model), dtype))
+        show("quantkit bf16", asdict(measure_apart(model, cpu)))
+        for number, (name, recipe) in enumerate(RECIPES.items()):
+            show(name, asdict(measure_apart(quantized(model, recipe, Path(scratch) / str(number)), cpu)))
+    if options.gguf and find_spec("llama_cpp"):
+        show("llama.cpp Q4_0", peer("llama.cpp", options.gguf))
+    bases = [name for name in ("llama.cpp Q4_0", "transformers bfloat16") if name in results]
+    result = json.dumps({"results": results, "ratios": {base: ratios(results, base) for base in bases}}, indent=2)
+    print(result)
+    if options.json:
+        options.json.write_text(result + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Paged attention as an attention implementation of transformers.
+
+Batch metadata and caches travel to it through the model's keyword arguments (`paged=...`), never through a global.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from quantkit.kernels import cpu
+from quantkit.runtime.batch import Batch
+from quantkit.runtime.kv_cache import KVCache
+
+#: The implementation's name.
+KEY = "quantkit_paged"
+
+
+@dataclass(frozen=True)
+class Paged:
+    """What every layer's attention needs beside query, key and value."""
+
+    batch: Batch
+    cache: KVCache
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Tensor | None,
+    *,
+    paged: Paged,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Write this step's keys and values, attend to the whole context.
+
+    Args:
+        module: the attention layer; its `layer_idx` picks the cache.
+        query: [1, Hq, T, D]; key: [1, Hkv, T, D]; value: [1, Hkv, T, Dv], all sequences' new tokens packed.
+        paged: the batch and the cache.
+        scaling, sliding_window, softcap, s_aux: of the model; None where it has none.
+
+    Returns:
+        [1, T, Hq, Dv], and no attention weights.
+    """
+    layer, batch = module.layer_idx, paged.batch
+    assert isinstance(layer, int)
+    keys, values = paged.cache.keys[layer], paged.cache.values[layer]
+    write, run = _kernels(query.device.type, batch.max_query_len)
+    write(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch.slot_mapping)
+    out = run(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        batch.block_table,
+        batch.query_start,
+        batch.seq_lens,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window or 0,
+        softcap=softcap or 0.0,
+        sinks=s_aux,
+    )
+    return out[None], None
+
+
+def _kernels(device: str, max_query_len: int) -> tuple[Callable[..., None], Callable[..., Tensor]]:
+    """What writes to the cache, and what attends."""
+    if device == "cpu":
+        return cpu.kv_write, cpu.paged_attention
+    from quantkit.kernels.kv_write import kv_write  # Triton is slow to import, and only Linux has it.
+    from quantkit.kernels.paged_attention import paged_attention
+
+    return kv_write, partial(paged_attention, max_query_len=max_query_len)
+
+
+def register() -> str:
+    """Make the implementation known to transformers; returns its name."""
+    AttentionInterface.register(KEY, attend)
+    return KEY

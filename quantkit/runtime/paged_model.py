@@ -1,0 +1,134 @@
+"""A loaded model with its paged cache: what the engine steps.
+
+On a CPU a small step goes through the native decoder, which spends no Python on each layer; a large one goes through
+transformers' definition, where matrix products dominate. On a GPU decode steps replay CUDA graphs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import ResourceError
+from quantkit.runtime.attention import Paged
+from quantkit.runtime.batch import Batch
+from quantkit.runtime.graphs import DecodeGraphs
+from quantkit.runtime.kv_cache import KVCache, block_bytes, blocks_for
+from quantkit.runtime.load import Definition, load_definition
+from quantkit.runtime.native_build import native_decoder
+from quantkit.usage import available_memory
+
+#: Share of the free memory that the cache takes when `--kv-memory` is not given.
+_CACHE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How the cache is sized.
+
+    Attributes:
+        memory: bytes; None takes half of what is free.
+        max_model_len: longest sequence; None takes the model's context, or as much of it as fits.
+        max_batch: sequences that run at a time.
+        block_size: tokens in a block.
+        dtype: of keys and values; None takes the checkpoint's.
+    """
+
+    memory: int | None = None
+    max_model_len: int | None = None
+    max_batch: int = 64
+    block_size: int = 16
+    dtype: torch.dtype | None = None
+
+
+class PagedModel:
+    """A model that runs batches against its paged cache; implements `runtime.model.Model`.
+
+    Attributes:
+        definition: the loaded model.
+        cache: keys and values.
+        vocab_size, max_model_len, block_size, num_blocks: what the engine must know.
+    """
+
+    def __init__(self, definition: Definition, options: CacheOptions) -> None:
+        """
+        Raises:
+            ResourceError: the cache cannot hold one sequence of max_model_len.
+        """
+        self.definition = definition
+        self.vocab_size: int = definition.config.vocab_size
+        self.block_size = options.block_size
+        dtype = options.dtype or _cache_dtype(definition)
+        memory = _CACHE_SHARE * _free(definition.device) if options.memory is None else options.memory
+        self.max_model_len = _length(definition, options, dtype, int(memory))
+        self.num_blocks = blocks_for(
+            definition.layers, options.block_size, dtype, int(memory), self.max_model_len, options.max_batch
+        )
+        self.cache = KVCache(definition.layers, self.num_blocks, options.block_size, dtype, definition.device)
+        self._small_step = self._small_steps(options.max_batch)
+
+    def _small_steps(self, max_batch: int) -> Callable[[Batch], Tensor | None]:
+        """A faster way for the batches that allow it; it answers None for others."""
+        if self.definition.device.type == "cuda":
+            return DecodeGraphs(self._run, self.cache, self.max_model_len, max_batch).forward
+        decoder = native_decoder(self.definition, self.cache)
+        return (lambda batch: None) if decoder is None else decoder
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Write the batch's keys and values, return float32 logits [R, V] of its `logit_rows`."""
+        batch = batch.to(self.definition.device)
+        out = self._small_step(batch)
+        return self._run(batch) if out is None else out
+
+    def _run(self, batch: Batch) -> Tensor:
+        module, tokens, positions = self.definition.module, batch.token_ids[None], batch.positions[None]
+        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "paged": Paged(batch, self.cache)}
+        if not len(batch.logit_rows):
+            module.base_model(**inputs)  # A prompt's piece that is not its last: only keys and values are wanted.
+            return torch.empty(0, self.vocab_size, device=tokens.device)
+        logits: Tensor = module(**inputs, logits_to_keep=batch.logit_rows).logits
+        return logits[0].float()
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole cache blocks, (from, to) each."""
+        self.cache.copy_blocks(pairs)
+
+
+def open_model(folder: Path, device: torch.device, options: CacheOptions) -> PagedModel:
+    """Load a checkpoint or artifact and give it a cache.
+
+    Raises:
+        QuantkitError: the model cannot be loaded or the cache is too small.
+    """
+    return PagedModel(load_definition(Checkpoint(folder), device), options)
+
+
+def _cache_dtype(definition: Definition) -> torch.dtype:
+    """The type that the checkpoint declares; on a CPU activations are wider, but a wider cache would only be slower."""
+    declared = definition.config.dtype
+    return declared if isinstance(declared, torch.dtype) else definition.dtype
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def _length(definition: Definition, options: CacheOptions, dtype: torch.dtype, memory: int) -> int:
+    """Longest sequence.
+
+    Raises:
+        ResourceError: it is asked to be longer than the model's context, or nothing fits.
+    """
+    context: int = definition.config.max_position_embeddings
+    if options.max_model_len is not None:
+        if options.max_model_len > context:
+            raise ResourceError(f"--max-model-len {options.max_model_len:,} is longer than the model's context of {context:,}")
+        return options.max_model_len
+    fits = memory // block_bytes(definition.layers, options.block_size, dtype) * options.block_size
+    if fits == 0:
+        raise ResourceError(f"--kv-memory of {memory:,} bytes does not hold a block of {options.block_size} tokens; give more")
+    return min(context, fits)

@@ -1,0 +1,178 @@
+"""A model ready to generate: weights, cache, tokenizer and engine, opened in one call and described in numbers."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from quantkit.checkpoint.reader import Checkpoint, read_json
+from quantkit.corpus import load_tokenizer
+from quantkit.errors import CheckpointError, RequestError
+from quantkit.runtime.engine import Engine, EngineConfig
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+from quantkit.runtime.request import Request, SamplingParams
+from quantkit.runtime.sequence import Output
+from quantkit.usage import peak_memory
+
+#: A prompt as text, or as chat messages (`role`, `content`).
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in numbers.
+
+    Attributes:
+        load_seconds: from the folder to a model that can run, imports excluded.
+        seconds: from the first request to the last token.
+        prompt_tokens, cached_tokens, output_tokens: over all requests; cached ones were found in the prefix cache.
+        ttft_seconds: mean over requests, first token - arrival.
+        output_tps: output tokens / seconds.
+        decode_tps: mean over samples of (n - 1) / (end - first token); None where no sample has two tokens.
+        peak_memory_bytes, kv_memory_bytes: largest resident set; the KV cache as it is allocated.
+    """
+
+    load_seconds: float
+    seconds: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    ttft_seconds: float
+    output_tps: float
+    decode_tps: float | None
+    peak_memory_bytes: int
+    kv_memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`."""
+        return asdict(self)
+
+
+class Session:
+    """A model and its engine.
+
+    Attributes:
+        model: with its cache.
+        tokenizer: of the model.
+        engine: which owns the cache.
+        load_seconds: how long it took to load.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, cache: CacheOptions, config: EngineConfig) -> None:
+        """
+        Raises:
+            QuantkitError: the model cannot be loaded, or its cache is too small.
+        """
+        started = time.monotonic()
+        self.model: PagedModel = open_model(folder, device, cache)
+        self.load_seconds = time.monotonic() - started
+        checkpoint = Checkpoint(folder)
+        self.tokenizer = load_tokenizer(checkpoint)
+        eos = _eos_token_ids(checkpoint, self.tokenizer)
+        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def request(self, prompt: Prompt, params: SamplingParams, *, chat: bool) -> Request:
+        """A request for a prompt.
+
+        Args:
+            prompt: text, or chat messages.
+            params: how to sample.
+            chat: put a text into the chat template as a user's message; messages always go through it.
+
+        Raises:
+            RequestError: the model has no chat template, or the template refuses the messages.
+        """
+        if isinstance(prompt, str) and not chat:
+            return Request(self.tokenizer(prompt, verbose=False)["input_ids"], params)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if not self.tokenizer.chat_template:
+            raise RequestError("the model has no chat template; leave --chat out and write the prompt as text")
+        try:
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # jinja and transformers raise many types
+            raise RequestError(f"the chat template refuses the messages ({' '.join(str(error).split())[:200]})") from error
+        return Request(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], params)
+
+    def summary(self, outputs: Sequence[Output], seconds: float) -> Summary:
+        """What a finished run was like.
+
+        Args:
+            outputs: whole outputs of every sample, as `Engine.generate` returns them.
+            seconds: wall time of the run.
+        """
+        prompts = [output.usage for output in outputs if output.index == 0]
+        generated = sum(output.usage.generated for output in outputs)
+        times = [(output.timing, output.usage.generated) for output in outputs]
+        first = [time.first_token - time.arrival for time, _ in times if time.first_token is not None]
+        rates = [
+            (count - 1) / (time.finished - time.first_token)
+            for time, count in times
+            if time.first_token is not None and time.finished is not None and count > 1
+        ]
+        return Summary(
+            load_seconds=self.load_seconds,
+            seconds=seconds,
+            prompt_tokens=sum(usage.prompt for usage in prompts),
+            cached_tokens=sum(usage.cached for usage in prompts),
+            output_tokens=generated,
+            ttft_seconds=sum(first) / max(len(first), 1),
+            output_tps=generated / seconds,
+            decode_tps=sum(rates) / len(rates) if rates else None,
+            peak_memory_bytes=peak_memory(),
+            kv_memory_bytes=self.model.cache.nbytes,
+        )
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts from a file: a line each, or, in a .jsonl, the `prompt` or the `messages` of each object.
+
+    Raises:
+        RequestError: the file is missing, not UTF-8, empty, or a line holds no prompt.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise RequestError(f"{path}: cannot be read ({reason}); name a .txt or .jsonl file of prompts") from None
+    if not lines:
+        raise RequestError(f"{path}: holds no prompt; write one a line")
+    if path.suffix != ".jsonl":
+        return list(lines)
+    return [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _from_json(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"{where}: is not JSON ({error})") from None
+    found = (row.get("messages") or row.get("prompt")) if isinstance(row, dict) else None
+    messages = isinstance(found, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in found
+    )
+    if not messages and not isinstance(found, str):
+        raise RequestError(f'{where}: has neither a "prompt" (text) nor "messages" (a list of role and content)')
+    return cast(Prompt, found)
+
+
+def _eos_token_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a text, wherever the model's files name them.
+
+    Raises:
+        CheckpointError: generation_config.json cannot be read.
+    """
+    path = checkpoint.folder / "generation_config.json"
+    stated = [read_json(path).get("eos_token_id")] if path.is_file() else []
+    stated += [checkpoint.config.get("eos_token_id"), tokenizer.eos_token_id]
+    flat = [token for entry in stated for token in (entry if isinstance(entry, list) else [entry]) if token is not None]
+    if not all(isinstance(token, int) for token in flat):
+        raise CheckpointError(f"{path}: eos_token_id is neither a token id nor a list of them; correct it")
+    return set(flat)

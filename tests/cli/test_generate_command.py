@@ -1,0 +1,133 @@
+"""`quantkit generate`: one prompt streamed, a file of prompts as a batch, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cli.command import quantkit, refused
+
+LENGTH = ("--max-tokens", 12, "--ignore-eos")
+
+
+@pytest.fixture(scope="module")
+def chatty(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The llama with a chat template that refuses everybody but users."""
+    folder = tmp_path_factory.mktemp("chatty") / "model"
+    folder.mkdir()
+    for path in llama.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    template = (
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('only users') }}{% endif %}"
+        "<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def completions(*arguments: object) -> list[dict[str, object]]:
+    done = quantkit("generate", *arguments, "--json", "-")
+    assert done.status == 0, done.err
+    found: list[dict[str, object]] = json.loads(done.out)["completions"]
+    return found
+
+
+def test_text_streams_to_stdout_and_numbers_to_stderr(llama: Path) -> None:
+    done = quantkit("generate", llama, "Hello", *LENGTH)
+    (completion,) = completions(llama, "Hello", *LENGTH)
+    assert done.status == 0
+    assert done.out == f"{completion['text']}\n"
+    assert "5 prompt tokens, 12 new ones" in done.err
+    assert "peak memory" in done.err
+    assert quantkit("generate", llama, "Hello", *LENGTH, "-q").err == ""
+
+
+def test_json_holds_tokens_usage_times_and_logprobs(llama: Path) -> None:
+    (completion,) = completions(llama, "Hello", *LENGTH, "--logprobs", 2)
+    assert len(completion["token_ids"]) == 12  # type: ignore[arg-type]
+    assert completion["finish_reason"] == "length"
+    assert completion["usage"] == {"prompt": 5, "cached": 0, "generated": 12}
+    first = completion["logprobs"][0]  # type: ignore[index]
+    assert first["token"] == completion["token_ids"][0]  # type: ignore[index]
+    assert len(first["top"]) == 2
+    assert first["logprob"] == first["top"][0][1]
+
+
+def test_a_file_of_prompts_gives_what_each_gives_alone(llama: Path, tmp_path: Path) -> None:
+    prompts = ["One", "Two and more", "A third one that is much longer than the others"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    alone = [completions(llama, prompt, *LENGTH)[0]["token_ids"] for prompt in prompts]
+    for name in ("p.txt", "p.jsonl"):
+        batch = completions(llama, "--prompts", tmp_path / name, *LENGTH, "--token-budget", 32, "--max-batch", 2)
+        assert [completion["token_ids"] for completion in batch] == alone
+    shown = quantkit("generate", llama, "--prompts", tmp_path / "p.txt", *LENGTH)
+    assert [line for line in shown.out.splitlines() if line.startswith("--- ")] == [
+        f"--- {number}: {prompt}" for number, prompt in enumerate(prompts, start=1)
+    ]
+
+
+def test_samples_and_seeds(llama: Path) -> None:
+    options = ("--temperature", 1, "--seed", 7, "-n", 3, *LENGTH)
+    first, again = completions(llama, "Hello", *options), completions(llama, "Hello", *options)
+    tokens = [completion["token_ids"] for completion in first]
+    assert tokens == [completion["token_ids"] for completion in again]
+    assert len({str(ids) for ids in tokens}) == 3
+
+
+def test_chat(chatty: Path, tmp_path: Path) -> None:
+    (as_text,) = completions(chatty, "<Hi>:", *LENGTH)
+    (as_chat,) = completions(chatty, "Hi", "--chat", *LENGTH)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
+    (as_messages,) = completions(chatty, "--prompts", tmp_path / "p.jsonl", *LENGTH)
+    assert as_text["token_ids"] == as_chat["token_ids"] == as_messages["token_ids"]
+
+
+def test_a_stop_string_ends_the_text(llama: Path) -> None:
+    (whole,) = completions(llama, "Hello", *LENGTH)
+    text = str(whole["text"])
+    stop = text[4:6]
+    (cut,) = completions(llama, "Hello", *LENGTH, "--stop", stop)
+    assert cut["text"] == text[: text.index(stop)]
+    assert (cut["finish_reason"], cut["stop"]) == ("stop", stop)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "name either a prompt or a file of prompts"),
+        (("x", "--prompts", "y.txt"), "not both"),
+        (("",), "the prompt has no tokens"),
+        (("x" * 300,), "the prompt has 300 tokens and the context is 256"),
+        (("x", "--temperature", "-1"), "temperature is -1.0, it must be 0 (greedy) or more"),
+        (("x", "--temperature", "nan"), "temperature is nan"),
+        (("x", "--top-p", "0"), "top_p is 0.0, it must be above 0 and at most 1"),
+        (("x", "--max-tokens", "0"), "max_tokens is 0, it must be at least 1"),
+        (("x", "--stop-token-id", "256"), "outside of the vocabulary of 256"),
+        (("x", "--chat"), "has no chat template"),
+        (("x", "--kv-memory", "lots"), "--kv-memory lots: not a size"),
+        (("x", "--kv-memory", "1KiB"), "does not hold a block of 16 tokens"),
+        (("x", "--kv-memory", "20KiB", "--max-model-len", "256"), "needs 0 MiB; give more memory or lower --max-model-len"),
+        (("x", "--max-model-len", "999"), "longer than the model's context of 256"),
+        (("x", "--max-batch", "9", "--token-budget", "4"), "token_budget at least max_batch"),
+        (("x", "-n", "99"), "only 32 sequences run at a time"),
+        (("--prompts", "missing.txt"), "missing.txt: cannot be read (No such file or directory)"),
+    ],
+)
+def test_bad_input_is_one_line(llama: Path, arguments: tuple[str, ...], words: str) -> None:
+    assert words in refused("generate", llama, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "holds no prompt; write one a line"),
+        (b"\xff\xfe\n", "cannot be read (not UTF-8)"),
+        (b'{"prompt": "a"}\n{"prompt": 3}\n', 'line 2: has neither a "prompt" (text) nor "messages"'),
+        (b"not json\n", "line 1: is not JSON"),
+        (b'{"messages": [{"role": "user"}]}\n', "line 1: has neither"),
+        (b'{"messages": [{"role": "system", "content": "x"}]}\n', "the chat template refuses the messages (only users)"),
+    ],
+)
+def test_bad_prompt_files_are_one_line(chatty: Path, tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes(content)
+    assert words in refused("generate", chatty, "--prompts", tmp_path / "p.jsonl")

@@ -1,0 +1,175 @@
+"""Loading for the runtime: every family and format gives the tokens and logits of transformers; what is wrong is one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from quantkit.artifact import dense_source
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.cli import app
+from quantkit.errors import CheckpointError, ResourceError
+from quantkit.runtime.batch import Batch
+from quantkit.runtime.load import load_definition
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+
+CPU = torch.device("cpu")
+
+
+def opened(folder: Path) -> PagedModel:
+    return open_model(folder, CPU, CacheOptions(memory=1 << 24, block_size=4, dtype=torch.float32))
+
+
+def reference_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """transformers' own logits [T, V] in float32, on dequantized weights where the folder is an artifact."""
+    checkpoint = Checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    plain = folder.parent / f"{folder.name}-dense"
+    plain.mkdir(exist_ok=True)
+    (plain / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
+    names = {n if n.endswith((".weight", ".bias")) else n.rsplit(".", 1)[0] + ".weight" for n in checkpoint.tensors}
+    dense = dense_source(checkpoint)(sorted(names))
+    save_file({name: tensor.float() for name, tensor in dense.items()}, plain / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits: Tensor = model(tokens[None]).logits[0]
+    return logits
+
+
+def paged_logits(model: PagedModel, tokens: Tensor, pieces: list[int]) -> Tensor:
+    """Logits [T, V] of one sequence that comes in pieces, in scattered blocks."""
+    table = torch.randperm(model.num_blocks, generator=torch.Generator().manual_seed(1)).int()
+    out, start = [], 0
+    for piece in pieces:
+        stop = start + piece
+        positions = torch.arange(start, stop)
+        batch = Batch(
+            token_ids=tokens[start:stop],
+            positions=positions,
+            slot_mapping=table[positions // model.block_size].long() * model.block_size + positions % model.block_size,
+            block_table=table[None, : -(-stop // model.block_size)].contiguous(),
+            query_start=torch.tensor([0, piece], dtype=torch.int32),
+            seq_lens=torch.tensor([stop], dtype=torch.int32),
+            logit_rows=torch.arange(piece),
+            max_query_len=piece,
+            max_seq_len=stop,
+        )
+        out.append(model.forward(batch))
+        start = stop
+    return torch.cat(out)
+
+
+TOKENS = torch.randint(3, tiny.VOCAB, (90,), generator=torch.Generator().manual_seed(0))
+#: A long piece takes the way of prefill, short ones the way of decoding.
+PIECES = [70, 1, 1, 5, 1, 12]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_gives_the_logits_of_transformers(tmp_path: Path, family: str) -> None:
+    folder = tiny.make_model(tmp_path / "model", family)
+    found, expected = paged_logits(opened(folder), TOKENS, PIECES), reference_logits(folder, TOKENS)
+    # Both are float32; sums differ in their order only.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize(("bits", "grid"), [(4, "--asym"), (3, "--sym"), (8, "--sym"), (2, "--asym")])
+def test_artifacts_of_every_format_and_width(tmp_path: Path, form: str, bits: int, grid: str) -> None:
+    if form == "awq" and bits != 4:
+        pytest.skip("the awq format holds 4 bits")
+    folder = tiny.make_model(tmp_path / "model", "qwen2", dtype=torch.bfloat16, shard="60KB")
+    options = ["--method", "rtn", "--bits", str(bits), grid, "--group-size", "16", "--format", form, "-q"]
+    done = CliRunner().invoke(app, ["quantize", str(folder), "-o", str(tmp_path / "out"), *options])
+    assert done.exit_code == 0, done.output
+    found, expected = paged_logits(opened(tmp_path / "out"), TOKENS, PIECES), reference_logits(tmp_path / "out", TOKENS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_mixed_schemes_and_a_quantized_head(tmp_path: Path) -> None:
+    """Members of a merged group that differ are not merged."""
+    folder = tiny.make_model(tmp_path / "model", "llama")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "{method: rtn, bits: 4, group_size: 16, rules: [{match: k_proj$, bits: 8}, {match: up_proj$, skip: true},"
+        " {match: lm_head, bits: 8}]}"
+    )
+    done = CliRunner().invoke(app, ["quantize", str(folder), "-o", str(tmp_path / "out"), "--recipe", str(recipe), "-q"])
+    assert done.exit_code == 0, done.output
+    found, expected = paged_logits(opened(tmp_path / "out"), TOKENS, PIECES), reference_logits(tmp_path / "out", TOKENS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_dynamic_act_order(tmp_path: Path) -> None:
+    """A GPTQ artifact whose groups were formed on permuted columns, as other tools write them."""
+    folder = tiny.make_model(tmp_path / "model", "llama")
+    options = ["--method", "rtn", "--bits", "4", "--group-size", "16", "--format", "gptq", "-q"]
+    assert CliRunner().invoke(app, ["quantize", str(folder), "-o", str(tmp_path / "out"), *options]).exit_code == 0
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith("g_idx")]:
+        shuffle = torch.randperm(len(tensors[name]), generator=torch.Generator().manual_seed(len(name)))
+        tensors[name] = tensors[name][shuffle].contiguous()
+    save_file(tensors, path, {"format": "pt"})
+    found, expected = paged_logits(opened(tmp_path / "out"), TOKENS, PIECES), reference_logits(tmp_path / "out", TOKENS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def _damaged(llama: Path, folder: Path, change: dict[str, Tensor | None]) -> Checkpoint:
+    """The llama with some tensors replaced or, for None, left out."""
+    folder.mkdir()
+    for path in llama.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    tensors = {
+        name: tensor for name, tensor in (load_file(llama / "model.safetensors") | change).items() if tensor is not None
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.layers.1.mlp.up_proj.weight": None}, "'model.layers.1.mlp.up_proj.weight' is missing; fetch"),
+        ({"model.norm.weight": None}, "'model.norm.weight' is missing; fetch"),
+        ({"lm_head.weight": None}, "'lm_head.weight' is missing; fetch"),
+        ({"model.layers.0.self_attn.q_proj.weight": torch.zeros(3, 64)}, r"has shape \[3, 64\], config.json says \[64, 64\]"),
+        ({"model.layers.3.mlp.up_proj.weight": torch.zeros(2, 2)}, "for which config.json has no place"),
+    ],
+)
+def test_tensors_that_disagree_with_the_config(
+    llama: Path, tmp_path: Path, change: dict[str, Tensor | None], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_definition(_damaged(llama, tmp_path / "model", change), CPU)
+
+
+def test_the_cache_is_sized_from_memory(llama: Path) -> None:
+    per_token = 3 * 2 * 2 * 16 * 4  # layers x (key + value) x heads x width x float32
+    model = open_model(llama, CPU, CacheOptions(memory=100 * per_token, max_batch=1))
+    assert (model.num_blocks, model.max_model_len) == (6, 96)
+    assert model.cache.nbytes == 96 * per_token
+    whole = open_model(llama, CPU, CacheOptions(memory=1 << 30, max_batch=2))
+    assert (whole.max_model_len, whole.num_blocks) == (256, 2 * 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (CacheOptions(max_model_len=300), "--max-model-len 300 is longer than the model's context of 256"),
+        (
+            CacheOptions(memory=10_000, max_model_len=200),
+            "one request of --max-model-len 200 needs .* MiB; give more memory or",
+        ),
+        (CacheOptions(memory=100), "--kv-memory of 100 bytes does not hold a block of 16 tokens; give more"),
+    ],
+)
+def test_a_cache_that_cannot_serve_one_request(llama: Path, options: CacheOptions, message: str) -> None:
+    with pytest.raises(ResourceError, match=message):
+        open_model(llama, CPU, options)
