@@ -4,7 +4,8 @@ The definition is built on the meta device. Every matrix is read, merged with th
 once for its kernel, so that peak memory is the packed model and one block as it lies on disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,10 +112,11 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     model = skeleton(config, attention.register(), dtype)
     source = Source(checkpoint)
     blocks = model.get_submodule(family.blocks)
-    for index, block in enumerate(blocks):
-        load_block(block, f"{family.blocks}.{index}.", family, source, device, dtype)
-    _load_outside(model, source, device, dtype)
-    _load_norms(model, "", family, source, device, dtype)
+    with _one_thread():
+        for index, block in enumerate(blocks):
+            load_block(block, f"{family.blocks}.{index}.", family, source, device, dtype)
+        _load_outside(model, source, device, dtype)
+        _load_norms(model, "", family, source, device, dtype)
     realise_buffers(model, model, device)
     stray = sorted(name for name in source.left if not name.endswith(_COMPUTED))
     if stray:
@@ -123,6 +125,17 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     heads = config.num_key_value_heads
     layers = [LayerShape(heads, block.self_attn.head_dim, block.self_attn.head_dim) for block in blocks]
     return Definition(model, config, family, layers, dtype, device)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Loading is thousands of small passes over memory: on a busy machine threads would wait for each other at each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_block(
