@@ -145,10 +145,9 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     assert x.shape[1] == weight.shape[1], f"{tuple(x.shape)} against {weight.shape}"
     library = native.library()
     if library is not None and weight.layout in ("dense", "tiles"):
-        if x.shape[0] >= _BF16_ROWS and _multiplies_bf16():
-            out = _panel_matmul(x, weight)
-        else:
+        if native_is_best(x.shape[0]):
             return _native_matmul(library, x, weight, bias)
+        out = _panel_matmul(x, weight)
     elif weight.layout == "int4":
         out = _int4_matmul(x, weight)
     elif weight.layout == "dense":
@@ -166,6 +165,11 @@ def _native_matmul(library: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | N
     pointers = (c_void_p(tensor.data_ptr()) for tensor in (prepared, out))
     library.quantkit_matmul(matrix, c_void_p(wide.data_ptr()), c_int64(len(wide)), *pointers, native.threads())
     return out.to(x.dtype)
+
+
+def native_is_best(rows: int) -> bool:
+    """Whether native kernels are the fastest for that many rows: they exist, and torch does not multiply bfloat16 faster."""
+    return native.library() is not None and (rows < _BF16_ROWS or not _multiplies_bf16())
 
 
 @cache

@@ -200,10 +200,10 @@ static void attend_piece(const Attention *a, const Piece *piece, int64_t kv_head
     }
 }
 
-void attend_share(const Attention *a) {
-    /* Dealt out in turn, because later queries of a prompt see more keys. */
-    const int64_t kv_heads = a->heads->kv_heads, step = omp_get_num_threads();
-    for (int64_t i = omp_get_thread_num(); i < a->plan->count * kv_heads; i += step)
+void attend_share(const Attention *a, int64_t *counter) {
+    /* One by one throughout: later queries of a prompt see more keys. */
+    const int64_t kv_heads = a->heads->kv_heads, count = a->plan->count * kv_heads;
+    for (int64_t i; (i = __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)) < count;)
         attend_piece(a, a->plan->pieces + i / kv_heads, i % kv_heads);
 }
 
@@ -224,13 +224,13 @@ void merge_query(const Attention *a, int64_t query, float *out) {
     }
 }
 
-typedef struct { Attention attention; float *out; } AttentionCall;
+typedef struct { Attention attention; float *out; int64_t counter; } AttentionCall;
 
 static void attention_body(void *argument) {
-    const AttentionCall *c = argument;
+    AttentionCall *c = argument;
     const Attention *a = &c->attention;
-    attend_share(a);
-    GOMP_barrier();
+    attend_share(a, &c->counter);
+    wait_for_team();
     for (Range r = my_share(a->pages->query_start[a->pages->sequences]); r.first < r.last; r.first++)
         merge_query(a, r.first, c->out + r.first * a->heads->heads * a->heads->value_dim);
 }
@@ -241,8 +241,8 @@ EXPORT void quantkit_paged_attention(const Heads *heads, const Pages *pages, con
     Plan plan = make_plan(pages, heads->heads / heads->kv_heads);
     const int64_t slots = plan.first_slot[pages->query_start[pages->sequences]];
     float *partials = malloc(sizeof(float) * slots * heads->heads * partial_floats(heads));
-    AttentionCall call = {{heads, pages, &plan, queries, heads->heads * heads->dim, keys, values, partials}, out};
-    GOMP_parallel(attention_body, &call, (unsigned)threads, 0);
+    AttentionCall call = {{heads, pages, &plan, queries, heads->heads * heads->dim, keys, values, partials}, out, 0};
+    run_team(attention_body, &call, (unsigned)threads);
     free(partials);
     free_plan(&plan);
 }

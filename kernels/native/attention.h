@@ -56,8 +56,8 @@ typedef struct {
     float *partials;           /* [slots, heads, partial_floats] */
 } Attention;
 
-/* This thread's share of the plan, into `partials`. */
-void attend_share(const Attention *attention);
+/* This thread's share of the plan, into `partials`; the counter as for `matmul_share`. */
+void attend_share(const Attention *attention, int64_t *counter);
 
 /* Result of one query from its partial results: out [heads * value_dim]. */
 void merge_query(const Attention *attention, int64_t query, float *out);

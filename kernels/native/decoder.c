@@ -13,6 +13,9 @@
 
 enum { SILU = 0, GELU_TANH = 1, GELU = 2 };
 
+/* Numbers between one counter and the next, and counters of a layer. */
+enum { COUNTER = 8, LAYER_COUNTERS = 5 };
+
 typedef struct {
     Matrix qkv, out, gate_up, down;
     const float *norm_attention, *norm_attention_out; /* before and behind attention, [hidden] or NULL */
@@ -58,6 +61,7 @@ typedef struct {
     float *turns;    /* [ropes, tokens, turn_width]: cosines, then sines */
     float *partials;
     float *logits;   /* [rows, vocabulary] */
+    int64_t *counters; /* of every step that is dealt out (team.h), COUNTER apart: a cache line each */
     int64_t widest, turn_width;
 } Forward;
 
@@ -66,6 +70,7 @@ typedef struct {
     const Forward *all;
     Range tokens;
     float *hidden, *prepared, *row;
+    int64_t *counter; /* of the next step */
     int alone;
 } Worker;
 
@@ -153,22 +158,28 @@ static void enter(const Worker *w, int64_t token, const float *norm_delta, const
 
 /* All threads have done their tokens. */
 static void meet(const Worker *w) {
-    if (!w->alone) GOMP_barrier();
+    if (!w->alone) wait_for_team();
 }
 
-static void project(const Worker *w, const Matrix *matrix, float *out) {
+/* Every thread goes through the same steps, so each finds the same counter. */
+static int64_t *next_counter(Worker *w) {
+    w->counter += COUNTER;
+    return w->counter - COUNTER;
+}
+
+static void project(Worker *w, const Matrix *matrix, float *out) {
     meet(w);
-    matmul_share(matrix, w->prepared, w->all->batch->tokens, out, matrix->rows);
-    GOMP_barrier();
+    matmul_share(matrix, w->prepared, w->all->batch->tokens, out, next_counter(w));
+    wait_for_team();
 }
 
-static void attention(const Worker *w, const Layer *l) {
+static void attention(Worker *w, const Layer *l) {
     const Forward *f = w->all;
     const Attention a = {&l->heads, &f->batch->pages, &f->plan, f->wide, l->qkv.rows, l->keys, l->values, f->partials};
     for (Range r = my_share(f->batch->tokens); r.first < r.last; r.first++) place_token(f, l, r.first);
-    GOMP_barrier();
-    attend_share(&a);
-    GOMP_barrier();
+    wait_for_team();
+    attend_share(&a, next_counter(w));
+    wait_for_team();
     for (int64_t t = w->tokens.first; t < w->tokens.last; t++) {
         merge_query(&a, t, w->row);
         prepare(&l->out, w->row, w->prepared + t * prepared_floats(&l->out));
@@ -176,7 +187,7 @@ static void attention(const Worker *w, const Layer *l) {
     project(w, &l->out, f->delta);
 }
 
-static void mlp(const Worker *w, const Layer *l) {
+static void mlp(Worker *w, const Layer *l) {
     const Forward *f = w->all;
     const int64_t inner = f->model->inner;
     for (int64_t t = w->tokens.first; t < w->tokens.last; t++)
@@ -190,7 +201,7 @@ static void mlp(const Worker *w, const Layer *l) {
 }
 
 /* Logits of the chosen rows. */
-static void head(const Worker *w) {
+static void head(Worker *w) {
     const Forward *f = w->all;
     const Decoder *model = f->model;
     const Range rows = w->alone ? (Range){0, f->batch->rows} : my_share(f->batch->rows);
@@ -200,14 +211,14 @@ static void head(const Worker *w) {
         prepare(&model->head, w->row, w->prepared + i * prepared_floats(&model->head));
     }
     meet(w);
-    matmul_share(&model->head, w->prepared, f->batch->rows, f->logits, model->head.rows);
+    matmul_share(&model->head, w->prepared, f->batch->rows, f->logits, next_counter(w));
 }
 
 static void forward_body(void *argument) {
     const Forward *f = argument;
     const Decoder *model = f->model;
     const int64_t tokens = f->batch->tokens, me = omp_get_thread_num();
-    Worker w = {.all = f, .alone = tokens == 1, .row = f->row + me * f->widest};
+    Worker w = {.all = f, .alone = tokens == 1, .row = f->row + me * f->widest, .counter = f->counters};
     w.tokens = w.alone ? (Range){0, tokens} : my_share(tokens);
     w.hidden = f->hidden + (w.alone ? me * model->hidden : 0);
     w.prepared = f->prepared + (w.alone ? me * f->widest : 0);
@@ -253,15 +264,17 @@ EXPORT int quantkit_decoder_forward(const Decoder *model, const Batch *batch, co
     float **const places[7] = {&f.hidden, &f.prepared, &f.row, &f.wide, &f.delta, &f.turns, &f.partials};
     int64_t total = 0;
     for (int i = 0; i < 7; i++) total += round_up(sizes[i], 16);
-    float *workspace = aligned_alloc(64, sizeof(float) * total);
+    const int64_t counters = sizeof(int64_t) * COUNTER * (LAYER_COUNTERS * model->layer_count + 1);
+    float *workspace = aligned_alloc(64, sizeof(float) * total + counters);
     if (!workspace) return -1;
     total = 0;
     for (int i = 0; i < 7; i++) {
         *places[i] = workspace + total;
         total += round_up(sizes[i], 16);
     }
+    f.counters = memset(workspace + total, 0, counters);
     for (int64_t i = 0; i < copies; i++) memcpy(f.hidden + i * model->hidden, hidden, sizeof(float) * tokens * model->hidden);
-    GOMP_parallel(forward_body, &f, (unsigned)threads, 0);
+    run_team(forward_body, &f, (unsigned)threads);
     free(workspace);
     free_plan(&f.plan);
     return 0;

@@ -37,24 +37,24 @@ void prepare(const Matrix *w, const float *x, float *prepared) {
     }
 }
 
-void matmul_share(const Matrix *w, const float *prepared, int64_t m, float *out, int64_t out_stride) {
-    if (w->bits) packed_share(w, prepared, m, out, out_stride);
-    else dense_share(w, prepared, m, out, out_stride);
+void matmul_share(const Matrix *w, const float *prepared, int64_t m, float *out, int64_t *counter) {
+    if (w->bits) packed_share(w, prepared, m, out, counter);
+    else dense_share(w, prepared, m, out, counter);
 }
 
-typedef struct { const Matrix *weight; const float *x; float *prepared, *out; int64_t m; } MatmulCall;
+typedef struct { const Matrix *weight; const float *x; float *prepared, *out; int64_t m, counter; } MatmulCall;
 
 static void matmul_body(void *argument) {
     MatmulCall *c = argument;
     const int64_t stride = prepared_floats(c->weight);
     for (Range r = my_share(c->m); r.first < r.last; r.first++)
         prepare(c->weight, c->x + r.first * c->weight->columns, c->prepared + r.first * stride);
-    GOMP_barrier();
-    matmul_share(c->weight, c->prepared, c->m, c->out, c->weight->rows);
+    wait_for_team();
+    matmul_share(c->weight, c->prepared, c->m, c->out, &c->counter);
 }
 
 /* out [m, rows] = x [m, columns] @ weight^T + bias; prepared: room for m * prepared_floats(weight) floats. */
 EXPORT void quantkit_matmul(const Matrix *weight, const float *x, int64_t m, float *prepared, float *out, int threads) {
-    MatmulCall call = {weight, x, prepared, out, m};
-    GOMP_parallel(matmul_body, &call, (unsigned)threads, 0);
+    MatmulCall call = {weight, x, prepared, out, m, 0};
+    run_team(matmul_body, &call, (unsigned)threads);
 }

@@ -40,7 +40,7 @@ static void pack_body(void *argument) {
 /* codes uint8 [rows, columns], scales float [rows, groups], zeros uint8 [rows, groups] -> the weight's arrays. */
 EXPORT void quantkit_pack(const Matrix *weight, const uint8_t *codes, const float *scales, const uint8_t *zeros, int threads) {
     PackCall call = {weight, codes, zeros, scales};
-    GOMP_parallel(pack_body, &call, (unsigned)threads, 0);
+    run_team(pack_body, &call, (unsigned)threads);
 }
 
 typedef struct { const Matrix *w; void *out; int64_t first, count; int type; } UnpackCall;
@@ -68,5 +68,5 @@ static void unpack_body(void *argument) {
 /* Rows first .. first+count-1 of a packed weight as floats, or rounded to bf16: out [count, columns]. */
 EXPORT void quantkit_dequantize(const Matrix *weight, int64_t first, int64_t count, int type, void *out, int threads) {
     UnpackCall call = {weight, out, first, count, type};
-    GOMP_parallel(unpack_body, &call, (unsigned)threads, 0);
+    run_team(unpack_body, &call, (unsigned)threads);
 }

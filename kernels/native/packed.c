@@ -222,21 +222,29 @@ static void put_row(const float *totals, const float *bias, int64_t count, float
         for (int64_t n = 0; n < count; n++) out[n] = totals[n] + bias[n];
 }
 
-void packed_share(const Matrix *w, const float *prepared, int64_t m, float *out, int64_t out_stride) {
-    Tile t = {.x_stride = prepared_floats(w), .groups = groups(w), .padded = padded_group(w), .columns = padded_columns(w),
-              .bits = w->bits};
+/* Rows of out that one tile gives. */
+static void tile_out(const Tile *t, const Matrix *w, int64_t tile, int64_t m, float *out) {
+    const int64_t base = tile * TILE, count = smaller(TILE, w->rows - base);
     float totals[PANEL_ROWS * TILE] __attribute__((aligned(64)));
-    for (Range r = my_share((w->rows + TILE - 1) / TILE); r.first < r.last; r.first++) {
-        const int64_t base = r.first * TILE, count = smaller(TILE, w->rows - base);
-        t.words = (const uint32_t *)w->data + r.first * tile_words(w);
-        t.scales = w->scales + base * t.groups;
-        t.zeros = w->zeros + base * ((t.groups + 3) / 4);
-        for (int64_t row = 0, some; row < m; row += some) {
-            some = smaller(PANEL_ROWS, m - row);
-            t.x = prepared + row * t.x_stride;
-            tile_totals(&t, some, totals);
-            for (int64_t i = 0; i < some; i++)
-                put_row(totals + i * TILE, w->bias ? w->bias + base : NULL, count, out + (row + i) * out_stride + base);
-        }
+    Tile some = *t;
+    for (int64_t row = 0, rows; row < m; row += rows) {
+        rows = smaller(PANEL_ROWS, m - row);
+        some.x = t->x + row * t->x_stride;
+        tile_totals(&some, rows, totals);
+        for (int64_t i = 0; i < rows; i++)
+            put_row(totals + i * TILE, w->bias ? w->bias + base : NULL, count, out + (row + i) * w->rows + base);
     }
+}
+
+void packed_share(const Matrix *w, const float *prepared, int64_t m, float *out, int64_t *counter) {
+    Tile t = {.x = prepared, .x_stride = prepared_floats(w), .groups = groups(w), .padded = padded_group(w),
+              .columns = padded_columns(w), .bits = w->bits};
+    const int64_t words = tile_words(w), tiles = (w->rows + TILE - 1) / TILE;
+    for (Range r = deal(counter, tiles, 0); r.first < r.last; r = deal(counter, tiles, 1))
+        for (; r.first < r.last; r.first++) {
+            t.words = (const uint32_t *)w->data + r.first * words;
+            t.scales = w->scales + r.first * TILE * t.groups;
+            t.zeros = w->zeros + r.first * TILE * ((t.groups + 3) / 4);
+            tile_out(&t, w, r.first, m, out);
+        }
 }

@@ -58,5 +58,5 @@ static void write_body(void *argument) {
 EXPORT void quantkit_kv_write(void *cache, int64_t type, const int64_t *slots, int64_t count, int64_t width, const float *rows,
                               int threads) {
     WriteCall call = {cache, slots, rows, type, count, width};
-    GOMP_parallel(write_body, &call, (unsigned)threads, 0);
+    run_team(write_body, &call, (unsigned)threads);
 }
