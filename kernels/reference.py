@@ -54,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def kv_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Store new keys and values in their slots of the paged caches, in place.
+    """Store new keys and values, in the caches' types, in their slots of the paged caches, in place.
 
     Args:
         key: [T, Hkv, D].
@@ -64,8 +64,8 @@ def kv_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         slot_mapping: int64 [T], block * block_size + offset of every token; -1 for padding, which is not written.
     """
     real = slot_mapping >= 0
-    key_cache.flatten(0, 1)[slot_mapping[real]] = key[real]
-    value_cache.flatten(0, 1)[slot_mapping[real]] = value[real]
+    key_cache.flatten(0, 1)[slot_mapping[real]] = key[real].to(key_cache.dtype)
+    value_cache.flatten(0, 1)[slot_mapping[real]] = value[real].to(value_cache.dtype)
 
 
 def paged_attention(

@@ -32,7 +32,7 @@ from quantkit.runtime.batch import Batch
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
 from quantkit.runtime.request import Request, SamplingParams
-from quantkit.usage import peak_memory
+from quantkit.usage import peak_memory, return_freed_memory
 
 REPEATS = 5
 PROMPT, NEW = 128, 64
@@ -110,7 +110,8 @@ def measure(folder: Path, device: torch.device) -> SpeedReport:
     rates = {f"pp{n}": _rate(model, n, _prefill) for n in (128, 512)} | {"tg128": _rate(model, 128, _decode)}
     engine, vocab = Engine(model, EngineConfig(max_batch=max(CONCURRENT), prefix_caching=False)), model.vocab_size
     single = [_request_times(engine, vocab) for _ in range(3)]
-    weights = model.definition.weight_bytes()
+    system = {str(count): _system_tps(engine, vocab, count) for count in CONCURRENT}
+    weights, peak = model.definition.weight_bytes(), peak_memory()  # before memory is taken to measure its bandwidth
     return SpeedReport(
         name=str(folder),
         device=str(device),
@@ -122,8 +123,8 @@ def measure(folder: Path, device: torch.device) -> SpeedReport:
         weight_bytes=weights,
         read_bandwidth=read_bandwidth(device),
         weight_bandwidth=weights * rates["tg128"].mean,
-        system_tps={str(count): _system_tps(engine, vocab, count) for count in CONCURRENT},
-        peak_memory_bytes=peak_memory(),
+        system_tps=system,
+        peak_memory_bytes=peak,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     )
 
@@ -201,6 +202,7 @@ def _system_tps(engine: Engine, vocab: int, count: int) -> float:
 
 
 if __name__ == "__main__":
+    return_freed_memory()
     try:
         print(json.dumps(asdict(measure(Path(sys.argv[1]), torch.device(sys.argv[2])))))
     except QuantkitError as error:

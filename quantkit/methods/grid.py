@@ -19,6 +19,10 @@ SMALLEST_SCALE = 2.0**-24
 #: Largest one: the last step of bfloat16 below float16's end.
 LARGEST_SCALE = 65280.0
 
+#: Weights whose grids are searched at once. The dozen passes over them run in cache, and torch gives so few to one thread:
+#: with two, each of thousands of passes would wait for the slower one.
+_SLICE = 1 << 15
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -148,9 +152,9 @@ def search_grid(
     best_scales = torch.empty(rows, groups, device=weight.device)
     best_zeros = torch.empty_like(best_scales)
     cost = importance.view(1, groups, -1)
-    # A slice of rows at a time: the dozen passes over a slice then run in cache.
-    for start in range(0, rows, 64):
-        grouped = weight[start : start + 64].view(-1, groups, columns // groups)
+    step = max(1, _SLICE // columns)
+    for start in range(0, rows, step):
+        grouped = weight[start : start + step].view(-1, groups, columns // groups)
         low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
         least: Tensor | None = None
         for factor in shrink:
@@ -165,5 +169,5 @@ def search_grid(
                 least = torch.where(better, error, least)
                 kept_scales = torch.where(better, scales, kept_scales)
                 kept_zeros = torch.where(better, zeros, kept_zeros)
-        best_scales[start : start + 64], best_zeros[start : start + 64] = kept_scales, kept_zeros
+        best_scales[start : start + step], best_zeros[start : start + step] = kept_scales, kept_zeros
     return best_scales, best_zeros

@@ -1,7 +1,8 @@
 """A loaded model with its paged cache: what the engine steps.
 
-On a CPU a small step goes through the native decoder, which spends no Python on each layer; a large one goes through
-transformers' definition, where matrix products dominate. On a GPU decode steps replay CUDA graphs.
+On a CPU a step goes through the native decoder, which spends no Python on each layer, wherever its kernels are the fastest;
+a long prompt on a processor that multiplies bfloat16, or a model that the decoder cannot express, goes through
+transformers' definition. On a GPU decode steps replay CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import ResourceError
+from quantkit.kernels import cpu
 from quantkit.runtime.attention import Paged
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.graphs import DecodeGraphs
 from quantkit.runtime.kv_cache import KVCache, block_bytes, blocks_for
 from quantkit.runtime.load import Definition, load_definition
 from quantkit.runtime.native_build import native_decoder
-from quantkit.usage import available_memory
+from quantkit.usage import available_memory, keep_freed_memory, trim_memory
 
 #: Share of the free memory that the cache takes when `--kv-memory` is not given.
 _CACHE_SHARE = 0.5
@@ -75,7 +77,9 @@ class PagedModel:
         if self.definition.device.type == "cuda":
             return DecodeGraphs(self._run, self.cache, self.max_model_len, max_batch).forward
         decoder = native_decoder(self.definition, self.cache)
-        return (lambda batch: None) if decoder is None else decoder
+        if decoder is None:
+            return lambda batch: None
+        return lambda batch: decoder(batch) if cpu.native_is_best(len(batch.token_ids)) else None
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -104,7 +108,10 @@ def open_model(folder: Path, device: torch.device, options: CacheOptions) -> Pag
     Raises:
         QuantkitError: the model cannot be loaded or the cache is too small.
     """
-    return PagedModel(load_definition(Checkpoint(folder), device), options)
+    model = PagedModel(load_definition(Checkpoint(folder), device), options)
+    trim_memory()  # what loading left
+    keep_freed_memory()  # every forward takes the same sizes again
+    return model
 
 
 def _cache_dtype(definition: Definition) -> torch.dtype:
