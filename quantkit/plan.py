@@ -75,7 +75,9 @@ def predict(request: Request) -> PlanReport:
 
     outside = sum(job.checkpoint.tensors[name].nbytes for name in job.outside)
     block = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.under(job.model.prefix(0)))
-    working = 3 * block + _solver_bytes(job)
+    # As it was read, and, as it multiplies, before and after.
+    widened = job.model.matmul_dtype.itemsize / job.model.dtype.itemsize
+    working = int((1 + 2 * widened) * block) + _solver_bytes(job)
     artifact = outside + sum(_stored_bytes(job, index) for index in range(job.model.count)) + _head_bytes(job)
     on_device = working + (paused if memory.hold else 0) + outside
     cuda = request.device.type == "cuda"
