@@ -6,9 +6,12 @@
 #include <math.h>
 #include <stdlib.h>
 
+/* Converted keys (or values) that a thread holds at a time. */
+#define CHUNK_FLOATS 65536
+
 static int64_t padded(int64_t dim) { return round_up(dim, 2 * LANES); }
 
-/* A partial result is {maximum, sum, weighted value [padded(value_dim)]}, the value in the order of `convert_row`. */
+/* A partial result is {maximum, sum, weighted value [padded(value_dim)]}, the value in the order of `to_order`. */
 int64_t partial_floats(const Heads *h) { return 2 + padded(h->value_dim); }
 
 /* Up to CHUNK keys of a sequence: positions first .. first+count-1, and their slots in the caches. */
@@ -25,33 +28,25 @@ static void find_keys(const Pages *p, int64_t sequence, int64_t first, int64_t e
     }
 }
 
-/* One KV head of a cache: a slot's row is `stride` bytes from the next slot's. */
-typedef struct { const char *rows; int64_t stride, dim, size; } Plane; /* size: bytes of an element */
+/* KV heads head .. head+heads-1 of a cache of rows [kv_heads, dim]. */
+typedef struct { const void *cache; int64_t kv_heads, head, heads, dim; } Plane;
 
-static Plane plane_of(const Heads *h, const void *cache, int64_t dim, int64_t head) {
-    const int64_t size = h->type == F32 ? 4 : 2;
-    return (Plane){(const char *)cache + head * dim * size, h->kv_heads * dim * size, dim, size};
-}
-
-/* Ask for the rows of some keys: they lie apart, and the processor does not foresee the next. */
-static void ask(const Plane *plane, const Keys *keys) {
-    for (int64_t i = 0; i < keys->count; i++)
-        for (int64_t byte = 0; byte < plane->dim * plane->size; byte += 64)
-            __builtin_prefetch(plane->rows + keys->slots[i] * plane->stride + byte);
-}
-
-/* The rows of some keys as floats, padded by zeros: [count, padded(dim)]; 16-bit types with even and odd elements apart. */
+/* Rows of some keys as floats [heads, CHUNK, padded(dim)]; 16-bit types with even and odd elements apart. Read in the order in
+   which they lie, all heads of a key together: the processor then fetches ahead, and memory gives twice as much. */
 INLINE void gather_as(int type, const Plane *plane, const Keys *keys, float *to) {
-    const int64_t whole = plane->dim / (2 * LANES) * (2 * LANES), width = padded(plane->dim), size = plane->size;
+    const int64_t dim = plane->dim, whole = dim / (2 * LANES) * (2 * LANES), width = padded(dim), size = type == F32 ? 4 : 2;
     char tail[2 * LANES * 4] = {0};
-    for (int64_t i = 0; i < keys->count; i++, to += width) {
-        const char *row = plane->rows + keys->slots[i] * plane->stride;
-        for (int64_t d = 0; d < width; d += 2 * LANES) {
-            const char *at = row + d * size;
-            if (d == whole) at = memcpy(tail, at, (plane->dim - whole) * size);
-            vu words = load_words(at);
-            store(to + d, type == F32 ? (vf)words : even_half(words, type));
-            store(to + d + LANES, type == F32 ? load((const float *)at + LANES) : odd_half(words, type));
+    for (int64_t i = 0; i < keys->count; i++) {
+        const char *row = (const char *)plane->cache + (keys->slots[i] * plane->kv_heads + plane->head) * dim * size;
+        for (int64_t head = 0; head < plane->heads; head++, row += dim * size) {
+            float *out = to + (head * CHUNK + i) * width;
+            for (int64_t d = 0; d < width; d += 2 * LANES) {
+                const char *at = row + d * size;
+                if (d == whole) at = memcpy(tail, at, (dim - whole) * size);
+                vu words = load_words(at);
+                store(out + d, type == F32 ? (vf)words : even_half(words, type));
+                store(out + d + LANES, type == F32 ? load((const float *)at + LANES) : odd_half(words, type));
+            }
         }
     }
 }
@@ -98,26 +93,23 @@ static NOINLINE void weigh(const float *weights, const float *values, int64_t di
     for (; d < dim; d += 2 * LANES) weigh_part(2, weights, values + d, dim, low, high, value + d);
 }
 
-/* scores -> weights e^(score - maximum) of keys low .. high-1, 0 elsewhere; a partial result takes them up (online softmax:
-   its sum and value shrink where the maximum grows). */
-static NOINLINE void take_up(const Heads *h, float *scores, int64_t low, int64_t high, float *partial) {
-    vf most = splat(partial[0]), sum = {0};
+/* scores -> weights e^(score - maximum) of keys low .. high-1, 0 elsewhere; partial: their maximum and sum, value 0. */
+static NOINLINE void make_weights(const Heads *h, float *scores, int64_t low, int64_t high, float *partial) {
+    vf most = splat(-INFINITY), sum = {0};
     if (h->softcap > 0)
         for (int64_t j = 0; j < CHUNK; j += LANES) store(scores + j, h->softcap * tanh_lanes(load(scores + j) / h->softcap));
     for (int64_t j = 0; j < low; j++) scores[j] = -INFINITY;
     for (int64_t j = high; j < CHUNK; j++) scores[j] = -INFINITY;
     for (int64_t j = 0; j < CHUNK; j += LANES) most = at_least(load(scores + j), most);
     const float maximum = lane_maximum(most);
-    const float shrink = partial[0] == maximum ? 1.0f : expf(partial[0] - maximum);
     for (int64_t j = 0; j < CHUNK; j += LANES) {
         const vf score = load(scores + j), weight = choose(score == -INFINITY, splat(0), exp_lanes(score - maximum));
         store(scores + j, weight);
         sum += weight;
     }
     partial[0] = maximum;
-    partial[1] = partial[1] * shrink + lane_sum(sum);
-    if (shrink != 1.0f)
-        for (int64_t d = 0; d < padded(h->value_dim); d++) partial[2 + d] *= shrink;
+    partial[1] = lane_sum(sum);
+    memset(partial + 2, 0, sizeof(float) * padded(h->value_dim));
 }
 
 /* total takes up a later partial result; an empty one (maximum -inf) changes nothing. */
@@ -134,77 +126,83 @@ static void clear(const Heads *h, float *partial) {
     memset(partial + 1, 0, sizeof(float) * (partial_floats(h) - 1));
 }
 
-/* One chunk for all rows: scores, weights, weighted values into `local`, a partial result a row. `next` is asked for. */
-static void attend_chunk(const Heads *h, const Plane *key_plane, const Plane *value_plane, const Keys *now, const Keys *next,
-                         int64_t position, int64_t rows, const float *query, float *local) {
-    const int64_t repeat = h->heads / h->kv_heads, dim = padded(h->dim), size = partial_floats(h);
-    float chunk[CHUNK * larger(dim, size - 2)] __attribute__((aligned(64))), weights[rows * CHUNK];
+/* One chunk for all rows of a piece, the first of which stands at `position`: query [heads, rows, padded(dim)] against keys
+   and values, partial results merged into total [heads, rows]. */
+static void attend_chunk(const Heads *h, const Plane *key_plane, const Plane *value_plane, const Keys *keys, int64_t position,
+                         int64_t rows, const float *query, float *const *total) {
+    const int64_t repeat = h->heads / h->kv_heads, dim = padded(h->dim), size = partial_floats(h), heads = key_plane->heads;
+    float chunk[heads * CHUNK * larger(dim, size - 2)] __attribute__((aligned(64)));
+    float weights[heads * rows * CHUNK], partial[heads * rows * size];
     int64_t low[rows], high[rows];
-    gather(h->type, key_plane, now, chunk);
-    ask(key_plane, next);
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t end = position + r / repeat + 1 - now->first; /* in keys of this chunk */
+        const int64_t end = position + r / repeat + 1 - keys->first; /* in keys of this chunk */
         low[r] = h->window ? larger(0, end - h->window) : 0;
-        high[r] = smaller(now->count, end);
+        high[r] = smaller(keys->count, end);
+    }
+    gather(h->type, key_plane, keys, chunk);
+    for (int64_t i = 0; i < heads * rows; i++) {
+        const int64_t r = i % rows;
         if (low[r] >= high[r]) continue;
-        score(query + r * dim, chunk, dim, weights + r * CHUNK);
-        take_up(h, weights + r * CHUNK, low[r], high[r], local + r * size);
+        score(query + i * dim, chunk + i / rows * CHUNK * dim, dim, weights + i * CHUNK);
+        make_weights(h, weights + i * CHUNK, low[r], high[r], partial + i * size);
     }
-    gather(h->type, value_plane, now, chunk);
-    ask(value_plane, next);
-    for (int64_t r = 0; r < rows; r++)
-        if (low[r] < high[r]) weigh(weights + r * CHUNK, chunk, size - 2, low[r], high[r], local + r * size + 2);
+    gather(h->type, value_plane, keys, chunk);
+    for (int64_t i = 0; i < heads * rows; i++) {
+        const int64_t r = i % rows;
+        if (low[r] >= high[r]) continue;
+        weigh(weights + i * CHUNK, chunk + i / rows * CHUNK * (size - 2), size - 2, low[r], high[r], partial + i * size + 2);
+        merge(h, total[i], partial + i * size);
+    }
 }
 
-/* Queries of a piece, scaled, [rows, padded(dim)]: all heads of the KV head for each token. */
-static void fetch_queries(const Attention *a, const Piece *piece, int64_t kv_head, float *to) {
+/* Queries of a piece and where their partial results go, for KV heads head .. head+heads-1: [heads, rows, ...]. */
+static void fetch_queries(const Attention *a, const Piece *piece, int64_t head, int64_t heads, float *query, float **total) {
     const Heads *h = a->heads;
-    const int64_t repeat = h->heads / h->kv_heads, dim = padded(h->dim);
-    memset(to, 0, sizeof(float) * piece->count * repeat * dim);
-    for (int64_t r = 0; r < piece->count * repeat; r++, to += dim) {
-        const int64_t token = piece->query + r / repeat, head = kv_head * repeat + r % repeat;
-        const float *from = a->queries + token * a->query_stride + head * h->dim;
-        for (int64_t d = 0; d < h->dim; d++) to[h->type == F32 ? d : split_place(d)] = h->scale * from[d];
+    const int64_t repeat = h->heads / h->kv_heads, rows = piece->count * repeat;
+    for (int64_t i = 0; i < heads * rows; i++, query += padded(h->dim)) {
+        const int64_t token = piece->query + i % rows / repeat, of = (head + i / rows) * repeat + i % repeat;
+        const float *from = a->queries + token * a->query_stride + of * h->dim;
+        if (h->type == F32) to_order(F32, from, h->dim, h->scale, query);
+        else to_order(BF16, from, h->dim, h->scale, query);
+        total[i] = a->partials + ((a->plan->first_slot[token] + piece->part) * h->heads + of) * partial_floats(h);
+        clear(h, total[i]);
     }
 }
 
-static void attend_piece(const Attention *a, const Piece *piece, int64_t kv_head) {
+static void attend_piece(const Attention *a, const Piece *piece, int64_t head, int64_t heads) {
     const Heads *h = a->heads;
     const Pages *p = a->pages;
-    const int64_t repeat = h->heads / h->kv_heads, rows = piece->count * repeat, size = partial_floats(h);
-    const int64_t s = piece->sequence;
-    const int64_t position = piece->query + p->lengths[s] - p->query_start[s + 1], end = position + piece->count;
-    const Plane key_plane = plane_of(h, a->keys, h->dim, kv_head), value_plane = plane_of(h, a->values, h->value_dim, kv_head);
+    const int64_t rows = piece->count * (h->heads / h->kv_heads), s = piece->sequence;
+    const int64_t position = piece->query + p->lengths[s] - p->query_start[s + 1];
+    const int64_t end = smaller(position + piece->count, piece->chunk_end * CHUNK);
+    const Plane keys = {a->keys, h->kv_heads, head, heads, h->dim};
+    const Plane values = {a->values, h->kv_heads, head, heads, h->value_dim};
     /* Chunks before the first query's window are seen by nobody. */
     int64_t chunk = h->window ? larger(piece->chunk, (position - h->window + 1) / CHUNK) : piece->chunk;
-    Keys some[2];
-    find_keys(p, s, chunk * CHUNK, smaller(end, piece->chunk_end * CHUNK), &some[0]);
-    ask(&key_plane, &some[0]);
-    ask(&value_plane, &some[0]);
-    float query[rows * padded(h->dim)], local[rows * size], *total[rows];
-    fetch_queries(a, piece, kv_head, query);
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t slot = a->plan->first_slot[piece->query + r / repeat] + piece->part;
-        total[r] = a->partials + (slot * h->heads + kv_head * repeat + r % repeat) * size;
-        clear(h, total[r]);
-        clear(h, local + r * size);
-    }
-    for (int now = 0; chunk < piece->chunk_end; chunk++, now = !now) {
-        find_keys(p, s, (chunk + 1) * CHUNK, smaller(end, piece->chunk_end * CHUNK), &some[!now]);
-        attend_chunk(h, &key_plane, &value_plane, &some[now], &some[!now], position, rows, query, local);
-        if ((chunk + 1) % SPAN == 0 || chunk + 1 == piece->chunk_end)
-            for (int64_t r = 0; r < rows; r++) {
-                merge(h, total[r], local + r * size);
-                clear(h, local + r * size);
-            }
+    float query[heads * rows * padded(h->dim)], *total[heads * rows];
+    Keys some;
+    fetch_queries(a, piece, head, heads, query, total);
+    for (; chunk < piece->chunk_end; chunk++) {
+        find_keys(p, s, chunk * CHUNK, end, &some);
+        attend_chunk(h, &keys, &values, &some, position, rows, query, total);
     }
 }
 
-void attend_share(const Attention *a, int64_t *counter) {
-    /* One by one throughout: later queries of a prompt see more keys. */
-    const int64_t kv_heads = a->heads->kv_heads, count = a->plan->count * kv_heads;
-    for (int64_t i; (i = __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)) < count;)
-        attend_piece(a, a->plan->pieces + i / kv_heads, i % kv_heads);
+/* KV heads that a piece takes at a time: all where that leaves no thread without work, but no more than a cache holds. */
+static int64_t heads_at_once(const Attention *a) {
+    const Heads *h = a->heads;
+    if (a->plan->count < omp_get_num_threads()) return 1;
+    const int64_t floats = CHUNK * padded(larger(h->dim, h->value_dim));
+    return smaller(h->kv_heads, larger(1, CHUNK_FLOATS / floats));
+}
+
+void attend_share(const Attention *a) {
+    /* Dealt out in turn, because later queries of a prompt see more keys. */
+    const int64_t kv_heads = a->heads->kv_heads, most = heads_at_once(a), parts = (kv_heads + most - 1) / most;
+    for (int64_t i = omp_get_thread_num(); i < a->plan->count * parts; i += omp_get_num_threads()) {
+        const int64_t head = i % parts * most;
+        attend_piece(a, a->plan->pieces + i / parts, head, smaller(most, kv_heads - head));
+    }
 }
 
 void merge_query(const Attention *a, int64_t query, float *out) {
@@ -220,16 +218,17 @@ void merge_query(const Attention *a, int64_t query, float *out) {
             const float maximum = total[0] > h->sinks[head] ? total[0] : h->sinks[head], keep = expf(total[0] - maximum);
             scale = keep / (total[1] * keep + expf(h->sinks[head] - maximum));
         }
-        for (int64_t d = 0; d < h->value_dim; d++) out[d] = scale * total[2 + (h->type == F32 ? d : split_place(d))];
+        if (h->type == F32) from_order(F32, total + 2, h->value_dim, scale, out);
+        else from_order(BF16, total + 2, h->value_dim, scale, out);
     }
 }
 
-typedef struct { Attention attention; float *out; int64_t counter; } AttentionCall;
+typedef struct { Attention attention; float *out; } AttentionCall;
 
 static void attention_body(void *argument) {
-    AttentionCall *c = argument;
+    const AttentionCall *c = argument;
     const Attention *a = &c->attention;
-    attend_share(a, &c->counter);
+    attend_share(a);
     wait_for_team();
     for (Range r = my_share(a->pages->query_start[a->pages->sequences]); r.first < r.last; r.first++)
         merge_query(a, r.first, c->out + r.first * a->heads->heads * a->heads->value_dim);
@@ -241,7 +240,7 @@ EXPORT void quantkit_paged_attention(const Heads *heads, const Pages *pages, con
     Plan plan = make_plan(pages, heads->heads / heads->kv_heads);
     const int64_t slots = plan.first_slot[pages->query_start[pages->sequences]];
     float *partials = malloc(sizeof(float) * slots * heads->heads * partial_floats(heads));
-    AttentionCall call = {{heads, pages, &plan, queries, heads->heads * heads->dim, keys, values, partials}, out, 0};
+    AttentionCall call = {{heads, pages, &plan, queries, heads->heads * heads->dim, keys, values, partials}, out};
     run_team(attention_body, &call, (unsigned)threads);
     free(partials);
     free_plan(&plan);

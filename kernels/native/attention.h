@@ -1,17 +1,16 @@
 /* Causal attention over a paged KV cache, and the write into it.
 
    key_cache [blocks, block_size, kv_heads, dim], value_cache [blocks, block_size, kv_heads, value_dim], of `type`.
-   CHUNK keys at a time are converted and scored; SPAN chunks give each query a maximum, a sum and a weighted value, and
-   those of all spans are merged in the order of the keys, wherever they were computed. So a query's result depends
+   CHUNK keys at a time are converted and scored, and give each query a partial result: a maximum, a sum and a weighted
+   value. Partial results are merged in the order of the keys, wherever they were computed. So a query's result depends
    neither on its neighbours in the batch nor on the number of threads. */
 #ifndef QUANTKIT_ATTENTION_H
 #define QUANTKIT_ATTENTION_H
 
 #include <stdint.h>
 
-/* Keys that are read and scored together, and chunks whose partial results are merged one by one. */
+/* Keys that are read and scored together. */
 #define CHUNK 64
-#define SPAN 4
 
 /* Queries q = query_start[s] .. query_start[s+1]-1 are the last tokens of sequence s; keys are in blocks of a table. */
 typedef struct {
@@ -56,8 +55,8 @@ typedef struct {
     float *partials;           /* [slots, heads, partial_floats] */
 } Attention;
 
-/* This thread's share of the plan, into `partials`; the counter as for `matmul_share`. */
-void attend_share(const Attention *attention, int64_t *counter);
+/* This thread's share of the plan, into `partials`. */
+void attend_share(const Attention *attention);
 
 /* Result of one query from its partial results: out [heads * value_dim]. */
 void merge_query(const Attention *attention, int64_t query, float *out);

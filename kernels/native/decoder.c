@@ -13,9 +13,6 @@
 
 enum { SILU = 0, GELU_TANH = 1, GELU = 2 };
 
-/* Numbers between one counter and the next, and counters of a layer. */
-enum { COUNTER = 8, LAYER_COUNTERS = 5 };
-
 typedef struct {
     Matrix qkv, out, gate_up, down;
     const float *norm_attention, *norm_attention_out; /* before and behind attention, [hidden] or NULL */
@@ -61,7 +58,6 @@ typedef struct {
     float *turns;    /* [ropes, tokens, turn_width]: cosines, then sines */
     float *partials;
     float *logits;   /* [rows, vocabulary] */
-    int64_t *counters; /* of every step that is dealt out (team.h), COUNTER apart: a cache line each */
     int64_t widest, turn_width;
 } Forward;
 
@@ -70,7 +66,6 @@ typedef struct {
     const Forward *all;
     Range tokens;
     float *hidden, *prepared, *row;
-    int64_t *counter; /* of the next step */
     int alone;
 } Worker;
 
@@ -88,17 +83,13 @@ static void rms_norm(const float *x, const float *weight, int64_t n, float epsil
 /* row [2 * n], gate before up -> out [n] = activation(gate) * up. */
 static void activate(int64_t kind, const float *row, int64_t n, float *out) {
     for (int64_t i = 0; i < n; i += LANES) {
-        float gates[LANES] = {0}, scaled[LANES];
-        const int64_t count = n - i < LANES ? n - i : LANES;
-        memcpy(gates, row + i, sizeof(float) * count);
-        vf gate = load(gates);
+        vf gate = load_some(row + i, n - i);
         if (kind == SILU) gate = gate / (1.0f + exp_lanes(-gate));
         else if (kind == GELU_TANH)
             gate = 0.5f * gate * (1.0f + tanh_lanes(0.7978845608f * (gate + 0.044715f * gate * gate * gate)));
         else
             for (int j = 0; j < LANES; j++) gate[j] = 0.5f * gate[j] * (1.0f + erff(gate[j] * 0.7071067812f));
-        store(scaled, gate);
-        for (int64_t j = 0; j < count; j++) out[i + j] = scaled[j] * row[n + i + j];
+        store_some(out + i, gate * load_some(row + n + i, n - i), n - i);
     }
 }
 
@@ -161,24 +152,18 @@ static void meet(const Worker *w) {
     if (!w->alone) wait_for_team();
 }
 
-/* Every thread goes through the same steps, so each finds the same counter. */
-static int64_t *next_counter(Worker *w) {
-    w->counter += COUNTER;
-    return w->counter - COUNTER;
-}
-
-static void project(Worker *w, const Matrix *matrix, float *out) {
+static void project(const Worker *w, const Matrix *matrix, float *out) {
     meet(w);
-    matmul_share(matrix, w->prepared, w->all->batch->tokens, out, next_counter(w));
+    matmul_share(matrix, w->prepared, w->all->batch->tokens, out);
     wait_for_team();
 }
 
-static void attention(Worker *w, const Layer *l) {
+static void attention(const Worker *w, const Layer *l) {
     const Forward *f = w->all;
     const Attention a = {&l->heads, &f->batch->pages, &f->plan, f->wide, l->qkv.rows, l->keys, l->values, f->partials};
     for (Range r = my_share(f->batch->tokens); r.first < r.last; r.first++) place_token(f, l, r.first);
     wait_for_team();
-    attend_share(&a, next_counter(w));
+    attend_share(&a);
     wait_for_team();
     for (int64_t t = w->tokens.first; t < w->tokens.last; t++) {
         merge_query(&a, t, w->row);
@@ -187,7 +172,7 @@ static void attention(Worker *w, const Layer *l) {
     project(w, &l->out, f->delta);
 }
 
-static void mlp(Worker *w, const Layer *l) {
+static void mlp(const Worker *w, const Layer *l) {
     const Forward *f = w->all;
     const int64_t inner = f->model->inner;
     for (int64_t t = w->tokens.first; t < w->tokens.last; t++)
@@ -201,7 +186,7 @@ static void mlp(Worker *w, const Layer *l) {
 }
 
 /* Logits of the chosen rows. */
-static void head(Worker *w) {
+static void head(const Worker *w) {
     const Forward *f = w->all;
     const Decoder *model = f->model;
     const Range rows = w->alone ? (Range){0, f->batch->rows} : my_share(f->batch->rows);
@@ -211,14 +196,14 @@ static void head(Worker *w) {
         prepare(&model->head, w->row, w->prepared + i * prepared_floats(&model->head));
     }
     meet(w);
-    matmul_share(&model->head, w->prepared, f->batch->rows, f->logits, next_counter(w));
+    matmul_share(&model->head, w->prepared, f->batch->rows, f->logits);
 }
 
 static void forward_body(void *argument) {
     const Forward *f = argument;
     const Decoder *model = f->model;
     const int64_t tokens = f->batch->tokens, me = omp_get_thread_num();
-    Worker w = {.all = f, .alone = tokens == 1, .row = f->row + me * f->widest, .counter = f->counters};
+    Worker w = {.all = f, .alone = tokens == 1, .row = f->row + me * f->widest};
     w.tokens = w.alone ? (Range){0, tokens} : my_share(tokens);
     w.hidden = f->hidden + (w.alone ? me * model->hidden : 0);
     w.prepared = f->prepared + (w.alone ? me * f->widest : 0);
@@ -264,15 +249,13 @@ EXPORT int quantkit_decoder_forward(const Decoder *model, const Batch *batch, co
     float **const places[7] = {&f.hidden, &f.prepared, &f.row, &f.wide, &f.delta, &f.turns, &f.partials};
     int64_t total = 0;
     for (int i = 0; i < 7; i++) total += round_up(sizes[i], 16);
-    const int64_t counters = sizeof(int64_t) * COUNTER * (LAYER_COUNTERS * model->layer_count + 1);
-    float *workspace = aligned_alloc(64, sizeof(float) * total + counters);
+    float *workspace = aligned_alloc(64, sizeof(float) * total);
     if (!workspace) return -1;
     total = 0;
     for (int i = 0; i < 7; i++) {
         *places[i] = workspace + total;
         total += round_up(sizes[i], 16);
     }
-    f.counters = memset(workspace + total, 0, counters);
     for (int64_t i = 0; i < copies; i++) memcpy(f.hidden + i * model->hidden, hidden, sizeof(float) * tokens * model->hidden);
     run_team(forward_body, &f, (unsigned)threads);
     free(workspace);

@@ -70,17 +70,14 @@ DENSE_TYPE(F32) DENSE_TYPE(BF16) DENSE_TYPE(F16)
 /* By type, rows of the weight and rows of x: at most 12 sums. */
 static DenseBlock *const DENSE_BLOCK[3][9][5] = {DENSE_TABLE(F32), DENSE_TABLE(BF16), DENSE_TABLE(F16)};
 
-/* Rows of the weight that are dealt out together: a multiple of 8, 4 and 3. */
-#define ITEM 24
-
-void dense_share(const Matrix *w, const float *x, int64_t m, float *out, int64_t *counter) {
-    const int64_t stride = prepared_floats(w), most = m == 1 ? 8 : m == 2 ? 4 : 3, items = (w->rows + ITEM - 1) / ITEM;
-    for (Range r = deal(counter, items, 0); r.first < r.last; r = deal(counter, items, 1))
-        for (int64_t n = r.first * ITEM, end = smaller(r.last * ITEM, w->rows), count; n < end; n += count) {
-            count = n + most <= end ? most : 1;
-            for (int64_t row = 0; row < m; row += 4) {
-                DenseBlock *block = DENSE_BLOCK[w->type][count][smaller(4, m - row)];
-                block(w, n, x + row * stride, stride, out + row * w->rows, w->rows);
-            }
+void dense_share(const Matrix *w, const float *x, int64_t m, float *out) {
+    const int64_t stride = prepared_floats(w), most = m == 1 ? 8 : m == 2 ? 4 : 3;
+    const Range share = my_share(w->rows);
+    for (int64_t n = share.first, count; n < share.last; n += count) {
+        count = n + most <= share.last ? most : 1;
+        for (int64_t row = 0; row < m; row += 4) {
+            DenseBlock *block = DENSE_BLOCK[w->type][count][smaller(4, m - row)];
+            block(w, n, x + row * stride, stride, out + row * w->rows, w->rows);
         }
+    }
 }

@@ -11,38 +11,37 @@ int64_t prepared_floats(const Matrix *w) {
     return padded_columns(w) + round_up(runs, LANES);
 }
 
+/* A run of a group: `given` columns of x and zeros up to `length`; returns the sum. factor [16] repeats with the fields. */
+static float prepare_run(const float *x, int64_t given, int64_t length, const float *factor, float *prepared) {
+    vf sum = {0};
+    for (int64_t k = 0; k < length; k += LANES) {
+        const vf value = load_some(x + k, given - k);
+        sum += value;
+        store_some(prepared + k, value * load(factor + k % 16), length - k);
+    }
+    return lane_sum(sum);
+}
+
 void prepare(const Matrix *w, const float *x, float *prepared) {
     if (!w->bits) {
-        for (int64_t k = 0; k < round_up(w->columns, 2 * LANES); k++)
-            prepared[w->type == F32 ? k : split_place(k)] = k < w->columns ? x[k] : 0;
+        if (w->type == F32) to_order(F32, x, w->columns, 1, prepared);
+        else to_order(BF16, x, w->columns, 1, prepared);
         return;
     }
-    const int fields = 32 / w->bits;
-    const int64_t padded = padded_group(w);
+    const int64_t fields = 32 / w->bits, padded = padded_group(w), all = groups(w);
     float factor[16], *sums = prepared + padded_columns(w);
-    for (int j = 0; j < fields; j++) factor[j] = j == fields - 1 ? 1.0f : 1.0f / (float)(1u << j * w->bits);
-    for (int64_t g = 0; g < groups(w); g++, x += w->group, prepared += padded) {
-        for (int64_t first = 0; first < padded; first += RUN) {
-            int64_t last = smaller(first + RUN, padded), given = smaller(last, w->group);
-            float part[16] = {0}, sum = 0;
-            for (int64_t k = first; k < last; k += fields)
-                for (int j = 0; j < fields; j++) {
-                    float value = k + j < given ? x[k + j] : 0;
-                    part[j] += value;
-                    prepared[k + j] = value * factor[j];
-                }
-            for (int j = 0; j < fields; j++) sum += part[j];
-            *sums++ = sum;
-        }
-    }
+    for (int i = 0; i < 16; i++) factor[i] = i % fields == fields - 1 ? 1.0f : 1.0f / (float)(1u << i % fields * w->bits);
+    for (int64_t g = 0; g < all; g++, x += w->group, prepared += padded)
+        for (int64_t first = 0; first < padded; first += RUN)
+            *sums++ = prepare_run(x + first, w->group - first, smaller(RUN, padded - first), factor, prepared + first);
 }
 
-void matmul_share(const Matrix *w, const float *prepared, int64_t m, float *out, int64_t *counter) {
-    if (w->bits) packed_share(w, prepared, m, out, counter);
-    else dense_share(w, prepared, m, out, counter);
+void matmul_share(const Matrix *w, const float *prepared, int64_t m, float *out) {
+    if (w->bits) packed_share(w, prepared, m, out);
+    else dense_share(w, prepared, m, out);
 }
 
-typedef struct { const Matrix *weight; const float *x; float *prepared, *out; int64_t m, counter; } MatmulCall;
+typedef struct { const Matrix *weight; const float *x; float *prepared, *out; int64_t m; } MatmulCall;
 
 static void matmul_body(void *argument) {
     MatmulCall *c = argument;
@@ -50,11 +49,11 @@ static void matmul_body(void *argument) {
     for (Range r = my_share(c->m); r.first < r.last; r.first++)
         prepare(c->weight, c->x + r.first * c->weight->columns, c->prepared + r.first * stride);
     wait_for_team();
-    matmul_share(c->weight, c->prepared, c->m, c->out, &c->counter);
+    matmul_share(c->weight, c->prepared, c->m, c->out);
 }
 
 /* out [m, rows] = x [m, columns] @ weight^T + bias; prepared: room for m * prepared_floats(weight) floats. */
 EXPORT void quantkit_matmul(const Matrix *weight, const float *x, int64_t m, float *prepared, float *out, int threads) {
-    MatmulCall call = {weight, x, prepared, out, m, 0};
+    MatmulCall call = {weight, x, prepared, out, m};
     run_team(matmul_body, &call, (unsigned)threads);
 }

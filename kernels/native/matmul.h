@@ -43,11 +43,11 @@ int64_t prepared_floats(const Matrix *weight);
    16-bit: even and odd columns apart (vec.h); all padded with zeros. */
 void prepare(const Matrix *weight, const float *x, float *prepared);
 
-/* This thread's share of out [m, weight->rows]; no barrier. All threads pass the same counter, 0 before the first (team.h). */
-void matmul_share(const Matrix *weight, const float *prepared, int64_t m, float *out, int64_t *counter);
+/* This thread's share of the columns of out [m, weight->rows]; no barrier. */
+void matmul_share(const Matrix *weight, const float *prepared, int64_t m, float *out);
 
 /* The two ways of it. */
-void packed_share(const Matrix *weight, const float *prepared, int64_t m, float *out, int64_t *counter);
-void dense_share(const Matrix *weight, const float *prepared, int64_t m, float *out, int64_t *counter);
+void packed_share(const Matrix *weight, const float *prepared, int64_t m, float *out);
+void dense_share(const Matrix *weight, const float *prepared, int64_t m, float *out);
 
 #endif

@@ -112,43 +112,51 @@ static void apply_scales(const Tile *t, int64_t g, int64_t rows, const float *su
     }
 }
 
-/* All columns of a tile for one row of x: two runs at a time have twice the independent chains of additions, and the same
-   sums as one; totals [TILE]. Needs groups of at most RUN columns. */
-INLINE void tile_one_row(int bits, const Tile *t, float *totals) {
+/* `runs` runs one behind the other for one row of x, from group g on: as many more independent chains of additions, and the
+   same sums as one by one. */
+INLINE void add_runs(int bits, int runs, const Tile *t, int64_t g, float *totals) {
     const int fields = 32 / bits;
     const int64_t steps = t->padded / fields;
-    const uint32_t *words = t->words;
-    const float *x = t->x, *x_sums = t->x + t->columns;
-    for (int64_t g = 0; g < t->groups; g += 2) {
-        vf acc[2][TILE / LANES] = {0};
-        /* A last group without a pair is multiplied twice and used once. */
-        const int64_t next = g + 1 < t->groups ? steps : 0;
-        for (int64_t step = 0; step < steps; step++) {
-            prefetch_words(words + step * TILE);
-            prefetch_words(words + (next + step) * TILE);
+    const uint32_t *words = t->words + g * steps * TILE;
+    const float *x = t->x + g * t->padded, *x_sums = t->x + t->columns + g;
+    vf acc[3][TILE / LANES] = {0};
+    for (int64_t step = 0; step < steps; step++) {
+#pragma GCC unroll 3
+        for (int run = 0; run < runs; run++) prefetch_words(words + (run * steps + step) * TILE);
 #pragma GCC unroll 16
-            for (int j = 0; j < fields; j++)
-#pragma GCC unroll 2
-                for (int run = 0; run < 2; run++) {
-                    vf input = splat(x[(run * next + step) * fields + j]);
+        for (int j = 0; j < fields; j++)
+#pragma GCC unroll 3
+            for (int run = 0; run < runs; run++) {
+                vf input = splat(x[(run * steps + step) * fields + j]);
 #pragma GCC unroll 4
-                    for (int v = 0; v < TILE / LANES; v++)
-                        acc[run][v] += input * field(load_words(words + (run * next + step) * TILE + v * LANES), bits, j);
-                }
-        }
-        for (int run = 0; run < (next ? 2 : 1); run++)
+                for (int v = 0; v < TILE / LANES; v++)
+                    acc[run][v] += input * field(load_words(words + (run * steps + step) * TILE + v * LANES), bits, j);
+            }
+    }
+#pragma GCC unroll 3
+    for (int run = 0; run < runs; run++)
 #pragma GCC unroll 4
-            for (int v = 0; v < TILE; v += LANES)
-                add_scaled(acc[run][v / LANES], load(t->scales + (g + run) * TILE + v), zeros_of(t->zeros + v, g + run),
-                           x_sums[run], totals + v);
-        words += 2 * steps * TILE;
-        x += 2 * t->padded;
-        x_sums += 2;
+        for (int v = 0; v < TILE; v += LANES)
+            add_scaled(acc[run][v / LANES], load(t->scales + (g + run) * TILE + v), zeros_of(t->zeros + v, g + run),
+                       x_sums[run], totals + v);
+}
+
+#define ONE_ROW(BITS)                                                                                                       \
+    static NOINLINE void two_runs_##BITS(const Tile *t, int64_t g, float *totals) { add_runs(BITS, 2, t, g, totals); }      \
+    static NOINLINE void three_runs_##BITS(const Tile *t, int64_t g, float *totals) { add_runs(BITS, 3, t, g, totals); }
+ONE_ROW(2) ONE_ROW(4) ONE_ROW(8)
+
+/* All columns of a tile for one row of x: runs in pairs, the last three of an odd number together; totals [TILE]. Needs
+   groups of at most RUN columns, and two of them. */
+static void tile_one_row(const Tile *t, float *totals) {
+    for (int64_t g = 0; g < t->groups;) {
+        const int three = t->groups - g == 3;
+        if (t->bits == 2) (three ? three_runs_2 : two_runs_2)(t, g, totals);
+        else if (t->bits == 4) (three ? three_runs_4 : two_runs_4)(t, g, totals);
+        else (three ? three_runs_8 : two_runs_8)(t, g, totals);
+        g += three ? 3 : 2;
     }
 }
-static NOINLINE void tile_one_row_2(const Tile *t, float *totals) { tile_one_row(2, t, totals); }
-static NOINLINE void tile_one_row_4(const Tile *t, float *totals) { tile_one_row(4, t, totals); }
-static NOINLINE void tile_one_row_8(const Tile *t, float *totals) { tile_one_row(8, t, totals); }
 
 /* All columns of a tile for fewer than BLOCK rows of x, fields unpacked on the way; totals [rows, TILE]. */
 static void tile_direct(const Tile *t, int64_t rows, float *totals) {
@@ -209,10 +217,8 @@ static void tile_by_panels(const Tile *t, int64_t m, float *totals) {
 static void tile_totals(const Tile *t, int64_t m, float *totals) {
     memset(totals, 0, sizeof(float) * m * TILE);
     if (m >= BLOCK) tile_by_panels(t, m, totals);
-    else if (m > 1 || t->padded > RUN) tile_direct(t, m, totals);
-    else if (t->bits == 2) tile_one_row_2(t, totals);
-    else if (t->bits == 4) tile_one_row_4(t, totals);
-    else tile_one_row_8(t, totals);
+    else if (m == 1 && t->padded <= RUN && t->groups > 1) tile_one_row(t, totals);
+    else tile_direct(t, m, totals);
 }
 
 /* totals (+ bias) -> out, `count` of TILE. */
@@ -236,15 +242,14 @@ static void tile_out(const Tile *t, const Matrix *w, int64_t tile, int64_t m, fl
     }
 }
 
-void packed_share(const Matrix *w, const float *prepared, int64_t m, float *out, int64_t *counter) {
+void packed_share(const Matrix *w, const float *prepared, int64_t m, float *out) {
     Tile t = {.x = prepared, .x_stride = prepared_floats(w), .groups = groups(w), .padded = padded_group(w),
               .columns = padded_columns(w), .bits = w->bits};
     const int64_t words = tile_words(w), tiles = (w->rows + TILE - 1) / TILE;
-    for (Range r = deal(counter, tiles, 0); r.first < r.last; r = deal(counter, tiles, 1))
-        for (; r.first < r.last; r.first++) {
-            t.words = (const uint32_t *)w->data + r.first * words;
-            t.scales = w->scales + r.first * TILE * t.groups;
-            t.zeros = w->zeros + r.first * TILE * ((t.groups + 3) / 4);
-            tile_out(&t, w, r.first, m, out);
-        }
+    for (Range r = my_share(tiles); r.first < r.last; r.first++) {
+        t.words = (const uint32_t *)w->data + r.first * words;
+        t.scales = w->scales + r.first * TILE * t.groups;
+        t.zeros = w->zeros + r.first * TILE * ((t.groups + 3) / 4);
+        tile_out(&t, w, r.first, m, out);
+    }
 }

@@ -8,19 +8,19 @@
 /* Rows (queries x heads of one KV head) that share a reading of the keys. */
 #define ROWS 24
 
-/* Few queries: one piece a span. Many: pieces of ROWS rows over all their keys; there are enough of those. */
+/* Few queries: one piece a chunk. Many: pieces of ROWS rows over all their keys; there are enough of those. */
 Plan make_plan(const Pages *p, int64_t heads_per_kv_head) {
     const int64_t most = larger(1, ROWS / heads_per_kv_head), queries = p->query_start[p->sequences];
     int64_t room = 0, slot = 0;
     for (int64_t s = 0; s < p->sequences; s++)
-        room += (p->query_start[s + 1] - p->query_start[s]) / most + p->lengths[s] / (SPAN * CHUNK) + 2;
+        room += (p->query_start[s + 1] - p->query_start[s]) / most + p->lengths[s] / CHUNK + 2;
     Plan plan = {malloc(room * sizeof(Piece)), 0, malloc((queries + 1) * sizeof(int32_t))};
     for (int64_t s = 0; s < p->sequences; s++) {
         const int64_t first = p->query_start[s], end = p->query_start[s + 1], start = p->lengths[s] - (end - first);
         const int split = end - first <= most;
         for (int64_t query = first; query < end; query += most) {
             const int64_t count = smaller(most, end - query);
-            const int64_t chunks = (start + (query - first) + count + CHUNK - 1) / CHUNK, step = split ? SPAN : chunks;
+            const int64_t chunks = (start + (query - first) + count + CHUNK - 1) / CHUNK, step = split ? 1 : chunks;
             int32_t part = 0;
             for (int64_t chunk = 0; chunk < chunks; chunk += step, part++)
                 plan.pieces[plan.count++] = (Piece){(int32_t)s, (int32_t)query, (int32_t)count, (int32_t)chunk,

@@ -30,13 +30,4 @@ static inline Range my_share(int64_t count) {
     return (Range){count * me / threads, count * (me + 1) / threads};
 }
 
-/* Deals out `count` items by a counter that starts at 0: first (started == 0) three quarters in contiguous shares, then one
-   by one to whoever is free, because memory and the system hold threads up unequally. Loop until the range is empty. */
-static inline Range deal(int64_t *counter, int64_t count, int started) {
-    const int64_t threads = omp_get_num_threads(), share = count * 3 / 4 / threads, me = omp_get_thread_num();
-    if (!started && share) return (Range){me * share, (me + 1) * share};
-    const int64_t item = threads * share + __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-    return item < count ? (Range){item, item + 1} : (Range){count, count};
-}
-
 #endif

@@ -37,6 +37,18 @@ INLINE vu load_words(const void *from) { vu v; memcpy(&v, from, sizeof v); retur
 /* A load that the compiler may not repeat as an operand of several instructions: load ports are scarcer than registers. */
 INLINE vf load_once(const void *from) { return *(const volatile vf *)from; }
 INLINE void store(float *to, vf v) { memcpy(to, &v, sizeof v); }
+
+/* The first `count` lanes; the others are 0, or stay in the register. */
+INLINE vf load_some(const float *from, int64_t count) {
+    float part[LANES] = {0};
+    if (count >= LANES) return load(from);
+    if (count > 0) memcpy(part, from, sizeof(float) * count);
+    return load(part);
+}
+INLINE void store_some(float *to, vf v, int64_t count) {
+    if (count >= LANES) store(to, v);
+    else memcpy(to, &v, sizeof(float) * count);
+}
 INLINE vf splat(float x) { return x - (vf){0}; }
 
 INLINE float bits_to_float(uint32_t bits) { float f; memcpy(&f, &bits, sizeof f); return f; }
@@ -56,8 +68,29 @@ INLINE vf half_to_float(vu half) {
 INLINE vf even_half(vu words, int type) { return type == BF16 ? (vf)(words << 16) : half_to_float(words & 0xffffu); }
 INLINE vf odd_half(vu words, int type) { return type == BF16 ? (vf)(words & 0xffff0000u) : half_to_float(words >> 16); }
 
-/* Where element k of an array goes in the order above. */
-INLINE int64_t split_place(int64_t k) { return k / (2 * LANES) * (2 * LANES) + k % 2 * LANES + k % (2 * LANES) / 2; }
+/* scale * x [n] into the order of a type's vectors, padded by zeros to a multiple of 2 * LANES; F32 stays as it is. */
+INLINE void to_order(int type, const float *x, int64_t n, float scale, float *to) {
+    for (int64_t k = 0; k < n; k += 2 * LANES, to += 2 * LANES) {
+        float part[2 * LANES] = {0};
+        memcpy(part, x + k, sizeof(float) * smaller(2 * LANES, n - k));
+        for (int i = 0; i < LANES; i++) {
+            to[i] = scale * part[type == F32 ? i : 2 * i];
+            to[LANES + i] = scale * part[type == F32 ? LANES + i : 2 * i + 1];
+        }
+    }
+}
+
+/* The way back, n elements. */
+INLINE void from_order(int type, const float *x, int64_t n, float scale, float *to) {
+    for (int64_t k = 0; k < n; k += 2 * LANES, x += 2 * LANES) {
+        float part[2 * LANES];
+        for (int i = 0; i < LANES; i++) {
+            part[type == F32 ? i : 2 * i] = scale * x[i];
+            part[type == F32 ? LANES + i : 2 * i + 1] = scale * x[LANES + i];
+        }
+        memcpy(to + k, part, sizeof(float) * smaller(2 * LANES, n - k));
+    }
+}
 
 /* Round to nearest even, as torch does; a half out of range becomes infinity. */
 INLINE uint16_t to_bf16(float value) {
