@@ -38,6 +38,45 @@ def matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: 
     return out if bias is None else out + bias.float()
 
 
+def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symmetric integers for every row: q = round(x * m / max|x|), m = 2^(bits-1) - 1, so that x is about q * scale.
+
+    Ties go to the even integer; a row of zeros has scale 0.
+
+    Args:
+        x: floating [M, K], finite.
+        bits: 4 or 8; integers lie in -7 .. 7 or -127 .. 127.
+
+    Returns:
+        int8 [M, K] and float32 [M], max|x| / m.
+    """
+    most = float(2 ** (bits - 1) - 1)
+    largest = x.float().abs().amax(-1)
+    inverse = torch.where(largest > 0, most / largest, 0.0)
+    return (x.float() * inverse[:, None]).round().to(torch.int8), largest / most
+
+
+def quantized_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, activation_bits: int, bias: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias with x rounded to integers q times a scale s_x a row, the draft pass of QSpec (arXiv 2410.11305):
+
+        s_x * sum over groups g of s_g * (sum of q_x * q_w - z_g * sum of q_x) + bias
+
+    The inner sums are integers. Arguments as for `matmul`, x [M, K]; activation_bits as `bits` of `quantize_rows`.
+
+    Returns:
+        float32 [M, N].
+    """
+    inputs, input_scales = quantize_rows(x, activation_bits)
+    width = x.shape[1] if group_size == -1 else group_size
+    grouped, weights = (matrix.double().unflatten(1, (-1, width)) for matrix in (inputs, codes))
+    # Sums of integers are exact in float64.
+    sums = torch.einsum("mgk,ngk->mng", grouped, weights) - zeros.double() * grouped.sum(-1)[:, None]
+    out = (input_scales.double()[:, None] * (sums * scales.double()).sum(-1)).float()
+    return out if bias is None else out + bias.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467, equation 4).
 
