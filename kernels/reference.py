@@ -52,7 +52,8 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     most = float(2 ** (bits - 1) - 1)
     largest = x.float().abs().amax(-1)
-    inverse = torch.where(largest > 0, most / largest, 0.0)
+    # Not most / largest, which is a reciprocal and a product, rounded twice.
+    inverse = torch.where(largest > 0, torch.full_like(largest, most) / largest, 0.0)
     return (x.float() * inverse[:, None]).round().to(torch.int8), largest / most
 
 
@@ -73,7 +74,7 @@ def quantized_matmul(
     grouped, weights = (matrix.double().unflatten(1, (-1, width)) for matrix in (inputs, codes))
     # Sums of integers are exact in float64.
     sums = torch.einsum("mgk,ngk->mng", grouped, weights) - zeros.double() * grouped.sum(-1)[:, None]
-    out = (input_scales.double()[:, None] * (sums * scales.double()).sum(-1)).float()
+    out: Tensor = (input_scales.double()[:, None] * (sums * scales.double()).sum(-1)).float()
     return out if bias is None else out + bias.float()
 
 
