@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.errors import ResourceError
+from quantkit.errors import RequestError, ResourceError
 from quantkit.kernels import cpu
 from quantkit.runtime.attention import Paged
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.graphs import DecodeGraphs
 from quantkit.runtime.kv_cache import KVCache, block_bytes, blocks_for
+from quantkit.runtime.linear import packed, rounding
 from quantkit.runtime.load import Definition, load_definition
 from quantkit.runtime.native_build import native_decoder
 from quantkit.usage import available_memory, keep_freed_memory, trim_memory
@@ -70,13 +71,14 @@ class PagedModel:
             definition.layers, options.block_size, dtype, int(memory), self.max_model_len, options.max_batch
         )
         self.cache = KVCache(definition.layers, self.num_blocks, options.block_size, dtype, definition.device)
-        self._small_step = self._small_steps(options.max_batch)
+        self._max_batch = options.max_batch
+        self._small_step = self._small_steps(self._run, 0)
 
-    def _small_steps(self, max_batch: int) -> Callable[[Batch], Tensor | None]:
-        """A faster way for the batches that allow it; it answers None for others."""
+    def _small_steps(self, run: Callable[[Batch], Tensor], activation_bits: int) -> Callable[[Batch], Tensor | None]:
+        """A faster way than `run` for the batches that allow it; it answers None for others."""
         if self.definition.device.type == "cuda":
-            return DecodeGraphs(self._run, self.cache, self.max_model_len, max_batch).forward
-        decoder = native_decoder(self.definition, self.cache)
+            return DecodeGraphs(run, self.cache, self.max_model_len, self._max_batch).forward
+        decoder = native_decoder(self.definition, self.cache, activation_bits)
         if decoder is None:
             return lambda batch: None
         return lambda batch: decoder(batch) if cpu.native_is_best(len(batch.token_ids)) else None
@@ -87,6 +89,32 @@ class PagedModel:
         batch = batch.to(self.definition.device)
         out = self._small_step(batch)
         return self._run(batch) if out is None else out
+
+    def rounded(self, activation_bits: int) -> Callable[[Batch], Tensor]:
+        """`forward` with inputs of packed weights rounded to 4 or 8 bits: the draft pass of QSpec (arXiv 2410.11305).
+
+        It reads the same weights and writes its keys and values to the same cache, where those of `forward` belong.
+
+        Raises:
+            RequestError: no weight is packed, so that nothing would be rounded.
+        """
+        if not any(packed(linear.kernel_weight) for linear in self.definition.linears()):
+            raise RequestError("qspec drafts with a model's packed weights, and this one has none; quantize it first")
+        linears, head = self.definition.linears(), self.definition.module.get_output_embeddings()
+
+        def run(batch: Batch) -> Tensor:
+            with rounding(linears, head, activation_bits):
+                return self._run(batch)
+
+        small_step = self._small_steps(run, activation_bits)
+
+        @torch.inference_mode()
+        def forward(batch: Batch) -> Tensor:
+            batch = batch.to(self.definition.device)
+            out = small_step(batch)
+            return run(batch) if out is None else out
+
+        return forward
 
     def _run(self, batch: Batch) -> Tensor:
         module, tokens, positions = self.definition.module, batch.token_ids[None], batch.positions[None]
