@@ -12,14 +12,16 @@ has learned nothing. `same` says whether the tokens are those of `off`. With a s
 Texts: `repetitive` continues a table, `ordinary` continues prose, both greedily; `random` goes on with random digits, sampled
 from the ten likeliest tokens, so that every pair of tokens has occurred before and says nothing about the next.
 
-usage: python -m benchmarks.speculation [--model demo] [--draft MODEL] [--tokens 128] [--repeats 3] [--json FILE]
+usage: python -m benchmarks.speculation [--model demo] [--draft MODEL | --qspec 4|8] [--tokens 128] [--repeats 3] [--json FILE]
 
-Without --draft: prompt lookup. A draft model is any artifact with the model's tokenizer.
+Without --draft: prompt lookup. A draft model is any artifact with the model's tokenizer. With --qspec the model, an artifact,
+drafts for itself with activations of so many bits.
 """
 
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -34,6 +36,7 @@ from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.ngram import NgramProposer
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model, open_with_draft
 from quantkit.runtime.proposer import Proposer
+from quantkit.runtime.qspec import QSpecProposer
 from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.tally import SpeculationStats
 
@@ -74,17 +77,10 @@ class Measured:
         return " | ".join([self.text, self.mode, f"{self.rate:.1f}", f"{self.speed_up:.2f}", *cells, same])
 
 
-def proposer(mode: str, draft: PagedModel | None, model: PagedModel) -> Proposer | None:
-    """Who drafts in a mode."""
-    if mode == "off":
-        return None
-    return NgramProposer() if draft is None else DraftModel(draft, model.vocab_size)
-
-
-def run(model: PagedModel, draft: PagedModel | None, mode: str, request: Request) -> tuple[float, list[int], Engine]:
+def run(model: PagedModel, drafter: Callable[[], Proposer], mode: str, request: Request) -> tuple[float, list[int], Engine]:
     """Tokens/s, the tokens, and the engine that made them."""
     config = EngineConfig(max_batch=1, prefix_caching=False, draft_len=MODES[mode] or None)
-    engine = Engine(model, config, proposer=proposer(mode, draft, model))
+    engine = Engine(model, config, proposer=None if mode == "off" else drafter())
     (output,) = engine.generate([request])
     first, finished = output.timing.first_token, output.timing.finished
     assert first is not None
@@ -92,13 +88,13 @@ def run(model: PagedModel, draft: PagedModel | None, mode: str, request: Request
     return (len(output.token_ids) - 1) / (finished - first), output.token_ids, engine
 
 
-def measure(model: PagedModel, draft: PagedModel | None, text: str, request: Request, repeats: int) -> list[Measured]:
+def measure(model: PagedModel, drafter: Callable[[], Proposer], text: str, request: Request, repeats: int) -> list[Measured]:
     """All modes on one text; the first run of all warms up."""
-    run(model, draft, "fixed 4", request)
+    run(model, drafter, "fixed 4", request)
     runs: dict[str, list[tuple[float, list[int], Engine]]] = {mode: [] for mode in MODES}
     for _ in range(repeats):
         for mode in MODES:
-            runs[mode].append(run(model, draft, mode, request))
+            runs[mode].append(run(model, drafter, mode, request))
     plain = statistics.median(rate for rate, _, _ in runs["off"])
     measured = []
     for mode, found in runs.items():
@@ -121,25 +117,38 @@ def requests(folder: Path, tokens: int) -> dict[str, Request]:
     }
 
 
+def opened(
+    folder: Path, device: torch.device, cache: CacheOptions, draft: str | None, activation_bits: int | None
+) -> tuple[PagedModel, Callable[[], Proposer]]:
+    """The model, and what makes a new proposer."""
+    if draft:
+        model, small = open_with_draft(folder, locate(draft), device, cache)
+        return model, lambda: DraftModel(small, model.vocab_size)
+    model = open_model(folder, device, cache)
+    if activation_bits:
+        forward = model.rounded(activation_bits)
+        return model, lambda: QSpecProposer(forward, model.block_size)
+    return model, NgramProposer
+
+
 def main() -> None:
     """Print a row a mode and text, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--draft")
+    drafters = parser.add_mutually_exclusive_group()
+    drafters.add_argument("--draft")
+    drafters.add_argument("--qspec", type=int, choices=[4, 8])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder, device = locate(options.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cache, draft = CacheOptions(max_batch=1, max_model_len=1024, memory=256 << 20), None
-    if options.draft:
-        model, draft = open_with_draft(folder, locate(options.draft), device, cache)
-    else:
-        model = open_model(folder, device, cache)
+    cache = CacheOptions(max_batch=1, max_model_len=1024, memory=256 << 20)
+    model, drafter = opened(folder, device, cache, options.draft, options.qspec)
     print("text | mode | tok/s | speed-up | accepted | tokens/draft | cost | same")
     measured: list[Measured] = []
     for text, request in requests(folder, options.tokens).items():
-        found = measure(model, draft, text, request, options.repeats)
+        found = measure(model, drafter, text, request, options.repeats)
         measured += found
         print("\n".join(each.row() for each in found), flush=True)
     result = json.dumps([asdict(each) for each in measured], indent=2)

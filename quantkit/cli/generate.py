@@ -50,9 +50,10 @@ def generate(
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.")] = 32,
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens a step; longer prompts come in pieces.")] = 512,
     spec: Annotated[
-        str, typer.Option(metavar="off|ngram|draft:MODEL", help="Who drafts tokens that the model then checks at once.")
+        str, typer.Option(metavar="off|ngram|draft:MODEL|qspec", help="Who drafts tokens that the model then checks at once.")
     ] = "off",
     draft_len: Annotated[str, typer.Option(metavar="N|auto", help="Tokens of a draft; auto: what pays.")] = "auto",
+    draft_act_bits: Annotated[int, typer.Option(help="Bits of qspec's activations, 4 or 8.")] = 8,
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -85,6 +86,7 @@ def generate(
         CacheOptions(memory=memory, max_model_len=max_model_len, max_batch=max_batch),
         EngineConfig(max_batch=max_batch, token_budget=token_budget, draft_len=options.draft_length(draft_len)),
         spec,
+        draft_act_bits,
     )
     requests = [session.request(text, params, chat=chat) for text in texts]
     machine = str(json_file) == "-"

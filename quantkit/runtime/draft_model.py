@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from quantkit.runtime.batch import build_batch
+from quantkit.runtime.drafting import choose
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.model import Model
 from quantkit.runtime.prefix_cache import ROOT
-from quantkit.runtime.sampler import apply_penalties, check_finite, distribution, invert
-from quantkit.runtime.selection import argmax
 from quantkit.runtime.sequence import Draft, Scheduled, Sequence
 
 #: Tokens of a sequence that are computed at a time while it catches up.
@@ -50,7 +49,7 @@ class DraftModel:
         drawn: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in drafting}
         logits = self._catch_up([self._shadows[sequence] for sequence in drafting])
         while True:
-            self._choose(logits, drafting, tokens, drawn)
+            choose(logits, drafting, tokens, drawn)
             drafting = [sequence for sequence in drafting if len(tokens[sequence]) < self._lengths[sequence]]
             if not drafting:
                 break
@@ -120,23 +119,3 @@ class DraftModel:
         assert not self._kv.copies, "a full block is never written again"
         logits = self._model.forward(build_batch(scheduled, self._model.block_size))[:, : self._vocab_size]
         return torch.nn.functional.pad(logits, (0, self._vocab_size - logits.shape[1]), value=float("-inf"))
-
-    def _choose(
-        self,
-        logits: Tensor,
-        sequences: SequenceOf[Sequence],
-        tokens: dict[Sequence, list[int]],
-        drawn: dict[Sequence, list[Tensor]],
-    ) -> None:
-        """Append the next token of every draft, and what it was drawn from where it was drawn."""
-        check_finite(logits)
-        apply_penalties(logits, sequences, [tokens[sequence] for sequence in sequences])
-        for sequence, token in zip(sequences, argmax(logits).tolist(), strict=True):
-            tokens[sequence].append(token)
-        drawing = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-        if drawing:
-            found = distribution(logits[drawing], [sequences[row].params for row in drawing])
-            for row, probabilities in zip(drawing, found, strict=True):
-                sequence = sequences[row]
-                tokens[sequence][-1] = invert(probabilities, sequence.random.random())
-                drawn[sequence].append(probabilities)

@@ -99,7 +99,7 @@ class PagedModel:
             RequestError: no weight is packed, so that nothing would be rounded.
         """
         if not any(packed(linear.kernel_weight) for linear in self.definition.linears()):
-            raise RequestError("qspec drafts with a model's packed weights, and this one has none; quantize it first")
+            raise RequestError("--spec qspec: drafts with packed weights, and this model has none; quantize it first")
         linears, head = self.definition.linears(), self.definition.module.get_output_embeddings()
 
         def run(batch: Batch) -> Tensor:

@@ -68,20 +68,26 @@ class Session:
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, cache: CacheOptions, config: EngineConfig, speculation: str = "off"
+        self,
+        folder: Path,
+        device: torch.device,
+        cache: CacheOptions,
+        config: EngineConfig,
+        speculation: str = "off",
+        draft_act_bits: int = 8,
     ) -> None:
         """
         Args:
             folder: of the model.
             device: where it runs.
             cache, config: how much it may hold and run at a time.
-            speculation: who drafts, see `open_speculating`.
+            speculation, draft_act_bits: who drafts, see `open_speculating`.
 
         Raises:
             QuantkitError: a model cannot be loaded or does not fit the other, or the cache is too small.
         """
         started = time.monotonic()
-        self.model, proposer = open_speculating(folder, device, cache, speculation)
+        self.model, proposer = open_speculating(folder, device, cache, speculation, draft_act_bits)
         self.load_seconds = time.monotonic() - started
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)

@@ -111,6 +111,17 @@ def test_speculation_changes_no_text_and_says_what_it_did(llama: Path, length: o
     assert "speculation" not in done.err
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_drafts_for_itself_with_rounded_activations(llama: Path, tmp_path: Path, bits: int) -> None:
+    options = ("--method", "rtn", "--bits", 4, "--group-size", 16)
+    assert quantkit("quantize", llama, "-o", tmp_path / "out", *options, "-q").status == 0
+    (plain,) = completions(tmp_path / "out", "Hello", *LENGTH)
+    spec = ("--spec", "qspec", "--draft-len", 3, "--draft-act-bits", bits, "--json", "-")
+    found = json.loads(quantkit("generate", tmp_path / "out", "Hello", *LENGTH, *spec).out)
+    assert found["completions"][0]["token_ids"] == plain["token_ids"]
+    assert found["summary"]["speculation"]["drafted"] >= 8
+
+
 def test_a_draft_model_shares_the_memory(llama: Path) -> None:
     # Both models store as much a token: of 64 KiB each cache gets a half, which is 42 tokens, so two blocks of 16.
     (found,) = completions(llama, "Hello", *LENGTH, "--spec", f"draft:{llama}", "--kv-memory", "64KiB")
@@ -134,7 +145,9 @@ def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("x", "--spec", "fast"), "--spec fast: no such speculation; use off, ngram or draft:MODEL"),
+        (("x", "--spec", "fast"), "--spec fast: no such speculation; use off, ngram, draft:MODEL or qspec"),
+        (("x", "--spec", "qspec"), "--spec qspec: drafts with packed weights, and this model has none; quantize it first"),
+        (("x", "--spec", "qspec", "--draft-act-bits", "5"), "--draft-act-bits 5: activations are rounded to 4 or 8 bits"),
         (("x", "--spec", "draft:"), "--spec draft:: no such speculation"),
         (("x", "--spec", "draft:nowhere"), "nowhere: no such folder"),
         (("x", "--spec", "ngram", "--draft-len", "0"), "--draft-len 0: write a number from 1 to 15, or auto"),

@@ -1,12 +1,15 @@
 """QSpec: a forward with rounded activations, and drafts from it that share the target's weights and cache."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from fake_model import FakeModel, expected
+from exact import chi_square, probabilities
+from fake_model import FakeModel, expected, logits_after
 from test_greedy import GREEDY, PROMPTS
 from test_load import TOKENS, paged_logits, reference_logits
 from torch import Tensor
@@ -184,6 +187,29 @@ def test_drafts_stand_where_their_tokens_belong(num_blocks: int, max_batch: int)
     assert [output.token_ids for output in outputs] == [expected(prompt, 15) for prompt in prompts]
     stats = speculation(running)
     assert 0.2 < stats.accepted / stats.drafted < 0.9
+
+
+def test_samples_are_distributed_as_without_drafts() -> None:
+    """Drafts are drawn from another distribution over four tokens; all outputs of three are counted."""
+    vocab, count, prompt = 4, 1500, [2, 1]
+    params = SamplingParams(max_tokens=3, temperature=3.0, top_p=0.9)
+    model = FakeModel(256, 4, vocab_size=vocab)
+
+    def forward(batch: Batch) -> Tensor:
+        logits = model.forward(batch)
+        return 0.6 * logits + 0.4 * logits.roll(1, -1)
+
+    exact: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        after = {text: probabilities(logits_after([*prompt, *text], vocab), params).tolist() for text in exact}
+        exact = {(*text, token): exact[text] * after[text][token] for text in exact for token in range(vocab)}
+    running = Engine(model, EngineConfig(32, 256, draft_len=2), proposer=QSpecProposer(forward, 4))
+    outputs = running.generate([Request(prompt, replace(params, seed=seed)) for seed in range(count)])
+    found: Counter[Hashable] = Counter(tuple(output.token_ids) for output in outputs)
+    statistic, bound = chi_square(found, {**exact})
+    assert statistic < bound
+    stats = speculation(running)
+    assert 0.3 < stats.accepted / stats.drafted < 0.95
 
 
 @pytest.mark.slow
