@@ -6,7 +6,7 @@ transformers' definition. On a GPU decode steps replay CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -64,10 +64,10 @@ class PagedModel:
         self.vocab_size: int = definition.config.vocab_size
         self.block_size = options.block_size
         dtype = options.dtype or _cache_dtype(definition)
-        memory = _CACHE_SHARE * _free(definition.device) if options.memory is None else options.memory
-        self.max_model_len = _length(definition, options, dtype, int(memory))
+        memory = _memory(options, definition.device)
+        self.max_model_len = _length(definition, options, dtype, memory)
         self.num_blocks = blocks_for(
-            definition.layers, options.block_size, dtype, int(memory), self.max_model_len, options.max_batch
+            definition.layers, options.block_size, dtype, memory, self.max_model_len, options.max_batch
         )
         self.cache = KVCache(definition.layers, self.num_blocks, options.block_size, dtype, definition.device)
         self._small_step = self._small_steps(options.max_batch)
@@ -112,6 +112,30 @@ def open_model(folder: Path, device: torch.device, options: CacheOptions) -> Pag
     trim_memory()  # what loading left
     keep_freed_memory()  # every forward takes the same sizes again
     return model
+
+
+def open_with_draft(folder: Path, draft: Path, device: torch.device, options: CacheOptions) -> tuple[PagedModel, PagedModel]:
+    """Load a model and a smaller one that drafts for it. The memory is shared out so that both caches hold as many tokens.
+
+    Raises:
+        QuantkitError: one of them cannot be loaded or the memory is too small.
+    """
+    main, small = (load_definition(Checkpoint(each), device) for each in (folder, draft))
+    trim_memory()
+    memory = _memory(options, device)
+    sizes = [block_bytes(one.layers, options.block_size, options.dtype or _cache_dtype(one)) for one in (main, small)]
+    share = memory * sizes[0] // sum(sizes)
+    model = PagedModel(main, replace(options, memory=share))
+    left = memory - share
+    longest = min(model.max_model_len, small.config.max_position_embeddings, left // sizes[1] * options.block_size)
+    drafter = PagedModel(small, replace(options, memory=left, max_model_len=longest or None))
+    keep_freed_memory()
+    return model, drafter
+
+
+def _memory(options: CacheOptions, device: torch.device) -> int:
+    """Bytes for the cache."""
+    return int(_CACHE_SHARE * _free(device)) if options.memory is None else options.memory
 
 
 def _cache_dtype(definition: Definition) -> torch.dtype:
