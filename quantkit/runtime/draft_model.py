@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from quantkit.runtime.batch import build_batch
+from quantkit.runtime.drafting import draft
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.model import Model
 from quantkit.runtime.prefix_cache import ROOT
-from quantkit.runtime.sampler import apply_penalties, check_finite, distribution, invert
-from quantkit.runtime.selection import argmax
 from quantkit.runtime.sequence import Draft, Scheduled, Sequence
 
 #: Tokens of a sequence that are computed at a time while it catches up.
@@ -45,22 +44,11 @@ class DraftModel:
         self._lengths = {sequence: length for sequence, count in wanted if (length := self._reserve(sequence, count))}
         if not self._lengths:
             return [Draft()] * len(wanted)
-        drafting = list(self._lengths)
-        tokens: dict[Sequence, list[int]] = {sequence: [] for sequence in drafting}
-        drawn: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in drafting}
-        logits = self._catch_up([self._shadows[sequence] for sequence in drafting])
-        while True:
-            self._choose(logits, drafting, tokens, drawn)
-            drafting = [sequence for sequence in drafting if len(tokens[sequence]) < self._lengths[sequence]]
-            if not drafting:
-                break
-            logits = self._extend([(self._shadows[sequence], tokens[sequence]) for sequence in drafting])
+        logits = self._catch_up([self._shadows[sequence] for sequence in self._lengths])
+        drafts = draft(self._lengths, logits, self._extend)
         for sequence in self._lengths:
             self._shadows[sequence].num_computed = len(sequence.tokens)  # until the tokens are accepted
-        return [
-            Draft(tokens.get(sequence, ()), torch.stack(drawn[sequence]) if drawn.get(sequence) else None)
-            for sequence, _ in wanted
-        ]
+        return [drafts.get(sequence, Draft()) for sequence, _ in wanted]
 
     def accepted(self, sequence: Sequence, count: int) -> None:
         """The keys and values of the accepted tokens are there, but for the draft's last one."""
@@ -112,31 +100,14 @@ class DraftModel:
 
     def _extend(self, drafts: SequenceOf[tuple[Sequence, list[int]]]) -> Tensor:
         """Compute the newest token of each draft; logits behind it, float32 [S, V]."""
-        for shadow, tokens in drafts:
+        scheduled = []
+        for sequence, tokens in drafts:
+            shadow = self._shadows[sequence]
             shadow.num_computed = len(shadow.tokens) + len(tokens) - 1
-        return self._forward([Scheduled(shadow, 1, 1, Draft(tokens[-1:])) for shadow, tokens in drafts])
+            scheduled.append(Scheduled(shadow, 1, 1, Draft(tokens[-1:])))
+        return self._forward(scheduled)
 
     def _forward(self, scheduled: SequenceOf[Scheduled]) -> Tensor:
         assert not self._kv.copies, "a full block is never written again"
         logits = self._model.forward(build_batch(scheduled, self._model.block_size))[:, : self._vocab_size]
         return torch.nn.functional.pad(logits, (0, self._vocab_size - logits.shape[1]), value=float("-inf"))
-
-    def _choose(
-        self,
-        logits: Tensor,
-        sequences: SequenceOf[Sequence],
-        tokens: dict[Sequence, list[int]],
-        drawn: dict[Sequence, list[Tensor]],
-    ) -> None:
-        """Append the next token of every draft, and what it was drawn from where it was drawn."""
-        check_finite(logits)
-        apply_penalties(logits, sequences, [tokens[sequence] for sequence in sequences])
-        for sequence, token in zip(sequences, argmax(logits).tolist(), strict=True):
-            tokens[sequence].append(token)
-        drawing = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-        if drawing:
-            found = distribution(logits[drawing], [sequences[row].params for row in drawing])
-            for row, probabilities in zip(drawing, found, strict=True):
-                sequence = sequences[row]
-                tokens[sequence][-1] = invert(probabilities, sequence.random.random())
-                drawn[sequence].append(probabilities)
