@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.runtime.batch import build_batch
-from quantkit.runtime.drafting import choose
+from quantkit.runtime.drafting import draft
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.model import Model
 from quantkit.runtime.prefix_cache import ROOT
@@ -44,22 +44,11 @@ class DraftModel:
         self._lengths = {sequence: length for sequence, count in wanted if (length := self._reserve(sequence, count))}
         if not self._lengths:
             return [Draft()] * len(wanted)
-        drafting = list(self._lengths)
-        tokens: dict[Sequence, list[int]] = {sequence: [] for sequence in drafting}
-        drawn: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in drafting}
-        logits = self._catch_up([self._shadows[sequence] for sequence in drafting])
-        while True:
-            choose(logits, drafting, tokens, drawn)
-            drafting = [sequence for sequence in drafting if len(tokens[sequence]) < self._lengths[sequence]]
-            if not drafting:
-                break
-            logits = self._extend([(self._shadows[sequence], tokens[sequence]) for sequence in drafting])
+        logits = self._catch_up([self._shadows[sequence] for sequence in self._lengths])
+        drafts = draft(self._lengths, logits, self._extend)
         for sequence in self._lengths:
             self._shadows[sequence].num_computed = len(sequence.tokens)  # until the tokens are accepted
-        return [
-            Draft(tokens.get(sequence, ()), torch.stack(drawn[sequence]) if drawn.get(sequence) else None)
-            for sequence, _ in wanted
-        ]
+        return [drafts.get(sequence, Draft()) for sequence, _ in wanted]
 
     def accepted(self, sequence: Sequence, count: int) -> None:
         """The keys and values of the accepted tokens are there, but for the draft's last one."""
@@ -111,9 +100,12 @@ class DraftModel:
 
     def _extend(self, drafts: SequenceOf[tuple[Sequence, list[int]]]) -> Tensor:
         """Compute the newest token of each draft; logits behind it, float32 [S, V]."""
-        for shadow, tokens in drafts:
+        scheduled = []
+        for sequence, tokens in drafts:
+            shadow = self._shadows[sequence]
             shadow.num_computed = len(shadow.tokens) + len(tokens) - 1
-        return self._forward([Scheduled(shadow, 1, 1, Draft(tokens[-1:])) for shadow, tokens in drafts])
+            scheduled.append(Scheduled(shadow, 1, 1, Draft(tokens[-1:])))
+        return self._forward(scheduled)
 
     def _forward(self, scheduled: SequenceOf[Scheduled]) -> Tensor:
         assert not self._kv.copies, "a full block is never written again"

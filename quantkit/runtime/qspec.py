@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.runtime.batch import Batch, build_batch
-from quantkit.runtime.drafting import choose
+from quantkit.runtime.drafting import draft
 from quantkit.runtime.sequence import Draft, Scheduled, Sequence
 
 
@@ -31,13 +31,9 @@ class QSpecProposer:
     @torch.inference_mode()
     def propose(self, wanted: SequenceOf[tuple[Sequence, int]]) -> list[Draft]:
         """See `Proposer`. What a sequence samples from is what its drafts are drawn from, as the rounded model sees it."""
-        tokens: dict[Sequence, list[int]] = {sequence: [] for sequence, _ in wanted}
-        drawn: dict[Sequence, list[Tensor]] = {sequence: [] for sequence, _ in wanted}
-        for step in range(max((count for _, count in wanted), default=0)):
-            drafting = [sequence for sequence, count in wanted if count > step]
-            scheduled = [_newest(sequence, tokens[sequence]) for sequence in drafting]
-            choose(self._forward(build_batch(scheduled, self._block_size)), drafting, tokens, drawn)
-        return [Draft(tokens[sequence], torch.stack(drawn[sequence]) if drawn[sequence] else None) for sequence, _ in wanted]
+        lengths = dict(wanted)
+        drafts = draft(lengths, self._extend([(sequence, []) for sequence in lengths]), self._extend)
+        return [drafts[sequence] for sequence, _ in wanted]
 
     def accepted(self, sequence: Sequence, count: int) -> None:
         """Nothing to do: the forward that verified has written the cache."""
@@ -48,6 +44,10 @@ class QSpecProposer:
 
     def released(self, sequence: Sequence) -> None:
         """Nothing is kept."""
+
+    def _extend(self, drafts: SequenceOf[tuple[Sequence, list[int]]]) -> Tensor:
+        """Compute the newest token of each sequence and draft; logits behind it, float32 [S, V]."""
+        return self._forward(build_batch([_newest(*each) for each in drafts], self._block_size))
 
 
 def _newest(sequence: Sequence, tokens: list[int]) -> Scheduled:
