@@ -43,6 +43,9 @@ typedef struct {
     const int64_t *slots;      /* [tokens], -1: not written */
     const int64_t *logit_rows; /* [rows], rows <= tokens */
     int64_t tokens, rows;
+    const int64_t *measured; /* [measured_count], tokens whose queries are wanted */
+    float *queries;          /* [layers, measured_count, heads * dim], normed and rotated */
+    int64_t measured_count;
 } Batch;
 
 /* What all threads share during a forward. */
@@ -163,6 +166,10 @@ static void attention(const Worker *w, const Layer *l) {
     const Attention a = {&l->heads, &f->batch->pages, &f->plan, f->wide, l->qkv.rows, l->keys, l->values, f->partials};
     for (Range r = my_share(f->batch->tokens); r.first < r.last; r.first++) place_token(f, l, r.first);
     wait_for_team();
+    const int64_t measured = f->batch->measured_count, layer = l - f->model->layers, width = l->heads.heads * l->heads.dim;
+    for (Range r = my_share(measured); r.first < r.last; r.first++)
+        memcpy(f->batch->queries + (layer * measured + r.first) * width, f->wide + f->batch->measured[r.first] * l->qkv.rows,
+               sizeof(float) * width);
     attend_share(&a);
     wait_for_team();
     for (int64_t t = w->tokens.first; t < w->tokens.last; t++) {

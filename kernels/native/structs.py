@@ -81,6 +81,8 @@ class Batch(ctypes.Structure):
         ("pages", Pages),
         *((name, _POINTER) for name in ("positions", "slots", "logit_rows")),
         *((name, _INT) for name in ("tokens", "rows")),
+        *((name, _POINTER) for name in ("measured", "queries")),
+        ("measured_count", _INT),
     ]
 
 

@@ -42,11 +42,14 @@ class DecodeGraphs:
         self._pool: Any = None
 
     def forward(self, batch: Batch) -> Tensor | None:
-        """Logits [R, V] of a batch in which every sequence has the same few new tokens and all need logits; else None."""
+        """Logits [R, V] of a batch whose sequences all have the same few new tokens, which all need logits; else None.
+
+        A batch in which attention is measured goes the long way, too.
+        """
         sequences, tokens = len(batch.seq_lens), len(batch.token_ids)
         length = batch.max_query_len
         uniform = tokens == sequences * length and length <= MAX_QUERY_LEN and sequences <= self._max_batch
-        if not uniform or len(batch.logit_rows) != tokens:
+        if not uniform or len(batch.logit_rows) != tokens or batch.measured is not None:
             return None
         key = bucket(sequences, self._max_batch), length
         if key not in self._captured:

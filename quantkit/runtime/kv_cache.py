@@ -30,6 +30,8 @@ class KVCache:
         keys, values: per layer, [num_blocks, block_size, heads, width].
         block_size: tokens in a block.
         num_blocks: blocks; every layer has all of them, so that one block table serves all layers.
+        device: where they are.
+        block_bytes: size of a block over all layers.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class KVCache:
 
         self.keys = [blocks(layer.heads, layer.key_width) for layer in layers]
         self.values = [blocks(layer.heads, layer.value_width) for layer in layers]
+        self.device, self.block_bytes = device, self.nbytes // num_blocks
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +59,20 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor[target] = tensor[source]
 
+    def export_block(self, block: int) -> Tensor:
+        """A copy of all bytes of a block, uint8 [block_bytes], on the cache's device."""
+        return torch.cat(self._bytes(block))
+
+    def import_block(self, block: int, data: Tensor) -> None:
+        """Set all bytes of a block from uint8 [block_bytes] on the cache's device."""
+        parts = self._bytes(block)
+        for part, piece in zip(parts, data.split([len(part) for part in parts]), strict=True):
+            part.copy_(piece)
+
+    def _bytes(self, block: int) -> list[Tensor]:
+        """A block's part of every tensor, as a view of bytes."""
+        return [tensor[block].view(-1).view(torch.uint8) for tensor in (*self.keys, *self.values)]
+
 
 def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
     """Bytes that one block takes over all layers."""
@@ -63,20 +80,27 @@ def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtyp
 
 
 def blocks_for(
-    layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype, memory: int, max_model_len: int, max_batch: int
+    layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype, memory: int, longest: int, max_batch: int, option: str
 ) -> int:
-    """How many blocks to allocate: what `memory` bytes hold, but no more than max_batch full contexts could use.
+    """How many blocks to allocate: what `memory` bytes hold, but no more than max_batch sequences could use.
+
+    Args:
+        layers, block_size, dtype: of the cache.
+        memory: bytes.
+        longest: tokens that one sequence holds at most.
+        max_batch: sequences at a time.
+        option: what set `longest`.
 
     Raises:
-        ResourceError: not even one full context fits.
+        ResourceError: not even one sequence fits.
     """
     size = block_bytes(layers, block_size, dtype)
-    one = -(-max_model_len // block_size)
+    one = -(-longest // block_size)
     count = min(memory // size, one * max_batch)
     if count < one:
         fits = memory // size * block_size
         raise ResourceError(
-            f"--kv-memory of {memory / 2**20:.0f} MiB holds {fits:,} tokens, one request of --max-model-len {max_model_len:,} "
-            f"needs {one * size / 2**20:.0f} MiB; give more memory or lower --max-model-len"
+            f"--kv-memory of {memory / 2**20:.0f} MiB holds {fits:,} tokens, one request of {option} {longest:,} "
+            f"needs {one * size / 2**20:.0f} MiB; give more memory or lower {option}"
         )
     return count

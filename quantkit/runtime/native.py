@@ -15,6 +15,7 @@ from torch import Tensor
 from quantkit.kernels import native
 from quantkit.kernels.cpu import CpuWeight
 from quantkit.kernels.native import structs
+from quantkit.runtime.attention import measure
 from quantkit.runtime.batch import Batch
 
 #: Activation of the MLP's gate -> its number in decoder.c.
@@ -151,13 +152,24 @@ class NativeDecoder:
         addresses = (structs.address(tensor) for tensor in (batch.block_table, batch.query_start, batch.seq_lens))
         pages = structs.Pages(*addresses, *batch.block_table.shape, self._block_size)
         addresses = (structs.address(tensor) for tensor in (batch.positions, batch.slot_mapping, batch.logit_rows))
-        call = structs.Batch(pages, *addresses, tokens, rows)
+        queries, measured = self._queries(batch)
+        wanted = structs.address(measured), structs.address(queries), len(measured)
+        call = structs.Batch(pages, *addresses, tokens, rows, *wanted)
         outputs = c_void_p(hidden.data_ptr()), c_void_p(logits.data_ptr())
         if self._library.quantkit_decoder_forward(byref(self._decoder), byref(call), *outputs, native.threads()):
             raise MemoryError(f"no memory for a forward of {tokens} tokens")
+        if batch.measured is not None:
+            for layer, keys, of_layer in zip(model.layers, self._caches, queries, strict=False):  # keys come first
+                shape = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap, "sinks": layer.sinks}
+                measure(batch, of_layer, keys, **shape)
         if model.logit_scale != 1.0:
             logits *= model.logit_scale
         return logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap) if model.logit_softcap > 0 else logits
+
+    def _queries(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Room for every layer's queries of the measured tokens, float32 [layers, O, heads, head_dim], and which these are."""
+        model, rows = self._model, torch.empty(0, dtype=torch.int64) if batch.measured is None else batch.measured.rows
+        return torch.empty(len(model.layers), len(rows), model.heads, model.head_dim), rows
 
 
 def _layer(model: DecoderModel, layer: DecoderLayer, keys: Tensor, values: Tensor) -> structs.Layer:

@@ -15,8 +15,9 @@ from torch import Tensor
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import ResourceError
 from quantkit.kernels import cpu
-from quantkit.runtime.attention import Paged
+from quantkit.runtime.attention import Paged, layer_window
 from quantkit.runtime.batch import Batch
+from quantkit.runtime.eviction import UNBOUNDED
 from quantkit.runtime.graphs import DecodeGraphs
 from quantkit.runtime.kv_cache import KVCache, block_bytes, blocks_for
 from quantkit.runtime.load import Definition, load_definition
@@ -37,6 +38,7 @@ class CacheOptions:
         max_batch: sequences that run at a time.
         block_size: tokens in a block.
         dtype: of keys and values; None takes the checkpoint's.
+        capacity: tokens that a sequence holds at most, where eviction bounds them; memory must hold as many.
     """
 
     memory: int | None = None
@@ -44,6 +46,7 @@ class CacheOptions:
     max_batch: int = 64
     block_size: int = 16
     dtype: torch.dtype | None = None
+    capacity: int = UNBOUNDED
 
 
 class PagedModel:
@@ -52,7 +55,7 @@ class PagedModel:
     Attributes:
         definition: the loaded model.
         cache: keys and values.
-        vocab_size, max_model_len, block_size, num_blocks: what the engine must know.
+        vocab_size, max_model_len, block_size, num_blocks, sliding_window: what the engine must know.
     """
 
     def __init__(self, definition: Definition, options: CacheOptions) -> None:
@@ -66,9 +69,10 @@ class PagedModel:
         dtype = options.dtype or _cache_dtype(definition)
         memory = _CACHE_SHARE * _free(definition.device) if options.memory is None else options.memory
         self.max_model_len = _length(definition, options, dtype, int(memory))
-        self.num_blocks = blocks_for(
-            definition.layers, options.block_size, dtype, int(memory), self.max_model_len, options.max_batch
-        )
+        longest, of = min((self.max_model_len, "--max-model-len"), (options.capacity, "--kv-budget"))
+        self.num_blocks = blocks_for(definition.layers, options.block_size, dtype, int(memory), longest, options.max_batch, of)
+        blocks = definition.module.get_submodule(definition.family.blocks)
+        self.sliding_window = max(layer_window(block.self_attn, definition.config) for block in blocks)
         self.cache = KVCache(definition.layers, self.num_blocks, options.block_size, dtype, definition.device)
         self._small_step = self._small_steps(options.max_batch)
 
@@ -84,9 +88,12 @@ class PagedModel:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Write the batch's keys and values, return float32 logits [R, V] of its `logit_rows`."""
-        batch = batch.to(self.definition.device)
-        out = self._small_step(batch)
-        return self._run(batch) if out is None else out
+        moved = batch.to(self.definition.device)
+        out = self._small_step(moved)
+        out = self._run(moved) if out is None else out
+        if batch.measured is not None and moved.measured is not None:
+            batch.measured.mass.copy_(moved.measured.mass)
+        return out
 
     def _run(self, batch: Batch) -> Tensor:
         module, tokens, positions = self.definition.module, batch.token_ids[None], batch.positions[None]
@@ -138,4 +145,4 @@ def _length(definition: Definition, options: CacheOptions, dtype: torch.dtype, m
     fits = memory // block_bytes(definition.layers, options.block_size, dtype) * options.block_size
     if fits == 0:
         raise ResourceError(f"--kv-memory of {memory:,} bytes does not hold a block of {options.block_size} tokens; give more")
-    return min(context, fits)
+    return context if options.capacity <= fits else min(context, fits)

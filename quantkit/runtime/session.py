@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.corpus import load_tokenizer
 from quantkit.errors import CheckpointError, RequestError
+from quantkit.runtime.block_store import BlockStore, Offload
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
 from quantkit.runtime.request import Request, SamplingParams
@@ -35,6 +36,8 @@ class Summary:
         output_tps: output tokens / seconds.
         decode_tps: mean over samples of (n - 1) / (end - first token); None where no sample has two tokens.
         peak_memory_bytes, kv_memory_bytes: largest resident set; the KV cache as it is allocated.
+        evicted_blocks: KV blocks that sequences dropped to stay within `--kv-budget`.
+        offloaded_blocks, fetched_blocks: KV blocks saved by `--kv-offload`, and fetched back instead of computed.
     """
 
     load_seconds: float
@@ -47,6 +50,9 @@ class Summary:
     decode_tps: float | None
     peak_memory_bytes: int
     kv_memory_bytes: int
+    evicted_blocks: int
+    offloaded_blocks: int
+    fetched_blocks: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
@@ -63,10 +69,19 @@ class Session:
         load_seconds: how long it took to load.
     """
 
-    def __init__(self, folder: Path, device: torch.device, cache: CacheOptions, config: EngineConfig) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, cache: CacheOptions, config: EngineConfig, offload: Offload | None = None
+    ) -> None:
         """
+        Args:
+            folder: of the checkpoint or artifact.
+            device: where it runs.
+            cache: how large its cache is.
+            config: how much runs at a time.
+            offload: where known prefixes go that must leave the cache; None: nowhere.
+
         Raises:
-            QuantkitError: the model cannot be loaded, or its cache is too small.
+            QuantkitError: the model cannot be loaded, its cache is too small, or there is no room for offloaded blocks.
         """
         started = time.monotonic()
         self.model: PagedModel = open_model(folder, device, cache)
@@ -74,7 +89,8 @@ class Session:
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)
         eos = _eos_token_ids(checkpoint, self.tokenizer)
-        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos)
+        store = None if offload is None else BlockStore(self.model.cache, offload)
+        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, store=store)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -117,6 +133,7 @@ class Session:
             for time, count in times
             if time.first_token is not None and time.finished is not None and count > 1
         ]
+        stats = self.engine.stats
         return Summary(
             load_seconds=self.load_seconds,
             seconds=seconds,
@@ -128,6 +145,9 @@ class Session:
             decode_tps=sum(rates) / len(rates) if rates else None,
             peak_memory_bytes=peak_memory(),
             kv_memory_bytes=self.model.cache.nbytes,
+            evicted_blocks=stats.evicted_blocks,
+            offloaded_blocks=stats.offload.saved if stats.offload else 0,
+            fetched_blocks=stats.offload.fetched if stats.offload else 0,
         )
 
 

@@ -110,6 +110,11 @@ def test_a_stop_string_ends_the_text(llama: Path) -> None:
         (("x", "--max-model-len", "999"), "longer than the model's context of 256"),
         (("x", "--max-batch", "9", "--token-budget", "4"), "token_budget at least max_batch"),
         (("x", "-n", "99"), "only 32 sequences run at a time"),
+        (("x", "--kv-policy", "lru"), "--kv-policy lru: there is no such policy; use full, window, sinks, scored"),
+        (("x", "--kv-policy", "sinks"), "--kv-policy sinks needs to know how many tokens to keep; add --kv-budget TOKENS"),
+        (("x", "--kv-budget", "64"), "--kv-budget needs a policy that drops tokens"),
+        (("x", "--kv-offload-dir", "."), "--kv-offload-dir takes what host memory does not hold; add --kv-offload SIZE"),
+        (("x", "--kv-offload", "4"), "--kv-offload of 4 bytes does not hold a block"),
         (("--prompts", "missing.txt"), "missing.txt: cannot be read (No such file or directory)"),
     ],
 )
@@ -131,3 +136,31 @@ def test_bad_input_is_one_line(llama: Path, arguments: tuple[str, ...], words: s
 def test_bad_prompt_files_are_one_line(chatty: Path, tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "p.jsonl").write_bytes(content)
     assert words in refused("generate", chatty, "--prompts", tmp_path / "p.jsonl")
+
+
+def test_a_budget_serves_a_prompt_that_memory_does_not_hold(llama: Path) -> None:
+    # 64 tokens; 3 layers x (key + value) x 2 heads x 16 wide x float32.
+    small, prompt = ("--kv-memory", 64 * 3 * 2 * 2 * 16 * 4), "tokens " * 20
+    budget = ("--kv-policy", "sinks", "--kv-budget", 64)
+    done = quantkit("generate", llama, prompt, *LENGTH, *small, *budget, "--json", "-")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert len(found["completions"][0]["token_ids"]) == 12
+    # 151 tokens are computed: of the 10 blocks that they fill or begin, 4 are left.
+    assert found["summary"]["evicted_blocks"] == 6
+    assert "KV blocks: 6 dropped" in done.err
+    assert "the prompt has 140 tokens and the context is 64 tokens" in refused("generate", llama, prompt, *LENGTH, *small)
+
+
+def test_offloaded_prefixes_are_fetched_for_later_prompts(llama: Path, tmp_path: Path) -> None:
+    texts = [f"{n} " + "common words " * 6 for n in (1, 2, 3, 1, 2)]
+    (tmp_path / "p.txt").write_text("\n".join(texts))
+    tight = ("--prompts", tmp_path / "p.txt", *LENGTH, "--max-batch", 1, "--max-model-len", 96)
+    done = quantkit("generate", llama, *tight, "--kv-offload", "1MiB", "--kv-offload-dir", tmp_path, "--json", "-")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert found["summary"]["fetched_blocks"] > 0
+    assert found["completions"][3]["usage"]["cached"] == 64
+    tokens = [completion["token_ids"] for completion in found["completions"]]
+    assert tokens == [completion["token_ids"] for completion in completions(llama, *tight)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.txt"]
