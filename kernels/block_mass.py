@@ -48,4 +48,5 @@ def block_mass(
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(wide)[None, :, None].expand(len(scores), -1, 1)], dim=-1)
     weights = scores.softmax(-1)[..., : len(places)].sum(1)
-    return weights.unflatten(-1, (-1, block_size)).sum(-1)
+    mass: Tensor = weights.unflatten(-1, (-1, block_size)).sum(-1)
+    return mass

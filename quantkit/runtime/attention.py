@@ -88,7 +88,7 @@ def _kernels(device: str, max_query_len: int) -> tuple[Callable[..., None], Call
     return kv_write, partial(paged_attention, max_query_len=max_query_len)
 
 
-def layer_window(attention: nn.Module, config: Any) -> int:
+def layer_window(attention: Any, config: Any) -> int:
     """Tokens that an attention layer of transformers sees, the query's own included; 0 for all."""
     found = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
     return int(found or 0)

@@ -72,9 +72,10 @@ def build_batch(scheduled: Sequence[Scheduled], block_size: int, measured: Seque
     """
     tokens, positions, slots, rows = array("q"), array("q"), array("q"), array("q")
     starts, lengths = array("i", [0]), array("i")
-    for sequence, num_tokens, num_logits in scheduled:
+    for sequence, num_tokens, num_logits, draft in scheduled:
         first, stop, blocks = sequence.num_computed, sequence.num_computed + num_tokens, sequence.blocks
         tokens.extend(sequence.tokens[first:stop])
+        tokens.extend(draft.tokens)
         positions.extend(range(first, stop))
         held = range(sequence.num_held, sequence.num_held + num_tokens)
         slots.extend([blocks[i // block_size] * block_size + i % block_size for i in held])

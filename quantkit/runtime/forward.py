@@ -11,16 +11,13 @@ from quantkit.runtime.sequence import Scheduled
 
 
 def forward(model: Model, kv: KVManager, scheduled: SequenceOf[Scheduled]) -> Tensor:
-    """Copy what must be copied first, then run the model; float32 logits [R, V] of the rows that need them.
+    """Run the model, and note the attention that eviction goes by; float32 logits [R, V] of the rows that need them.
 
     Args:
         model: with the cache that `kv` manages.
-        kv: has made room for the new tokens; they are not committed here.
+        kv: has made room for the new tokens, and its copies are done; they are not committed here.
         scheduled: the sequences' parts.
     """
-    copies, kv.copies = kv.copies, []
-    if copies:
-        model.copy_blocks(copies)
     measured = [i for i, entry in enumerate(scheduled) if kv.measures(entry.sequence, entry.num_tokens)]
     batch = build_batch(scheduled, model.block_size, measured)
     logits = model.forward(batch)

@@ -3,11 +3,14 @@
 From a GPU the copies run beside the next forward, on a stream of their own and into pinned memory. On a CPU they are copies.
 """
 
+import contextlib
 import hashlib
+import os
 import shutil
+import weakref
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Protocol
+from tempfile import mkstemp
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -100,13 +103,14 @@ class BlockFile:
             ResourceError: no file can be made in the folder.
         """
         try:
-            self._file = NamedTemporaryFile(dir=folder, prefix="quantkit-kv-", suffix=".blocks", buffering=0)  # noqa: SIM115
+            number, name = mkstemp(dir=folder, prefix="quantkit-kv-", suffix=".blocks")
             self.places = int(_DISK_SHARE * shutil.disk_usage(folder).free) // block_bytes
         except OSError as error:
             found = f"--kv-offload-dir {folder}: cannot be written to ({error.strerror})"
             raise ResourceError(f"{found}; name a folder that can") from None
-        self.path = Path(self._file.name)
-        self._size = block_bytes
+        self.path, self._size = Path(name), block_bytes
+        self._file = os.fdopen(number, "w+b", buffering=0)
+        weakref.finalize(self, _discard, self._file, self.path)
 
     def write(self, place: int, data: Tensor) -> bytes | None:
         """Store uint8 [block_bytes]; its digest, or None where the disk does not take it."""
@@ -128,3 +132,9 @@ class BlockFile:
         if hashlib.sha256(data).digest() != digest:
             return None
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _discard(file: BinaryIO, path: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.close()
+        path.unlink(missing_ok=True)

@@ -5,15 +5,19 @@ step converts a list that grows with the context.
 """
 
 from array import array
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from random import Random
 from typing import NamedTuple
 
+from torch import Tensor
+
 from quantkit.runtime.block_store import OffloadStats
 from quantkit.runtime.detokenize import TextStream
 from quantkit.runtime.logits import History
 from quantkit.runtime.request import SamplingParams
+from quantkit.runtime.tally import SpeculationStats
 
 
 class Status(Enum):
@@ -52,6 +56,19 @@ class Sample(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
+class Draft(NamedTuple):
+    """Tokens that may follow a sequence. They are no part of it until they are accepted.
+
+    Attributes:
+        tokens: k of them, in order; none is a draft too.
+        probabilities: float32 [k, V], the distribution that each was drawn from; None where nothing was drawn: the drafter
+            would propose the same tokens again.
+    """
+
+    tokens: SequenceOf[int] = ()
+    probabilities: Tensor | None = None
+
+
 class Usage(NamedTuple):
     """Tokens of the prompt, of these found in the prefix cache, and tokens generated so far."""
 
@@ -81,7 +98,8 @@ class Sequence:
         limit: length at which it ends.
         stop_tokens: token ids that end it.
         text: turns its tokens into text.
-        random: its own source of uniform numbers, one a token, so that no other request has a say.
+        random: its own source of uniform numbers, so that no other request has a say; one a token, unless a drafter that
+            draws its tokens takes more.
         timing: see `Timing`.
         forks: the request's other samples, until they split off with the first token.
         status: see `Status`.
@@ -143,6 +161,11 @@ class Sequence:
         return [i for i in range(len(self.blocks) + len(dropped)) if i not in dropped]
 
     @property
+    def decodes(self) -> bool:
+        """Whether nothing but its newest token is left to compute, so that drafts may follow."""
+        return self.num_pending == 1 and len(self.tokens) > self.num_prompt
+
+    @property
     def num_slots(self) -> int:
         """Running sequences that it is or will be."""
         return 1 + len(self.forks)
@@ -154,11 +177,15 @@ class Sequence:
 
 
 class Scheduled(NamedTuple):
-    """A sequence's part in a step: its next `num_tokens` tokens, the last `num_logits` of which are to be followed."""
+    """A sequence's part in a step: its next `num_tokens` tokens, the last `num_logits` of which are to be followed.
+
+    The last tokens are those of `draft`, which the sequence does not have: each of them and the one before it need logits.
+    """
 
     sequence: Sequence
     num_tokens: int
     num_logits: int
+    draft: Draft = Draft()
 
 
 @dataclass
@@ -201,6 +228,7 @@ class Stats:
         preemptions, steps: since the start.
         evicted_blocks: that sequences dropped to stay within their budget, since the start.
         offload: of blocks outside of the model's cache; None without a store.
+        speculation: what became of drafts since the start; None without a proposer.
     """
 
     running: int
@@ -213,3 +241,4 @@ class Stats:
     steps: int
     evicted_blocks: int
     offload: OffloadStats | None
+    speculation: SpeculationStats | None

@@ -14,7 +14,7 @@ from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.eviction import POLICIES, Eviction, check_windows, eviction
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.request import Request, SamplingParams
-from quantkit.runtime.sequence import FinishReason, Sequence
+from quantkit.runtime.sequence import Draft, FinishReason, Sequence
 
 TEXT = [(11 * i + i // 7) % VOCAB for i in range(200)]
 
@@ -187,6 +187,56 @@ def test_any_batch_chunks_preemption_forks_and_cancellation_leave_every_text_its
         assert steps < 10_000
     assert len({request_id for request_id, _ in found}) >= 16 - cancelled
     assert running.stats.used_blocks == 0
+
+
+class Guesses:
+    """Drafts that are right for a random while; implements `Proposer`."""
+
+    def __init__(self, draw: random.Random, dropping: Eviction, size: int) -> None:
+        self._draw, self._dropping, self._size = draw, dropping, size
+        self.accepted_tokens = 0
+
+    def propose(self, wanted: list[tuple[Sequence, int]]) -> list[Draft]:
+        """See `Proposer`."""
+        return [Draft(self._guess(list(one.tokens), count)) for one, count in wanted]
+
+    def _guess(self, tokens: list[int], count: int) -> list[int]:
+        right = self._draw.randint(0, count)
+        return [*expected(tokens, right, self._dropping, self._size), *(5 for _ in range(count - right))]
+
+    def accepted(self, sequence: Sequence, count: int) -> None:
+        """See `Proposer`."""
+        self.accepted_tokens += count
+
+    def backlog(self, sequence: Sequence) -> int:
+        """See `Proposer`."""
+        return 0
+
+    def released(self, sequence: Sequence) -> None:
+        """See `Proposer`."""
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_drafts_change_nothing_and_stay_within_the_budget(policy: str, seed: int) -> None:
+    draw, size = random.Random(seed), 4
+    dropping = chosen(policy, draw.randint(3, 9), size)
+    guesses = Guesses(draw, dropping, size)
+    config = EngineConfig(3, 24, eviction=dropping, draft_len=draw.randint(1, 7))
+    running = Engine(HeldModel(dropping.blocks + 9, size, max_model_len=100), config, proposer=guesses)
+    requests = [_random_request(draw, 3)[0] for _ in range(6)]
+    for request in requests:
+        running.add(request)
+    found: dict[tuple[int, int], list[int]] = {}
+    while running.has_work:
+        for output in running.step():
+            assert output.error is None
+            found.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+        running.check()
+    for (request_id, _), tokens in found.items():
+        request = requests[request_id]
+        assert tokens == expected(request.prompt, request.params.max_tokens or 0, dropping, size)
+    assert guesses.accepted_tokens > 0
 
 
 def test_the_random_runs_drop_preempt_and_find_prefixes() -> None:
