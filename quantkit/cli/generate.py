@@ -46,6 +46,7 @@ def generate(
     kv_memory: Annotated[
         str | None, typer.Option(help="Memory of the KV cache, e.g. 2GiB; default: half of what is free.")
     ] = None,
+    kv_dtype: options.KvDtype = "auto",
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence; default: the model's context.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.")] = 32,
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens a step; longer prompts come in pieces.")] = 512,
@@ -78,7 +79,7 @@ def generate(
     session = Session(
         locate(model),
         options.device(device),
-        CacheOptions(memory=memory, max_model_len=max_model_len, max_batch=max_batch),
+        CacheOptions(memory, max_model_len, max_batch, step_tokens=token_budget, dtype=kv_dtype),
         EngineConfig(max_batch=max_batch, token_budget=token_budget),
     )
     requests = [session.request(text, params, chat=chat) for text in texts]

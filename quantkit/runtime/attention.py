@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from quantkit.kernels import cpu
+from quantkit.kernels import cpu_attention
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.kv_cache import KVCache
 
@@ -21,10 +21,11 @@ KEY = "quantkit_paged"
 
 @dataclass(frozen=True)
 class Paged:
-    """What every layer's attention needs beside query, key and value."""
+    """What every layer's attention needs beside query, key and value: see `PagedModel.forward`."""
 
     batch: Batch
     cache: KVCache
+    draft: bool = False
 
 
 def attend(
@@ -68,6 +69,7 @@ def attend(
         window=sliding_window or 0,
         softcap=softcap or 0.0,
         sinks=s_aux,
+        draft=paged.draft,
     )
     return out[None], None
 
@@ -75,7 +77,7 @@ def attend(
 def _kernels(device: str, max_query_len: int) -> tuple[Callable[..., None], Callable[..., Tensor]]:
     """What writes to the cache, and what attends."""
     if device == "cpu":
-        return cpu.kv_write, cpu.paged_attention
+        return cpu_attention.kv_write, cpu_attention.paged_attention
     from quantkit.kernels.kv_write import kv_write  # Triton is slow to import, and only Linux has it.
     from quantkit.kernels.paged_attention import paged_attention
 

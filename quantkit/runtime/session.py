@@ -34,7 +34,8 @@ class Summary:
         ttft_seconds: mean over requests, first token - arrival.
         output_tps: output tokens / seconds.
         decode_tps: mean over samples of (n - 1) / (end - first token); None where no sample has two tokens.
-        peak_memory_bytes, kv_memory_bytes: largest resident set; the KV cache as it is allocated.
+        peak_memory_bytes: largest resident set.
+        kv_memory_bytes, kv_tokens, kv_dtype: the KV cache as it is allocated, the tokens it holds, and how.
     """
 
     load_seconds: float
@@ -47,6 +48,8 @@ class Summary:
     decode_tps: float | None
     peak_memory_bytes: int
     kv_memory_bytes: int
+    kv_tokens: int
+    kv_dtype: str
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
@@ -128,6 +131,8 @@ class Session:
             decode_tps=sum(rates) / len(rates) if rates else None,
             peak_memory_bytes=peak_memory(),
             kv_memory_bytes=self.model.cache.nbytes,
+            kv_tokens=self.model.cache.num_tokens,
+            kv_dtype=self.model.cache.format.name,
         )
 
 
