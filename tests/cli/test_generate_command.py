@@ -38,6 +38,7 @@ def test_text_streams_to_stdout_and_numbers_to_stderr(llama: Path) -> None:
     assert done.out == f"{completion['text']}\n"
     assert "5 prompt tokens, 12 new ones" in done.err
     assert "peak memory" in done.err
+    assert "KV cache" in done.err
     assert quantkit("generate", llama, "Hello", *LENGTH, "-q").err == ""
 
 
@@ -131,3 +132,16 @@ def test_bad_input_is_one_line(llama: Path, arguments: tuple[str, ...], words: s
 def test_bad_prompt_files_are_one_line(chatty: Path, tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "p.jsonl").write_bytes(content)
     assert words in refused("generate", chatty, "--prompts", tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])
+def test_a_quantized_cache_holds_more_tokens_in_the_same_memory(llama: Path, dtype: str) -> None:
+    memory = ("--kv-memory", "400KB", "--max-batch", 8, "--token-budget", 8)
+    tokens = {}
+    for name in ("auto", dtype):
+        done = quantkit("generate", llama, "Hello", *LENGTH, *memory, "--kv-dtype", name, "--json", "-")
+        summary = json.loads(done.out)["summary"]
+        assert summary["kv_dtype"] == ("float32" if name == "auto" else name)
+        assert summary["kv_memory_bytes"] <= 400_000
+        tokens[name] = summary["kv_tokens"]
+    assert tokens[dtype] > tokens["auto"]
