@@ -39,14 +39,14 @@ _GCC_FLAGS = ("--param=avoid-fma-max-bits=0",)
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be built or loaded (the reason goes to the debug log).
+    """The compiled kernels; None where they cannot be built or loaded, which is logged as a warning, once.
 
     Takes some seconds the first time on a machine; the result is kept in the user's cache.
     """
     try:
         loaded = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
-        _LOG.debug("no native CPU kernels, torch serves instead: %s", error)
+        _LOG.warning("no native CPU kernels (%s): torch's serve, more slowly; install a C compiler such as gcc", error)
         return None
     loaded.quantkit_prepared_floats.restype = ctypes.c_int64
     return loaded
