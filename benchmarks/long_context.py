@@ -7,7 +7,7 @@ share of the needle's blocks that are held when it is asked for; found: the numb
 negative log-likelihood of its tokens. tokens/s: of the perplexity run, which a budget slows down because chunks are as short
 as the stride in which blocks are dropped.
 
-usage: python -m benchmarks.long_context [--model demo] [--tokens 4096] [--budgets 256,512,1024] [--json FILE]
+usage: python -m benchmarks.long_context [--model demo] [--tokens 2048] [--budgets 256,512] [--json FILE]
 """
 
 import argparse
@@ -22,7 +22,7 @@ from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.corpus import evaluation_rows, load_tokenizer
 from quantkit.evaluate.paged import paged_logits, scored_text
-from quantkit.runtime.eviction import POLICIES, Eviction, eviction
+from quantkit.runtime.eviction import POLICIES, Budget, Eviction
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
 
 NEEDLE, QUESTION, ANSWER = "\nThe magic number of Lisbon is 7349162.\n", "\nThe magic number of Lisbon is", " 7349162"
@@ -62,10 +62,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--text", default="builtin")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--needle-tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--needle-tokens", type=int, default=768)
     parser.add_argument("--skip", type=int, default=1024)
-    parser.add_argument("--budgets", default="256,512,1024")
+    parser.add_argument("--budgets", default="256,512")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     folder = locate(options.model)
@@ -78,7 +78,7 @@ def main() -> None:
     columns = [f"needle at {depth:.0%}: kept, found, nll" for depth in DEPTHS]
     print(" | ".join(["policy", "budget", "ppl", "change", "tokens/s", *columns]))
     for policy, budget in cells:
-        dropping = eviction(policy, budget, model.block_size)
+        dropping = Budget(policy, budget).eviction(model.block_size)
         row: dict[str, object] = {"policy": policy, "budget": budget}
         measured = perplexity(model, tokens, options.skip, dropping)
         full = rows[0]["ppl"] if rows else measured["ppl"]

@@ -5,7 +5,8 @@ artifacts are made here by rounding to nearest (how codes are chosen does not ch
 and in 8 bit, which is what llama.cpp's Q4_0 comes closest to. llama.cpp is measured where `llama-cpp-python` is installed and
 `--gguf` names a Q4_0 file of the model.
 
-Last come ratios against llama.cpp Q4_0 (1.3 in tg128 is the bar) and against transformers.
+Last come ratios against llama.cpp Q4_0 (1.3 in tg128 is the bar) and against transformers, which comes last because in
+bfloat16 it takes minutes where the processor has no instructions for that type.
 
 usage: python -m benchmarks.speed [--model demo] [--gguf FILE] [--json FILE]
 """
@@ -66,6 +67,12 @@ def ratios(results: dict[str, dict[str, Any]], base: str) -> dict[str, dict[str,
     return {name: {k: round(v / below[k], 3) for k, v in numbers(r).items()} for name, r in results.items() if name != base}
 
 
+def as_json(results: dict[str, dict[str, Any]]) -> str:
+    """Everything measured so far, and the ratios."""
+    bases = [name for name in ("llama.cpp Q4_0", "transformers float32", "transformers bfloat16") if name in results]
+    return json.dumps({"results": results, "ratios": {base: ratios(results, base) for base in bases}}, indent=2)
+
+
 def main() -> None:
     """Print a row an engine as it is measured, then ratios, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,21 +86,19 @@ def main() -> None:
     def show(name: str, result: dict[str, Any]) -> None:
         results[name] = result
         print(row(name, result), flush=True)
+        if options.json:  # what was measured is kept even when a slow engine is cut off
+            options.json.write_text(as_json(results) + "\n")
 
     print(" | ".join(COLUMNS))
     with tempfile.TemporaryDirectory() as scratch:
-        for dtype in ("bfloat16", "float32"):
-            show(f"transformers {dtype}", peer("transformers", str(model), dtype))
         show("quantkit bf16", asdict(measure_apart(model, cpu)))
         for number, (name, recipe) in enumerate(RECIPES.items()):
             show(name, asdict(measure_apart(quantized(model, recipe, Path(scratch) / str(number)), cpu)))
     if options.gguf and find_spec("llama_cpp"):
         show("llama.cpp Q4_0", peer("llama.cpp", options.gguf))
-    bases = [name for name in ("llama.cpp Q4_0", "transformers bfloat16") if name in results]
-    result = json.dumps({"results": results, "ratios": {base: ratios(results, base) for base in bases}}, indent=2)
-    print(result)
-    if options.json:
-        options.json.write_text(result + "\n")
+    for dtype in ("float32", "bfloat16"):
+        show(f"transformers {dtype}", peer("transformers", str(model), dtype))
+    print(as_json(results))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ than a step in a hundred. The attention kernels keep no weights, so these are co
 import torch
 from torch import Tensor
 
+from quantkit.kernels.kv_store import Cache
+from quantkit.kernels.reference import stored
+
 
 def block_mass(
     query: Tensor,
-    key_cache: Tensor,
+    key_cache: Cache,
     block_table: Tensor,
     seq_lens: Tensor,
     *,
@@ -25,7 +28,7 @@ def block_mass(
 
     Args:
         query: floating [S, Hq, D]; Hq is a multiple of Hkv.
-        key_cache: [num_blocks, block_size, Hkv, D].
+        key_cache: [num_blocks, block_size, Hkv, D], plain or quantized; of pages, only full ones count right.
         block_table: int32 [S, B]; what lies behind a sequence's length counts for nothing.
         seq_lens: int32 [S], tokens in the cache, the query's own included; at least 1.
         scale, window, softcap, sinks: as for `reference.paged_attention`.
@@ -35,7 +38,7 @@ def block_mass(
     """
     block_size, kv_heads = key_cache.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
-    keys = key_cache[block_table.long()].flatten(1, 2).to(wide)
+    keys = stored(key_cache, block_table.long().flatten()).unflatten(0, block_table.shape).flatten(1, 2).to(wide)
     scores = torch.einsum("shgd,slhd->shgl", query.to(wide).unflatten(1, (kv_heads, -1)), keys).flatten(1, 2) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)

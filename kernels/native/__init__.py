@@ -20,7 +20,10 @@ import torch
 
 _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
-_SOURCES = ("matmul.c", "packed.c", "dense.c", "pack.c", "paging.c", "attention.c", "decoder.c", "team.c")
+_SOURCES = (
+    *("matmul.c", "packed.c", "dense.c", "pack.c"),
+    *("paging.c", "cache.c", "cache_write.c", "attention.c", "decoder.c", "team.c"),
+)
 _HEADERS = ("vec.h", "team.h", "matmul.h", "attention.h")
 
 #: No -ffast-math: sums keep their order, NaN and infinity their meaning. Contraction to fused multiply-add stays on.
@@ -36,14 +39,14 @@ _GCC_FLAGS = ("--param=avoid-fma-max-bits=0",)
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be built or loaded (the reason goes to the debug log).
+    """The compiled kernels; None where they cannot be built or loaded, which is logged as a warning, once.
 
     Takes some seconds the first time on a machine; the result is kept in the user's cache.
     """
     try:
         loaded = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
-        _LOG.debug("no native CPU kernels, torch serves instead: %s", error)
+        _LOG.warning("no native CPU kernels (%s): torch's serve, more slowly; install a C compiler such as gcc", error)
         return None
     loaded.quantkit_prepared_floats.restype = ctypes.c_int64
     return loaded

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from quantkit.cli import options, tables
 from quantkit.errors import RequestError
 from quantkit.runtime.block_store import Offload
 from quantkit.runtime.engine import EngineConfig
-from quantkit.runtime.eviction import FULL, eviction
+from quantkit.runtime.eviction import FULL, Budget
 from quantkit.runtime.paged_model import CacheOptions
 from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.sequence import Output
@@ -57,6 +56,7 @@ def generate(
         str | None, typer.Option(metavar="SIZE", help="Host memory for known prefixes that leave the cache, e.g. 4GiB.")
     ] = None,
     kv_offload_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where they go when that is full, too.")] = None,
+    kv_dtype: options.KvDtype = "auto",
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence; default: the model's context.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.")] = 32,
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens a step; longer prompts come in pieces.")] = 512,
@@ -86,13 +86,12 @@ def generate(
     )
     texts: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else []
     memory = None if kv_memory is None else options.byte_size(kv_memory, "--kv-memory")
-    cache = CacheOptions(memory=memory, max_model_len=max_model_len, max_batch=max_batch)
-    dropping = eviction(kv_policy, kv_budget, cache.block_size)
+    cache = CacheOptions(memory, max_model_len, max_batch, token_budget, dtype=kv_dtype, budget=Budget(kv_policy, kv_budget))
     session = Session(
         locate(model),
         options.device(device),
-        cache if dropping is None else replace(cache, capacity=dropping.blocks * cache.block_size),
-        EngineConfig(max_batch=max_batch, token_budget=token_budget, eviction=dropping),
+        cache,
+        EngineConfig(max_batch=max_batch, token_budget=token_budget),
         _offload(kv_offload, kv_offload_dir),
     )
     requests = [session.request(text, params, chat=chat) for text in texts]

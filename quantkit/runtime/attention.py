@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from quantkit.kernels import cpu
+from quantkit.kernels import cpu_attention
 from quantkit.kernels.block_mass import block_mass
+from quantkit.kernels.kv_store import Cache
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.kv_cache import KVCache
 
@@ -22,10 +23,11 @@ KEY = "quantkit_paged"
 
 @dataclass(frozen=True)
 class Paged:
-    """What every layer's attention needs beside query, key and value."""
+    """What every layer's attention needs beside query, key and value: see `PagedModel.forward`."""
 
     batch: Batch
     cache: KVCache
+    draft: bool = False
 
 
 def attend(
@@ -65,13 +67,14 @@ def attend(
         "sinks": s_aux,
     }
     queries = query[0].transpose(0, 1)
-    out = run(queries, keys, values, batch.block_table, batch.query_start, batch.seq_lens, **shape)
+    tables = batch.block_table, batch.query_start, batch.seq_lens
+    out = run(queries, keys, values, *tables, **shape, draft=paged.draft)
     if batch.measured is not None:
         measure(batch, queries[batch.measured.rows], keys, **shape)
     return out[None], None
 
 
-def measure(batch: Batch, queries: Tensor, keys: Tensor, **shape: Any) -> None:
+def measure(batch: Batch, queries: Tensor, keys: Cache, **shape: Any) -> None:
     """Add a layer's attention of the measured tokens, queries [O, Hq, D], to the batch's; `shape` as for `block_mass`."""
     assert batch.measured is not None
     which = batch.measured.sequences
@@ -81,7 +84,7 @@ def measure(batch: Batch, queries: Tensor, keys: Tensor, **shape: Any) -> None:
 def _kernels(device: str, max_query_len: int) -> tuple[Callable[..., None], Callable[..., Tensor]]:
     """What writes to the cache, and what attends."""
     if device == "cpu":
-        return cpu.kv_write, cpu.paged_attention
+        return cpu_attention.kv_write, cpu_attention.paged_attention
     from quantkit.kernels.kv_write import kv_write  # Triton is slow to import, and only Linux has it.
     from quantkit.kernels.paged_attention import paged_attention
 

@@ -94,31 +94,48 @@ class Eviction:
         return [first + place for place in self.policy.choose(scores[first : self.blocks - self.recent], self.stride)]
 
 
-def eviction(policy: str, budget: int | None, block_size: int) -> Eviction | None:
-    """What the options `--kv-policy` and `--kv-budget` ask for; None where nothing is dropped.
+@dataclass(frozen=True)
+class Budget:
+    """What the options `--kv-policy` and `--kv-budget` ask for.
 
-    An eighth of the budget goes at a time: a chunk of a prompt is as long, and a query sees seven eighths of it at least.
-
-    Args:
-        policy: "full" or a key of POLICIES.
-        budget: tokens that a sequence holds at most, rounded down to whole blocks.
-        block_size: tokens in a block.
+    Attributes:
+        policy: FULL or a key of POLICIES.
+        tokens: that a sequence holds at most, rounded down to whole blocks; None with FULL.
 
     Raises:
-        RecipeError: an unknown policy, one without a budget or a budget without one, or one of fewer than three blocks.
+        RecipeError: an unknown policy, one without a budget, or a budget without one.
     """
-    if policy != FULL and policy not in POLICIES:
-        raise RecipeError(f"--kv-policy {policy}: there is no such policy; use {FULL}, {', '.join(POLICIES)}")
-    if (policy == FULL) != (budget is None):
-        if budget is None:
-            raise RecipeError(f"--kv-policy {policy} needs to know how many tokens to keep; add --kv-budget TOKENS")
-        raise RecipeError(f"--kv-budget needs a policy that drops tokens; add --kv-policy {', '.join(POLICIES)}")
-    if budget is None:
-        return None
-    blocks = budget // block_size
-    if blocks < 3:  # a sink, a recent block, and one that may go
-        raise RecipeError(f"--kv-budget {budget} is less than 3 blocks of {block_size} tokens; give {3 * block_size} or more")
-    return Eviction(POLICIES[policy], blocks, max(1, blocks // 8))
+
+    policy: str = FULL
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy != FULL and self.policy not in POLICIES:
+            raise RecipeError(f"--kv-policy {self.policy}: there is no such policy; use {FULL}, {', '.join(POLICIES)}")
+        if self.policy != FULL and self.tokens is None:
+            raise RecipeError(f"--kv-policy {self.policy} needs to know how many tokens to keep; add --kv-budget TOKENS")
+        if self.policy == FULL and self.tokens is not None:
+            raise RecipeError(f"--kv-budget needs a policy that drops tokens; add --kv-policy {', '.join(POLICIES)}")
+
+    def capacity(self, block_size: int) -> int:
+        """Tokens that a sequence may hold, in blocks of `block_size`."""
+        return UNBOUNDED if self.tokens is None else self.tokens // block_size * block_size
+
+    def eviction(self, block_size: int) -> Eviction | None:
+        """The policy in blocks of `block_size` tokens; None where nothing is dropped.
+
+        An eighth of the budget goes at a time: a chunk of a prompt is as long, and a query sees seven eighths of it at least.
+
+        Raises:
+            RecipeError: it is fewer than three blocks.
+        """
+        if self.tokens is None:
+            return None
+        blocks = self.tokens // block_size
+        if blocks < 3:  # a sink, a recent block, and one that may go
+            found = f"--kv-budget {self.tokens} is less than 3 blocks of {block_size} tokens"
+            raise RecipeError(f"{found}; give {3 * block_size} or more")
+        return Eviction(POLICIES[self.policy], blocks, max(1, blocks // 8))
 
 
 def check_windows(chosen: Eviction, block_size: int, window: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.kernels import cpu
-from quantkit.kernels.planes import PlaneWeight, to_planes
+from quantkit.kernels.planes import PlaneWeight, fits, to_planes
 from quantkit.methods.grid import QuantizedWeight
 
 #: A weight as its kernel wants it: native tiles or rows on a CPU, planes or a plain [N, K] tensor on a GPU.
@@ -17,7 +17,7 @@ Weight = cpu.CpuWeight | PlaneWeight | Tensor
 
 
 def ready(weight: QuantizedWeight | Tensor, device: torch.device, dtype: torch.dtype) -> Weight:
-    """A weight repacked once for the kernels of `device`.
+    """A weight repacked once for the kernels of `device`; dequantized where no kernel there can hold its groups.
 
     Args:
         weight: quantized, or dense [N, K] in 16 or 32 bit.
@@ -30,6 +30,8 @@ def ready(weight: QuantizedWeight | Tensor, device: torch.device, dtype: torch.d
     parts = weight.codes, weight.scales, weight.zeros, scheme.bits, scheme.group_columns(columns)
     if device.type == "cpu":
         return cpu.pack(*parts)
+    if not fits(columns, scheme.group_size):
+        return weight.dequantize().to(device, dtype)
     codes, scales, zeros, bits, group_size = parts
     return to_planes(codes.to(device), scales.to(device), zeros.to(device), bits, group_size, dtype)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantkit.kernels import native
 from quantkit.kernels.cpu import CpuWeight
+from quantkit.kernels.kv_store import Cache
 from quantkit.kernels.native import structs
 from quantkit.runtime.attention import measure
 from quantkit.runtime.batch import Batch
@@ -120,17 +121,17 @@ class DecoderModel:
 class NativeDecoder:
     """Runs batches against paged caches."""
 
-    def __init__(self, model: DecoderModel, key_caches: Sequence[Tensor], value_caches: Sequence[Tensor]) -> None:
+    def __init__(self, model: DecoderModel, key_caches: Sequence[Cache], value_caches: Sequence[Cache]) -> None:
         """
         Args:
             model: kept alive, as the caches are; needs native kernels (`native.library()` is not None).
-            key_caches, value_caches: per layer, [num_blocks, block_size, kv_heads, head_dim] in float32, bfloat16 or float16.
+            key_caches, value_caches: per layer, [num_blocks, block_size, kv_heads, head_dim], plain or quantized.
         """
         library = native.library()
         assert library is not None, "no native kernels"
         assert len(model.layers) == len(key_caches) == len(value_caches)
         self._library, self._model, self._caches = library, model, (*key_caches, *value_caches)
-        self._block_size = key_caches[0].shape[1]
+        self._block_size, self._open_pages = key_caches[0].shape[1], structs.open_pages(key_caches[0])
         pairs = zip(model.layers, zip(key_caches, value_caches, strict=True), strict=True)
         layers = [_layer(model, layer, keys, values) for layer, (keys, values) in pairs]
         self._layers = (structs.Layer * len(layers))(*layers)
@@ -142,15 +143,18 @@ class NativeDecoder:
             *(len(layers), len(ropes), hidden, inner, ACTIVATIONS[model.activation], model.epsilon, model.residual_scale),
         )
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Write the batch's keys and values to their slots; logits, float32 [R, V]. At most T rows have logits."""
+    def forward(self, batch: Batch, draft: bool = False) -> Tensor:
+        """Write the batch's keys and values to their slots; logits, float32 [R, V]. At most T rows have logits.
+
+        With `draft`, attention reads the upper plane of 4+4-bit caches only.
+        """
         model, tokens, rows = self._model, len(batch.token_ids), len(batch.logit_rows)
         hidden = torch.nn.functional.embedding(batch.token_ids, model.embedding).float()
         if model.embedding_scale != 1.0:
             hidden *= model.embedding_scale
         logits = torch.empty(rows, model.head.weight.shape[0])
         addresses = (structs.address(tensor) for tensor in (batch.block_table, batch.query_start, batch.seq_lens))
-        pages = structs.Pages(*addresses, *batch.block_table.shape, self._block_size)
+        pages = structs.Pages(*addresses, self._open_pages, *batch.block_table.shape, self._block_size, draft)
         addresses = (structs.address(tensor) for tensor in (batch.positions, batch.slot_mapping, batch.logit_rows))
         queries, measured = self._queries(batch)
         wanted = structs.address(measured), structs.address(queries), len(measured)
@@ -172,22 +176,22 @@ class NativeDecoder:
         return torch.empty(len(model.layers), len(rows), model.heads, model.head_dim), rows
 
 
-def _layer(model: DecoderModel, layer: DecoderLayer, keys: Tensor, values: Tensor) -> structs.Layer:
+def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache) -> structs.Layer:
     queries, width = model.heads * model.head_dim, model.head_dim
     assert layer.qkv.weight.shape[0] == queries + 2 * model.kv_heads * width
     assert layer.out.weight.shape[1] == queries
     assert keys.shape == values.shape
     assert keys.shape[2:] == (model.kv_heads, width)
-    assert keys.dtype == values.dtype
+    assert structs.kind(keys) == structs.kind(values)
     all_heads = layer.norm_query is not None and len(layer.norm_query) != width
     shape = structs.Heads(
         *(_floats(layer.sinks), model.heads, model.kv_heads, width, width),
-        *(layer.window, structs.TYPES[keys.dtype], layer.scale, layer.softcap),
+        *(layer.window, structs.kind(keys), layer.scale, layer.softcap),
     )
     matrices = (_matrix(projection) for projection in (layer.qkv, layer.out, layer.gate_up, layer.down))
     norms = (layer.norm_attention, layer.norm_attention_out, layer.norm_mlp, layer.norm_mlp_out)
     vectors = (_floats(vector) for vector in (*norms, layer.norm_query, layer.norm_key))
-    caches = structs.address(keys), structs.address(values)
+    caches = structs.store(keys), structs.store(values)
     return structs.Layer(*matrices, *vectors, shape, all_heads, layer.rope, *caches)
 
 

@@ -27,7 +27,7 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 
 
-def native_decoder(definition: Definition, cache: KVCache) -> Callable[[Batch], Tensor] | None:
+def native_decoder(definition: Definition, cache: KVCache) -> Callable[[Batch, bool], Tensor] | None:
     """The native decoder's forward for a model on the CPU; None where there is none."""
     if native.library() is None:
         return None

@@ -6,7 +6,7 @@ transformers' definition. On a GPU decode steps replay CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,11 +17,13 @@ from quantkit.errors import ResourceError
 from quantkit.kernels import cpu
 from quantkit.runtime.attention import Paged, layer_window
 from quantkit.runtime.batch import Batch
-from quantkit.runtime.eviction import UNBOUNDED
+from quantkit.runtime.eviction import Budget
 from quantkit.runtime.graphs import DecodeGraphs
-from quantkit.runtime.kv_cache import KVCache, block_bytes, blocks_for
+from quantkit.runtime.kv_cache import KVCache, blocks_for
+from quantkit.runtime.kv_format import CacheFormat, cache_format
 from quantkit.runtime.load import Definition, load_definition
 from quantkit.runtime.native_build import native_decoder
+from quantkit.runtime.open_pages import pages_needed
 from quantkit.usage import available_memory, keep_freed_memory, trim_memory
 
 #: Share of the free memory that the cache takes when `--kv-memory` is not given.
@@ -36,17 +38,19 @@ class CacheOptions:
         memory: bytes; None takes half of what is free.
         max_model_len: longest sequence; None takes the model's context, or as much of it as fits.
         max_batch: sequences that run at a time.
-        block_size: tokens in a block.
-        dtype: of keys and values; None takes the checkpoint's.
-        capacity: tokens that a sequence holds at most, where eviction bounds them; memory must hold as many.
+        step_tokens: new tokens in a step at most.
+        block_size: tokens in a block; None takes the format's own.
+        dtype: of keys and values: a name of `kv_format.KV_DTYPES`, or a type of plain numbers.
+        budget: what a sequence keeps of its past; memory must hold as much.
     """
 
     memory: int | None = None
     max_model_len: int | None = None
     max_batch: int = 64
-    block_size: int = 16
-    dtype: torch.dtype | None = None
-    capacity: int = UNBOUNDED
+    step_tokens: int = 512
+    block_size: int | None = None
+    dtype: str | torch.dtype = "auto"
+    budget: Budget = field(default_factory=Budget)
 
 
 class PagedModel:
@@ -61,43 +65,52 @@ class PagedModel:
     def __init__(self, definition: Definition, options: CacheOptions) -> None:
         """
         Raises:
-            ResourceError: the cache cannot hold one sequence of max_model_len.
+            ResourceError: the cache cannot hold one sequence of max_model_len, or cannot be of the wanted type.
         """
         self.definition = definition
         self.vocab_size: int = definition.config.vocab_size
-        self.block_size = options.block_size
-        dtype = options.dtype or _cache_dtype(definition)
-        memory = _CACHE_SHARE * _free(definition.device) if options.memory is None else options.memory
-        self.max_model_len = _length(definition, options, dtype, int(memory))
-        longest, of = min((self.max_model_len, "--max-model-len"), (options.capacity, "--kv-budget"))
-        self.num_blocks = blocks_for(definition.layers, options.block_size, dtype, int(memory), longest, options.max_batch, of)
+        form = cache_format(options.dtype, _declared(definition), definition.layers, definition.device)
+        self.block_size = options.block_size or form.block_size
+        memory = int(_CACHE_SHARE * _free(definition.device) if options.memory is None else options.memory)
+        pages = pages_needed(self.block_size, options.max_batch, options.step_tokens) if form.paged else 0
+        apart = pages * form.page_bytes(definition.layers, self.block_size)
+        self.max_model_len = _length(definition, options, form, self.block_size, memory, apart)
+        longest, of = min((self.max_model_len, "--max-model-len"), (options.budget.capacity(self.block_size), "--kv-budget"))
+        sizes = memory, longest, options.max_batch, pages, of
+        self.num_blocks = blocks_for(definition.layers, self.block_size, form, *sizes)
+        self.cache = KVCache(definition.layers, self.num_blocks, self.block_size, form, definition.device, pages)
         blocks = definition.module.get_submodule(definition.family.blocks)
         self.sliding_window = max(layer_window(block.self_attn, definition.config) for block in blocks)
-        self.cache = KVCache(definition.layers, self.num_blocks, options.block_size, dtype, definition.device)
         self._small_step = self._small_steps(options.max_batch)
 
-    def _small_steps(self, max_batch: int) -> Callable[[Batch], Tensor | None]:
+    def _small_steps(self, max_batch: int) -> Callable[[Batch, bool], Tensor | None]:
         """A faster way for the batches that allow it; it answers None for others."""
         if self.definition.device.type == "cuda":
             return DecodeGraphs(self._run, self.cache, self.max_model_len, max_batch).forward
         decoder = native_decoder(self.definition, self.cache)
         if decoder is None:
-            return lambda batch: None
-        return lambda batch: decoder(batch) if cpu.native_is_best(len(batch.token_ids)) else None
+            return lambda batch, draft: None
+        return lambda batch, draft: decoder(batch, draft) if cpu.native_is_best(len(batch.token_ids)) else None
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
-        """Write the batch's keys and values, return float32 logits [R, V] of its `logit_rows`."""
+    def forward(self, batch: Batch, draft: bool = False) -> Tensor:
+        """Write the batch's keys and values, return float32 logits [R, V] of its `logit_rows`.
+
+        With `draft` the tokens are tentative: until a forward without it has computed them again, one may begin before them.
+        Attention then reads only the upper plane of an "int4+4" cache.
+        """
+        self.cache.prepare(batch, draft)
         moved = batch.to(self.definition.device)
-        out = self._small_step(moved)
-        out = self._run(moved) if out is None else out
+        out = self._small_step(moved, draft)
+        out = self._run(moved, draft) if out is None else out
         if batch.measured is not None and moved.measured is not None:
             batch.measured.mass.copy_(moved.measured.mass)
         return out
 
-    def _run(self, batch: Batch) -> Tensor:
+    def _run(self, batch: Batch, draft: bool) -> Tensor:
         module, tokens, positions = self.definition.module, batch.token_ids[None], batch.positions[None]
-        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "paged": Paged(batch, self.cache)}
+        paged = Paged(batch, self.cache, draft)
+        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "paged": paged}
         if not len(batch.logit_rows):
             module.base_model(**inputs)  # A prompt's piece that is not its last: only keys and values are wanted.
             return torch.empty(0, self.vocab_size, device=tokens.device)
@@ -121,7 +134,7 @@ def open_model(folder: Path, device: torch.device, options: CacheOptions) -> Pag
     return model
 
 
-def _cache_dtype(definition: Definition) -> torch.dtype:
+def _declared(definition: Definition) -> torch.dtype:
     """The type that the checkpoint declares; on a CPU activations are wider, but a wider cache would only be slower."""
     declared = definition.config.dtype
     return declared if isinstance(declared, torch.dtype) else definition.dtype
@@ -131,8 +144,8 @@ def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
-def _length(definition: Definition, options: CacheOptions, dtype: torch.dtype, memory: int) -> int:
-    """Longest sequence.
+def _length(definition: Definition, options: CacheOptions, form: CacheFormat, block_size: int, memory: int, apart: int) -> int:
+    """Longest sequence; of the `memory`, `apart` bytes are not for blocks.
 
     Raises:
         ResourceError: it is asked to be longer than the model's context, or nothing fits.
@@ -142,7 +155,8 @@ def _length(definition: Definition, options: CacheOptions, dtype: torch.dtype, m
         if options.max_model_len > context:
             raise ResourceError(f"--max-model-len {options.max_model_len:,} is longer than the model's context of {context:,}")
         return options.max_model_len
-    fits = memory // block_bytes(definition.layers, options.block_size, dtype) * options.block_size
-    if fits == 0:
-        raise ResourceError(f"--kv-memory of {memory:,} bytes does not hold a block of {options.block_size} tokens; give more")
-    return context if options.capacity <= fits else min(context, fits)
+    fits = (memory - apart) // form.block_bytes(definition.layers, block_size) * block_size
+    if fits <= 0:
+        beside = f" beside {apart:,} bytes of open pages" if apart else ""
+        raise ResourceError(f"--kv-memory of {memory:,} bytes does not hold a block of {block_size} tokens{beside}; give more")
+    return context if options.budget.capacity(block_size) <= fits else min(context, fits)

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +35,8 @@ class Summary:
         ttft_seconds: mean over requests, first token - arrival.
         output_tps: output tokens / seconds.
         decode_tps: mean over samples of (n - 1) / (end - first token); None where no sample has two tokens.
-        peak_memory_bytes, kv_memory_bytes: largest resident set; the KV cache as it is allocated.
+        peak_memory_bytes: largest resident set.
+        kv_memory_bytes, kv_tokens, kv_dtype: the KV cache as it is allocated, the tokens it holds, and how.
         evicted_blocks: KV blocks that sequences dropped to stay within `--kv-budget`.
         offloaded_blocks, fetched_blocks: KV blocks saved by `--kv-offload`, and fetched back instead of computed.
     """
@@ -50,6 +51,8 @@ class Summary:
     decode_tps: float | None
     peak_memory_bytes: int
     kv_memory_bytes: int
+    kv_tokens: int
+    kv_dtype: str
     evicted_blocks: int
     offloaded_blocks: int
     fetched_blocks: int
@@ -76,8 +79,8 @@ class Session:
         Args:
             folder: of the checkpoint or artifact.
             device: where it runs.
-            cache: how large its cache is.
-            config: how much runs at a time.
+            cache: how large its cache is, and what a sequence keeps in it.
+            config: how much runs at a time; its eviction is the cache's.
             offload: where known prefixes go that must leave the cache; None: nowhere.
 
         Raises:
@@ -90,6 +93,7 @@ class Session:
         self.tokenizer = load_tokenizer(checkpoint)
         eos = _eos_token_ids(checkpoint, self.tokenizer)
         store = None if offload is None else BlockStore(self.model.cache, offload)
+        config = replace(config, eviction=cache.budget.eviction(self.model.block_size))
         self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, store=store)
 
     def _decode(self, tokens: list[int]) -> str:
@@ -145,6 +149,8 @@ class Session:
             decode_tps=sum(rates) / len(rates) if rates else None,
             peak_memory_bytes=peak_memory(),
             kv_memory_bytes=self.model.cache.nbytes,
+            kv_tokens=self.model.cache.num_tokens,
+            kv_dtype=self.model.cache.format.name,
             evicted_blocks=stats.evicted_blocks,
             offloaded_blocks=stats.offload.saved if stats.offload else 0,
             fetched_blocks=stats.offload.fetched if stats.offload else 0,

@@ -39,6 +39,7 @@ def test_text_streams_to_stdout_and_numbers_to_stderr(llama: Path) -> None:
     assert done.out == f"{completion['text']}\n"
     assert "5 prompt tokens, 12 new ones" in done.err
     assert "peak memory" in done.err
+    assert "KV cache" in done.err
     assert quantkit("generate", llama, "Hello", *LENGTH, "-q").err == ""
 
 
@@ -166,3 +167,16 @@ def test_offloaded_prefixes_are_fetched_for_later_prompts(llama: Path, tmp_path:
     assert tokens == [completion["token_ids"] for completion in completions(llama, *tight)]
     gc.collect()  # A session knows its engine and the engine its session.
     assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])
+def test_a_quantized_cache_holds_more_tokens_in_the_same_memory(llama: Path, dtype: str) -> None:
+    memory = ("--kv-memory", "400KB", "--max-batch", 8, "--token-budget", 8)
+    tokens = {}
+    for name in ("auto", dtype):
+        done = quantkit("generate", llama, "Hello", *LENGTH, *memory, "--kv-dtype", name, "--json", "-")
+        summary = json.loads(done.out)["summary"]
+        assert summary["kv_dtype"] == ("float32" if name == "auto" else name)
+        assert summary["kv_memory_bytes"] <= 400_000
+        tokens[name] = summary["kv_tokens"]
+    assert tokens[dtype] > tokens["auto"]

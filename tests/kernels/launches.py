@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_TYPES |= {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 
 
 def jobs(module: ModuleType, kernels: tuple[str, ...], launch: Callable[[], None], capability: int) -> list[aot.Job]:

@@ -11,7 +11,7 @@ from sequences import sequence
 
 from quantkit.errors import QuantkitError, RequestError
 from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.eviction import POLICIES, Eviction, check_windows, eviction
+from quantkit.runtime.eviction import POLICIES, Budget, Eviction, check_windows
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.sequence import Draft, FinishReason, Sequence
@@ -20,7 +20,7 @@ TEXT = [(11 * i + i // 7) % VOCAB for i in range(200)]
 
 
 def chosen(policy: str, blocks: int, size: int = 4) -> Eviction:
-    found = eviction(policy, blocks * size, size)
+    found = Budget(policy, blocks * size).eviction(size)
     assert found is not None
     return found
 
@@ -260,8 +260,8 @@ def test_the_random_runs_drop_preempt_and_find_prefixes() -> None:
 )
 def test_options_that_cannot_work_are_refused_in_one_line(policy: str, budget: int | None, message: str) -> None:
     with pytest.raises(QuantkitError, match=f"^{re.escape(message)}$"):
-        eviction(policy, budget, 16)
-    assert eviction("full", None, 16) is None
+        Budget(policy, budget).eviction(16)
+    assert Budget().eviction(16) is None
 
 
 def test_windows_of_layers_must_end_among_the_recent_blocks() -> None:

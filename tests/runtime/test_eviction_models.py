@@ -13,8 +13,9 @@ from quantkit.errors import RequestError
 from quantkit.evaluate.paged import paged_logits, scored_text
 from quantkit.kernels.block_mass import block_mass
 from quantkit.kernels.reference import paged_attention
+from quantkit.runtime.block_store import BlockStore, Offload
 from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.eviction import Eviction, eviction
+from quantkit.runtime.eviction import Budget, Eviction
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
 from quantkit.runtime.request import Request, SamplingParams
 
@@ -34,12 +35,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def opened(folder: Path, blocks: int = 16) -> PagedModel:
     """A model whose cache holds no more than one budget."""
     per_token = 3 * 2 * 2 * 16 * 4
-    options = CacheOptions(memory=blocks * BLOCK * per_token, block_size=BLOCK, dtype=torch.float32, capacity=BUDGET)
+    options = CacheOptions(
+        memory=blocks * BLOCK * per_token, block_size=BLOCK, dtype=torch.float32, budget=Budget("window", BUDGET)
+    )
     return open_model(folder, torch.device("cpu"), options)
 
 
 def chosen(policy: str) -> Eviction:
-    found = eviction(policy, BUDGET, BLOCK)
+    found = Budget(policy, BUDGET).eviction(BLOCK)
     assert found is not None
     return found
 
@@ -83,7 +86,7 @@ def test_generated_tokens_follow_the_masked_model_in_any_batch(folder: Path, pol
 
 def test_windows_wider_than_the_recent_blocks_are_refused(folder: Path) -> None:
     model = opened(folder)
-    small = eviction("sinks", 60, BLOCK)
+    small = Budget("sinks", 60).eviction(BLOCK)
     assert chosen("sinks").recent * BLOCK == 32
     assert model.sliding_window in (0, 32)
     assert (model.sliding_window == 32) == (model.definition.config.model_type == "gemma3_text")
@@ -97,7 +100,7 @@ def test_scored_drops_what_the_newest_queries_look_at_least(folder: Path, fast: 
     """Against attention weights in float64: the mask that follows from what was dropped, and the mass behind every drop."""
     dropping, model, sequence = chosen("scored"), opened(folder), scored_text(TOKENS)
     if not fast:
-        model._small_step = lambda batch: None  # through transformers' definition
+        model._small_step = lambda batch, draft: None  # through transformers' definition
     kept: list[list[int]] = []
     masses: dict[int, list[float]] = {}
     logits = []
@@ -160,3 +163,33 @@ def test_block_mass_is_attention_summed_over_heads_and_blocks(softcap: float, wi
             found[row] -= wanted[0, 0]
     # float64 on both sides.
     assert float(found.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "int4", "int4+4"])
+@pytest.mark.parametrize("policy", ["sinks", "scored"])
+def test_quantized_caches_evict_and_offload_alike_in_any_batch(folder: Path, policy: str, dtype: str) -> None:
+    """What a token sees depends on its position alone: the same text alone, in a batch, and behind fetched blocks."""
+    budget = Budget(policy, BUDGET)
+    requests = [
+        Request(TOKENS[:length], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)) for length in (140, 50, 90)
+    ]
+
+    def run(max_batch: int, blocks: int, rounds: int = 1) -> tuple[list[list[int]], Engine]:
+        options = CacheOptions(max_model_len=200, max_batch=max_batch, block_size=BLOCK, dtype=dtype, budget=budget)
+        model = open_model(folder, torch.device("cpu"), options)
+        model.num_blocks = min(model.num_blocks, blocks)
+        store = BlockStore(model.cache, Offload(1 << 22))
+        config = EngineConfig(max_batch=max_batch, token_budget=24, eviction=budget.eviction(BLOCK))
+        running = Engine(model, config, store=store)
+        for _ in range(rounds):
+            outputs = running.generate(requests)
+            running.check()
+        return [out.token_ids for out in outputs], running
+
+    alone, _ = run(1, 16)
+    together, tight = run(3, 28, rounds=2)
+    assert together == alone
+    offload = tight.stats.offload
+    assert offload is not None
+    assert offload.fetched > 0
+    assert tight.stats.evicted_blocks > 0

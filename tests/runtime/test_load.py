@@ -15,7 +15,11 @@ from quantkit.artifact import dense_source
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.cli import app
 from quantkit.errors import CheckpointError, ResourceError
+from quantkit.kernels import native
+from quantkit.methods.grid import QuantizedWeight, Scheme
 from quantkit.runtime.batch import Batch
+from quantkit.runtime.eviction import Budget
+from quantkit.runtime.linear import ready
 from quantkit.runtime.load import load_definition
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
 
@@ -120,6 +124,26 @@ def test_dynamic_act_order(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_without_a_compiler_and_with_a_16_bit_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own kernels serve, on a cache of the type that the checkpoint declares."""
+    monkeypatch.setattr(native, "library", lambda: None)
+    folder = tiny.make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    model = open_model(folder, CPU, CacheOptions(memory=1 << 24, block_size=4))
+    assert model.cache.keys[0].dtype == torch.bfloat16
+    found, expected = paged_logits(model, TOKENS, PIECES), reference_logits(folder, TOKENS)
+    # Keys, values and the inputs of every product are rounded to bfloat16, 2^-9 of their size each.
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def test_groups_that_no_gpu_kernel_holds_are_dequantized() -> None:
+    """Groups of 8 columns: less than a plane."""
+    codes, scales, zeros = torch.zeros(4, 48, dtype=torch.uint8), torch.ones(4, 6), torch.zeros(4, 6, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, scales, zeros, Scheme(4, 8, symmetric=False))
+    dense = ready(weight, torch.device("meta"), torch.float16)
+    assert isinstance(dense, Tensor)
+    assert (dense.shape, dense.dtype) == ((4, 48), torch.float16)
+
+
 def _damaged(llama: Path, folder: Path, change: dict[str, Tensor | None]) -> Checkpoint:
     """The llama with some tensors replaced or, for None, left out."""
     folder.mkdir()
@@ -157,7 +181,7 @@ def test_the_cache_is_sized_from_memory(llama: Path) -> None:
     assert model.cache.nbytes == 96 * per_token
     whole = open_model(llama, CPU, CacheOptions(memory=1 << 30, max_batch=2))
     assert (whole.max_model_len, whole.num_blocks) == (256, 2 * 16)
-    bounded = open_model(llama, CPU, CacheOptions(memory=100 * per_token, max_batch=4, capacity=48))
+    bounded = open_model(llama, CPU, CacheOptions(memory=100 * per_token, max_batch=4, budget=Budget("sinks", 48)))
     assert (bounded.max_model_len, bounded.num_blocks) == (256, 6)
 
 
@@ -170,7 +194,7 @@ def test_the_cache_is_sized_from_memory(llama: Path) -> None:
             "one request of --max-model-len 200 needs .* MiB; give more memory or",
         ),
         (
-            CacheOptions(memory=30_000, max_model_len=200, capacity=64),
+            CacheOptions(memory=30_000, max_model_len=200, budget=Budget("sinks", 64)),
             "holds 32 tokens, one request of --kv-budget 64 needs .* MiB; give more memory or lower --kv-budget",
         ),
         (CacheOptions(memory=100), "--kv-memory of 100 bytes does not hold a block of 16 tokens; give more"),

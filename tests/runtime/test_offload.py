@@ -14,7 +14,8 @@ from torch import Tensor
 from quantkit.errors import QuantkitError
 from quantkit.runtime.block_store import BlockStore, Offload
 from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.kv_cache import KVCache, LayerShape
+from quantkit.runtime.kv_cache import KVCache
+from quantkit.runtime.kv_format import LayerShape, cache_format
 from quantkit.runtime.request import Request, SamplingParams
 
 SIZE = 4
@@ -207,18 +208,19 @@ def test_random_prefixes_forks_and_preemption(tmp_path: Path, seed: int) -> None
     assert running.stats.used_blocks == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_block_of_the_cache_is_its_bytes(dtype: torch.dtype) -> None:
-    shapes = [LayerShape(2, 8, 8), LayerShape(1, 8, 3)]
-    cache, other = (KVCache(shapes, 5, 4, dtype, CPU) for _ in range(2))
-    for tensor in (*cache.keys, *cache.values):
-        tensor.copy_(torch.randn(tensor.shape))
-    for tensor in (*other.keys, *other.values):
-        tensor.zero_()
+@pytest.mark.parametrize("dtype", [torch.float32, "bf16", torch.float16, "fp8", "int8", "int4", "int4+4"])
+def test_a_block_of_the_cache_is_its_bytes(dtype: str | torch.dtype) -> None:
+    shapes = [LayerShape(2, 8, 8), LayerShape(1, 8, 4)]
+    form = cache_format(dtype, torch.float32, shapes, CPU)
+    cache, other = (KVCache(shapes, 5, 4, form, CPU, pages=2) for _ in range(2))
+    for plane in cache._planes:
+        plane.random_(256)
+    for plane in other._planes:
+        plane.zero_()
     data = cache.export_block(3)
     assert data.shape == (cache.block_bytes,)
     other.import_block(1, data)
-    for ours, theirs in zip((*cache.keys, *cache.values), (*other.keys, *other.values), strict=True):
+    for ours, theirs in zip(cache._planes, other._planes, strict=True):
         assert torch.equal(ours[3], theirs[1])
         assert not theirs[[0, 2, 3, 4]].any()
 
