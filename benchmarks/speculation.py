@@ -12,10 +12,11 @@ has learned nothing. `same` says whether the tokens are those of `off`. With a s
 Texts: `repetitive` continues a table, `ordinary` continues prose, both greedily; `random` goes on with random digits, sampled
 from the ten likeliest tokens, so that every pair of tokens has occurred before and says nothing about the next.
 
-usage: python -m benchmarks.speculation [--model demo] [--draft MODEL | --qspec 4|8] [--tokens 128] [--repeats 3] [--json FILE]
+usage: python -m benchmarks.speculation [--model demo] [--draft MODEL | --qspec 4|8 | --quantspec] [--tokens 128]
+           [--repeats 3] [--json FILE]
 
 Without --draft: prompt lookup. A draft model is any artifact with the model's tokenizer. With --qspec the model, an artifact,
-drafts for itself with activations of so many bits.
+drafts for itself with activations of so many bits; with --quantspec from the upper half of an int4+4 cache, which `off` has too.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -36,8 +38,8 @@ from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.ngram import NgramProposer
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model, open_with_draft
 from quantkit.runtime.proposer import Proposer
-from quantkit.runtime.qspec import QSpecProposer
 from quantkit.runtime.request import Request, SamplingParams
+from quantkit.runtime.self_draft import SelfDraft
 from quantkit.runtime.tally import SpeculationStats
 
 #: Name -> draft length; None is auto, 0 is off.
@@ -127,7 +129,9 @@ def opened(
     model = open_model(folder, device, cache)
     if activation_bits:
         forward = model.rounded(activation_bits)
-        return model, lambda: QSpecProposer(forward, model.block_size)
+        return model, lambda: SelfDraft(forward, model.block_size)
+    if cache.dtype == "int4+4":
+        return model, lambda: SelfDraft(partial(model.forward, draft=True), model.block_size)
     return model, NgramProposer
 
 
@@ -138,12 +142,14 @@ def main() -> None:
     drafters = parser.add_mutually_exclusive_group()
     drafters.add_argument("--draft")
     drafters.add_argument("--qspec", type=int, choices=[4, 8])
+    drafters.add_argument("--quantspec", action="store_true")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder, device = locate(options.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cache = CacheOptions(max_batch=1, max_model_len=1024, memory=256 << 20)
+    dtype = "int4+4" if options.quantspec else "auto"
+    cache = CacheOptions(max_batch=1, max_model_len=1024, memory=256 << 20, dtype=dtype)
     model, drafter = opened(folder, device, cache, options.draft, options.qspec)
     print("text | mode | tok/s | speed-up | accepted | tokens/draft | cost | same")
     measured: list[Measured] = []

@@ -1,6 +1,6 @@
-"""Matrices and attention on a CPU: our native kernels where a C compiler is found, torch's own elsewhere.
+"""Matrices on a CPU: our native kernels where a C compiler is found, torch's own elsewhere.
 
-Native kernels compute in float32 whatever the types of weights, inputs and caches are; a row's result does not depend on
+Native kernels compute in float32 whatever the types of weights and inputs are; a row's result does not depend on
 the other rows of the call, nor on the number of threads. Packed weights are multiplied as they are (W4A16): the sum of
 codes times inputs of each group, minus zero point times the sum of inputs, times the scale.
 """
@@ -201,50 +201,3 @@ def _int4_matmul(x: Tensor, weight: CpuWeight) -> Tensor:
     out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(half, weight.data, group, weight.scales)
     sums: Tensor = half.float().unflatten(1, (-1, group)).sum(-1)
     return out.float() + sums @ weight.zeros.T
-
-
-def kv_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
-    """`reference.kv_write`, natively where possible."""
-    library = native.library()
-    if library is None:
-        return reference.kv_write(key, value, key_cache, value_cache, slot_mapping)
-    slots = slot_mapping.long().contiguous()
-    for new, stored in ((key, key_cache), (value, value_cache)):
-        rows = new.float().reshape(len(slots), -1).contiguous()
-        sizes = c_int64(len(slots)), c_int64(rows.shape[1])
-        cache_pointer, kind = c_void_p(structs.address(stored)), c_int64(structs.TYPES[stored.dtype])
-        slot_pointer, row_pointer = c_void_p(slots.data_ptr()), c_void_p(rows.data_ptr())
-        library.quantkit_kv_write(cache_pointer, kind, slot_pointer, *sizes, row_pointer, native.threads())
-    return None
-
-
-def paged_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """`reference.paged_attention`, natively where possible: [T, Hq, Dv] in the query's dtype, computed in float32."""
-    library = native.library()
-    if library is None:
-        batch = (query, key_cache, value_cache, block_table, query_start, seq_lens)
-        return reference.paged_attention(*batch, scale=scale, window=window, softcap=softcap, sinks=sinks)
-    heads, dim = query.shape[1:]
-    kv_heads, value_dim = value_cache.shape[2:]
-    wide, out = query.float().contiguous(), torch.empty(len(query), heads, value_dim)
-    table, starts, lengths = (tensor.int().contiguous() for tensor in (block_table, query_start, seq_lens))
-    sinks = None if sinks is None else sinks.float().contiguous()
-    kind = structs.TYPES[key_cache.dtype]
-    shape = structs.Heads(structs.address(sinks), heads, kv_heads, dim, value_dim, window, kind, scale, softcap)
-    addresses = (structs.address(tensor) for tensor in (table, starts, lengths))
-    pages = structs.Pages(*addresses, len(lengths), table.shape[1], key_cache.shape[1])
-    pointers = (c_void_p(structs.address(tensor)) for tensor in (wide, key_cache, value_cache, out))
-    library.quantkit_paged_attention(byref(shape), byref(pages), *pointers, native.threads())
-    return out.to(query.dtype)

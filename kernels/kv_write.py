@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.kv_store import Cache
+from quantkit.kernels.kv_write_stored import quantizes, write_stored
+
 
 @triton.jit
 def _copy(source, stride_head, target, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -44,13 +47,13 @@ def kv_write_kernel(  # type: ignore[no-untyped-def]
         _copy(value + token * value_stride, value_stride_head, value_cache + slot * (HEADS * DV), HEADS, HEADS_PAD, DV, DV_PAD)
 
 
-def kv_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+def kv_write(key: Tensor, value: Tensor, key_cache: Cache, value_cache: Cache, slot_mapping: Tensor) -> None:
     """Store new keys and values in their slots, in place; the same as `reference.kv_write`.
 
     Args:
         key: [T, Hkv, D], rows and heads at any stride (a slice of a fused projection).
         value: [T, Hkv, Dv], likewise.
-        key_cache: [num_blocks, block_size, Hkv, D], contiguous, in key's dtype.
+        key_cache: [num_blocks, block_size, Hkv, D], contiguous, in key's dtype or float8 e4m3; or a `Store`.
         value_cache: [num_blocks, block_size, Hkv, Dv], likewise.
         slot_mapping: int64 [T], block * block_size + offset of every token; -1 for padding.
     """
@@ -59,13 +62,18 @@ def kv_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     assert value.shape[:2] == (tokens, heads), (key.shape, value.shape)
     for new, cache in ((key, key_cache), (value, value_cache)):
         assert cache.shape[2:] == new.shape[1:], (new.shape, cache.shape)
-        assert cache.dtype == new.dtype, (new.dtype, cache.dtype)
-        assert cache.is_contiguous()
         assert new.stride(2) == 1
     assert slot_mapping.shape == (tokens,)
     assert slot_mapping.dtype == torch.int64
     if tokens == 0:
         return
+    if not isinstance(key_cache, Tensor) or not isinstance(value_cache, Tensor) or quantizes(key_cache):
+        write_stored(key, key_cache, slot_mapping)
+        write_stored(value, value_cache, slot_mapping)
+        return
+    for new, plain in ((key, key_cache), (value, value_cache)):
+        assert plain.dtype == new.dtype, (new.dtype, plain.dtype)
+        assert plain.is_contiguous()
     kv_write_kernel[(tokens,)](
         key,
         value,

@@ -5,9 +5,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quantkit.kernels.kv_store import Cache
 from quantkit.kernels.paged_decode import LONGEST_DECODE, paged_decode
+from quantkit.kernels.paged_launch import Device, Scores, check
 from quantkit.kernels.paged_prefill import paged_prefill
-from quantkit.kernels.paged_tile import Device, Scores, check, interpreted
+from quantkit.kernels.paged_tile import interpreted
 
 
 @cache
@@ -22,8 +24,8 @@ def _device(device: torch.device) -> Device:
 
 def paged_attention(
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    key_cache: Cache,
+    value_cache: Cache,
     block_table: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
@@ -32,6 +34,7 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    draft: bool = False,
     max_query_len: int | None = None,
 ) -> Tensor:
     """What `reference.paged_attention` computes, by Triton kernels on an NVIDIA GPU.
@@ -42,12 +45,13 @@ def paged_attention(
     Args:
         query: [T, Hq, D] float16, bfloat16 or float32, on a CUDA device; rows and heads at any stride. Hq is a multiple of
             Hkv.
-        key_cache: [num_blocks, block_size, Hkv, D], contiguous, in query's dtype; block_size is a power of two.
+        key_cache: [num_blocks, block_size, Hkv, D], contiguous, in query's dtype or float8 e4m3, or a `Store` with open pages
+            in query's dtype; block_size is a power of two.
         value_cache: [num_blocks, block_size, Hkv, Dv], likewise.
         block_table: int32 [S, max_blocks]; what lies beyond a sequence's length is not read.
         query_start: int32 [S + 1], first row of each sequence; the last entry is T.
         seq_lens: int32 [S], tokens in the cache, the new ones included; 0 for padding, whose rows come out as zeros.
-        scale, window, softcap: as for the reference.
+        scale, window, softcap, draft: as for the reference.
         sinks: float32 [Hq] or None.
         max_query_len: most new tokens of any sequence. Without it, it is read from the device, which waits for the stream
             and cannot be captured in a CUDA graph.
@@ -64,10 +68,10 @@ def paged_attention(
     arguments = (query, key_cache, value_cache, block_table, query_start, seq_lens, sinks, out)
     scores, device = Scores.of(scale, window, softcap), _device(query.device)
     if longest <= LONGEST_DECODE:
-        paged_decode(*arguments, scores, longest, device)
+        paged_decode(*arguments, scores, longest, device, draft)
     else:
-        paged_prefill(*arguments, scores, LONGEST_DECODE + 1, longest, device)
+        paged_prefill(*arguments, scores, LONGEST_DECODE + 1, longest, device, draft)
         # Rows are missing from S * longest only if some sequence is shorter.
         if tokens < sequences * longest:
-            paged_decode(*arguments, scores, LONGEST_DECODE, device)
+            paged_decode(*arguments, scores, LONGEST_DECODE, device, draft)
     return out

@@ -14,16 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.paged_tile import LOG2E, Device, Scores, Tile, attend, empty_state, load_query, normalise, widen
+from quantkit.kernels.kv_store import Cache
+from quantkit.kernels.paged_launch import MIN_TILES, Device, Scores, Tile, number_of_splits
+from quantkit.kernels.paged_stored import PLAIN, attend_stored, cache_arguments, form
+from quantkit.kernels.paged_tile import LOG2E, attend, empty_state, load_query, normalise, widen
 
 #: Most new tokens of a sequence that the decode kernel takes.
 LONGEST_DECODE = 8
-
-#: Least tiles worth a program of its own: writing and merging a span costs about as much as reading a quarter of a tile.
-MIN_TILES = tl.constexpr(2)
-
-#: Programs wanted on each multiprocessor: two fit at a time, and twice as many even out sequences of unequal length.
-PROGRAMS_PER_PROCESSOR = 4
 
 #: Rows of a tile; more (multi-query attention with many heads and a draft) take several programs.
 MOST_ROWS = 64
@@ -47,6 +44,13 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     query,
     key_cache,
     value_cache,
+    key_params,
+    value_params,
+    key_lower,
+    value_lower,
+    key_open,
+    value_open,
+    open_pages,
     block_table,
     query_start,
     seq_lens,
@@ -74,6 +78,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     CAPPED: tl.constexpr,
     SINKS: tl.constexpr,
     DIRECT: tl.constexpr,
+    FORM: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Grid (HEADS * row tiles, S, splits). Sequences with more than LONGEST new tokens are left to the prefill kernel.
@@ -96,10 +101,17 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     )
     table = block_table + sequence.to(tl.int64) * table_stride
     acc, peak, total = empty_state(ROWS, DV_PAD)
-    for token in range(first, end, TILE):
-        acc, peak, total = attend(
-            acc, peak, total, tile, positions, token, length, table, key_cache + kv_head * D, value_cache + kv_head * DV,
-            scale, cap, window, HEADS, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, CAPPED, WIDEN, MASKED=True,
+    if FORM == PLAIN:
+        for token in range(first, end, TILE):
+            acc, peak, total = attend(
+                acc, peak, total, tile, positions, token, length, table, key_cache + kv_head * D, value_cache + kv_head * DV,
+                scale, cap, window, HEADS, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, CAPPED, WIDEN, MASKED=True,
+            )  # fmt: skip
+    else:
+        acc, peak, total = attend_stored(
+            acc, peak, total, tile, positions, first, end, length - count, length - 1, table, kv_head, key_cache, value_cache,
+            key_params, value_params, key_lower, value_lower, key_open, value_open, open_pages, scale, cap, window,
+            HEADS, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, CAPPED, FORM,
         )  # fmt: skip
 
     dims = tl.arange(0, DV_PAD)
@@ -171,24 +183,10 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + place + dims[None, :], result, mask=(dims < DV)[None, :])
 
 
-def number_of_splits(programs: int, tokens: int, tile: int, processors: int) -> int:
-    """Spans into which to cut every sequence.
-
-    Args:
-        programs: (sequence, KV head, row tile) triples, which run side by side anyhow.
-        tokens: most that a sequence can see.
-        tile: tokens of a tile.
-        processors: multiprocessors of the device.
-    """
-    wanted = -(-PROGRAMS_PER_PROCESSOR * processors // programs)
-    useful = -(-tokens // (tile * int(MIN_TILES.value)))
-    return max(1, min(wanted, useful))
-
-
 def paged_decode(
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    key_cache: Cache,
+    value_cache: Cache,
     block_table: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
@@ -197,6 +195,7 @@ def paged_decode(
     scores: Scores,
     longest: int,
     device: Device,
+    draft: bool = False,
 ) -> None:
     """Write the rows of `out` that belong to sequences of at most `longest` new tokens.
 
@@ -206,6 +205,7 @@ def paged_decode(
         scores: scale, soft cap and window.
         longest: new tokens of a sequence, 1 to LONGEST_DECODE.
         device: where the tensors lie.
+        draft: see the reference.
     """
     (sequences, width), (_, block_size, heads, dim), value_dim = block_table.shape, key_cache.shape, value_cache.shape[3]
     ratio = query.shape[1] // heads
@@ -223,10 +223,11 @@ def paged_decode(
     # Four warps do it in half the instructions of eight, but before Hopper 64 rows spill their registers.
     warps = 8 if tile.rows == 64 and device.capability < 90 else 4
     decode_kernel[(readers, sequences, splits)](
-        query, key_cache, value_cache, block_table, query_start, seq_lens, sinks, out, part_acc, part_peak, part_total,
+        query, *cache_arguments(key_cache, value_cache, draft), block_table, query_start, seq_lens, sinks, out,
+        part_acc, part_peak, part_total,
         query.stride(0), query.stride(1), block_table.stride(0), scores.scale, scores.cap, scores.window,
         ROWS=tile.rows, BLOCK_SIZE=block_size, D=dim, D_PAD=tile.dim, CAPPED=scores.cap > 0, DIRECT=splits == 1,
-        WIDEN=widen(query), num_warps=warps, num_stages=tile.stages, **shared,
+        FORM=form(key_cache), WIDEN=widen(query), num_warps=warps, num_stages=tile.stages, **shared,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(all_rows * heads, sequences)](

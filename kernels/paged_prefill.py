@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.paged_tile import LOG2E, Device, Scores, Tile, attend, empty_state, load_query, normalise, widen
+from quantkit.kernels.kv_store import Cache
+from quantkit.kernels.paged_launch import Device, Scores, Tile
+from quantkit.kernels.paged_stored import PLAIN, attend_stored, cache_arguments, form
+from quantkit.kernels.paged_tile import LOG2E, attend, empty_state, load_query, normalise, widen
 
 #: Rows of a tile: what the matrix units of Hopper take from two groups of four warps.
 MOST_ROWS = 128
@@ -21,6 +24,13 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     query,
     key_cache,
     value_cache,
+    key_params,
+    value_params,
+    key_lower,
+    value_lower,
+    key_open,
+    value_open,
+    open_pages,
     block_table,
     query_start,
     seq_lens,
@@ -44,6 +54,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     DV_PAD: tl.constexpr,
     CAPPED: tl.constexpr,
     SINKS: tl.constexpr,
+    FORM: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Grid (row tiles of the longest sequence, HEADS, S). Sequences with fewer than SHORTEST new tokens are left alone."""
@@ -62,25 +73,31 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     )
     earliest = length - count + first_row // RATIO
     latest = length - count + tl.minimum((first_row + ROWS - 1) // RATIO, count - 1)
-    # Tiles are counted from the first token that any row sees; `lead` of them straddle the edge of the window.
     begin = tl.maximum(earliest - window + 1, 0)
-    tiles = tl.cdiv(tl.maximum(latest + 1 - begin, 0), TILE)
-    lead = tl.cdiv(tl.maximum(latest - window + 1 - begin, 0), TILE)
-    whole = tl.maximum(tl.maximum(earliest + 1 - begin, 0) // TILE - lead, 0)
-
     table = block_table + sequence.to(tl.int64) * table_stride
-    key_head, value_head = key_cache + kv_head * D, value_cache + kv_head * DV
     acc, peak, total = empty_state(ROWS, DV_PAD)
-    for i in range(lead, lead + whole):
-        acc, peak, total = attend(
-            acc, peak, total, tile, positions, begin + i * TILE, length, table, key_head, value_head, scale, cap, window,
-            HEADS, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, CAPPED, WIDEN, MASKED=False,
-        )  # fmt: skip
-    for edge in range(tiles - whole):
-        i = tl.where(edge < lead, edge, edge + whole)
-        acc, peak, total = attend(
-            acc, peak, total, tile, positions, begin + i * TILE, length, table, key_head, value_head, scale, cap, window,
-            HEADS, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, CAPPED, WIDEN, MASKED=True,
+    if FORM == PLAIN:
+        key_head, value_head = key_cache + kv_head * D, value_cache + kv_head * DV
+        # Tiles are counted from the first token that any row sees; `lead` of them straddle the edge of the window.
+        tiles = tl.cdiv(tl.maximum(latest + 1 - begin, 0), TILE)
+        lead = tl.cdiv(tl.maximum(latest - window + 1 - begin, 0), TILE)
+        whole = tl.maximum(tl.maximum(earliest + 1 - begin, 0) // TILE - lead, 0)
+        for i in range(lead, lead + whole):
+            acc, peak, total = attend(
+                acc, peak, total, tile, positions, begin + i * TILE, length, table, key_head, value_head, scale, cap, window,
+                HEADS, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, CAPPED, WIDEN, MASKED=False,
+            )  # fmt: skip
+        for edge in range(tiles - whole):
+            i = tl.where(edge < lead, edge, edge + whole)
+            acc, peak, total = attend(
+                acc, peak, total, tile, positions, begin + i * TILE, length, table, key_head, value_head, scale, cap, window,
+                HEADS, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, CAPPED, WIDEN, MASKED=True,
+            )  # fmt: skip
+    else:
+        acc, peak, total = attend_stored(
+            acc, peak, total, tile, positions, begin, latest + 1, earliest, latest, table, kv_head, key_cache, value_cache,
+            key_params, value_params, key_lower, value_lower, key_open, value_open, open_pages, scale, cap, window,
+            HEADS, BLOCK_SIZE, TILE, D, D_PAD, DV, DV_PAD, CAPPED, FORM,
         )  # fmt: skip
 
     dims = tl.arange(0, DV_PAD)
@@ -96,8 +113,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
 
 def paged_prefill(
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    key_cache: Cache,
+    value_cache: Cache,
     block_table: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
@@ -107,6 +124,7 @@ def paged_prefill(
     shortest: int,
     longest: int,
     device: Device,
+    draft: bool = False,
 ) -> None:
     """Write the rows of `out` that belong to sequences of at least `shortest` new tokens.
 
@@ -117,14 +135,15 @@ def paged_prefill(
         shortest: new tokens of a sequence, 1 at least.
         longest: most new tokens of any sequence.
         device: where the tensors lie.
+        draft: see the reference.
     """
     (sequences, _), (_, block_size, heads, dim), value_dim = block_table.shape, key_cache.shape, value_cache.shape[3]
     ratio = query.shape[1] // heads
     tile = Tile.of(query, value_dim, triton.next_power_of_2(longest * ratio), MOST_ROWS, 16, 64, device.shared_memory)
     prefill_kernel[(triton.cdiv(longest * ratio, tile.rows), heads, sequences)](
-        query, key_cache, value_cache, block_table, query_start, seq_lens, sinks, out,
+        query, *cache_arguments(key_cache, value_cache, draft), block_table, query_start, seq_lens, sinks, out,
         query.stride(0), query.stride(1), block_table.stride(0), scores.scale, scores.cap, scores.window,
         HEADS=heads, RATIO=ratio, SHORTEST=shortest, ROWS=tile.rows, BLOCK_SIZE=block_size, TILE=tile.tokens,
         D=dim, D_PAD=tile.dim, DV=value_dim, DV_PAD=tile.value_dim, CAPPED=scores.cap > 0, SINKS=sinks is not None,
-        WIDEN=widen(query), num_warps=8, num_stages=tile.stages,
+        FORM=form(key_cache), WIDEN=widen(query), num_warps=8, num_stages=tile.stages,
     )  # fmt: skip

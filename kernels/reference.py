@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+from quantkit.kernels.kv_store import Cache, Store
+
+#: Largest finite number of float8 e4m3; the cache saturates there.
+FP8_MAX = 448.0
+
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
     """(q - z) * s.
@@ -93,25 +98,112 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
 
 
-def kv_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Store new keys and values, in the caches' types, in their slots of the paged caches, in place.
+def quantize(x: Tensor, levels: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and minima, such that scale * code + minimum is about x: scale = (max - min) / levels over `dim`.
+
+    Scale and minimum are rounded to float16 first and the codes chosen for what they became, so that an error is at most
+    scale / 2 + 2^-11 (|min| + 2 |max - min|), and where float16 underflows 2^-25 (levels + 1) more.
+
+    Returns:
+        float32 codes 0 .. levels shaped like x, float16 scale and minimum shaped like x but for 1 in `dim`.
+    """
+    wide = x.float()
+    low, high = wide.amin(dim, keepdim=True), wide.amax(dim, keepdim=True)
+    scale, minimum = ((high - low) / levels).half(), low.half()
+    codes = ((wide - minimum.float()) / scale.float()).round().clamp(0, levels)
+    return codes.where(scale > 0, torch.zeros_like(codes)), scale, minimum
+
+
+def kv_write(key: Tensor, value: Tensor, key_cache: Cache, value_cache: Cache, slot_mapping: Tensor) -> None:
+    """Store new keys and values, as the caches hold them, in their slots of the paged caches, in place.
 
     Args:
         key: [T, Hkv, D].
         value: [T, Hkv, Dv].
-        key_cache: [num_blocks, block_size, Hkv, D], contiguous.
-        value_cache: [num_blocks, block_size, Hkv, Dv], contiguous.
+        key_cache: [num_blocks, block_size, Hkv, D], contiguous; or quantized.
+        value_cache: [num_blocks, block_size, Hkv, Dv], likewise.
         slot_mapping: int64 [T], block * block_size + offset of every token; -1 for padding, which is not written.
     """
     real = slot_mapping >= 0
-    key_cache.flatten(0, 1)[slot_mapping[real]] = key[real].to(key_cache.dtype)
-    value_cache.flatten(0, 1)[slot_mapping[real]] = value[real].to(value_cache.dtype)
+    for new, cache in ((key, key_cache), (value, value_cache)):
+        _write(new[real], cache, slot_mapping[real])
+
+
+def _write(new: Tensor, cache: Cache, slots: Tensor) -> None:
+    if isinstance(cache, Tensor):
+        if cache.dtype == torch.float8_e4m3fn:  # Indexing wants a type that is known to it.
+            new = new.float().clamp(-FP8_MAX, FP8_MAX).to(cache.dtype).view(torch.uint8)
+            cache = cache.view(torch.uint8)
+        cache.flatten(0, 1)[slots] = new.to(cache.dtype)
+    elif cache.open is None:
+        codes, scale, minimum = quantize(new, 255, -1)
+        cache.codes.flatten(0, 1)[slots] = codes.to(torch.uint8)
+        cache.params.flatten(0, 1)[slots] = torch.cat([scale, minimum], -1)
+    else:
+        assert cache.open_pages is not None
+        block_size = cache.open.shape[1]
+        blocks, offsets = slots // block_size, slots % block_size
+        cache.open[cache.open_pages[blocks].long(), offsets] = new.to(cache.open.dtype)
+        settle(cache, blocks[offsets == block_size - 1])
+
+
+def settle(store: Store, blocks: Tensor) -> None:
+    """Quantize full pages, int64 [n], from their open pages."""
+    assert store.open is not None
+    assert store.open_pages is not None
+    pages = store.open[store.open_pages[blocks].long()].float()
+    codes, scale, minimum = quantize(pages, 15, 1 if store.by_channel else -1)
+    params = torch.stack([scale[:, 0], minimum[:, 0]], 2) if store.by_channel else torch.cat([scale, minimum], -1)
+    store.codes[blocks], store.params[blocks] = _pack(codes), params
+    if store.lower is not None:
+        step = scale.float() / 16
+        rest = ((pages - (scale.float() * codes + minimum.float())) / step).round().clamp(-8, 7)
+        store.lower[blocks] = _pack(rest.where(step > 0, torch.zeros_like(rest)) + 8)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Two codes a byte: the first half of the last dimension below, the second above."""
+    low, high = codes.to(torch.uint8).chunk(2, -1)
+    return low | high << 4
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    return torch.cat([packed & 15, packed >> 4], -1).float()
+
+
+def stored(cache: Cache, blocks: Tensor, draft: bool = False) -> Tensor:
+    """What blocks hold, int64 [n], as floating [n, block_size, H, D]; float32 where it is quantized.
+
+    Args:
+        cache: keys or values of a layer.
+        blocks: which; of pages, full ones.
+        draft: of 4+4 bit, read the upper plane only.
+    """
+    if isinstance(cache, Tensor):
+        return cache.view(torch.uint8)[blocks].view(cache.dtype) if cache.dtype == torch.float8_e4m3fn else cache[blocks]
+    codes, params = cache.codes[blocks], cache.params[blocks].float()
+    scale, minimum = params[:, None].unbind(3) if cache.by_channel else (params[..., :1], params[..., 1:])
+    if cache.open is None:
+        return scale * codes.float() + minimum
+    if cache.lower is None or draft:
+        return scale * _unpack(codes) + minimum
+    return scale / 16 * (16 * _unpack(codes) + _unpack(cache.lower[blocks]) - 8) + minimum
+
+
+def _seen(cache: Cache, blocks: Tensor, position: int, draft: bool) -> Tensor:
+    """What a query at `position` sees of the tokens in `blocks`, its own page the last: [tokens, H, D]."""
+    if isinstance(cache, Tensor) or cache.open is None:
+        return stored(cache, blocks).flatten(0, 1)
+    assert cache.open_pages is not None
+    own = position // cache.open.shape[1]
+    before = stored(cache, blocks[:own], draft)
+    return torch.cat([before, cache.open[cache.open_pages[blocks[own:]].long()].to(before.dtype)]).flatten(0, 1)
 
 
 def paged_attention(
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    key_cache: Cache,
+    value_cache: Cache,
     block_table: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
@@ -120,13 +212,14 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    draft: bool = False,
 ) -> Tensor:
     """Causal attention of every sequence's newest tokens to all of its tokens, whose keys and values lie in the paged caches.
 
     Args:
         query: [T, Hq, D], the new tokens of all sequences one after the other; Hq is a multiple of Hkv.
-        key_cache: [num_blocks, block_size, Hkv, D].
-        value_cache: [num_blocks, block_size, Hkv, Dv].
+        key_cache: [num_blocks, block_size, Hkv, D]; or quantized, see `kv_store` for what a query then sees.
+        value_cache: [num_blocks, block_size, Hkv, Dv], likewise.
         block_table: int32 [S, max_blocks], physical block of each logical block; what lies beyond a sequence's length is
             arbitrary and not read.
         query_start: int32 [S + 1], first row of each sequence in `query`; the last entry is T.
@@ -136,6 +229,7 @@ def paged_attention(
         window: if above 0, the query at position p sees only the keys p - window + 1 .. p.
         softcap: if above 0, scores become softcap * tanh(scores / softcap).
         sinks: float [Hq], a further logit of each query head, which takes its share of the softmax and has no value.
+        draft: read only the upper plane of 4+4-bit caches.
 
     Returns:
         [T, Hq, Dv] in the query's dtype; computed in float32 (float64 for a float64 query).
@@ -143,13 +237,21 @@ def paged_attention(
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:2], value_cache.shape[-1])
     starts, lengths = query_start.tolist(), seq_lens.tolist()
+    block_size = key_cache.shape[1]
     for sequence, length in enumerate(lengths):
-        rows = slice(starts[sequence], starts[sequence + 1])
-        blocks = block_table[sequence, : -(-length // key_cache.shape[1])].long()
-        keys = key_cache[blocks].flatten(0, 1)[:length].to(wide)
-        values = value_cache[blocks].flatten(0, 1)[:length].to(wide)
-        positions = torch.arange(length - (rows.stop - rows.start), length, device=query.device)
-        out[rows] = _attention(query[rows].to(wide), keys, values, positions, scale, window, softcap, sinks).to(out.dtype)
+        row, stop = starts[sequence], starts[sequence + 1]
+        while row < stop:
+            position = length - (stop - row)
+            # Queries of one page see the same; without pages, all queries do.
+            paged = isinstance(key_cache, Store) and key_cache.open is not None
+            last = min(stop, row + block_size - position % block_size) if paged else stop
+            end = length - (stop - last)
+            blocks = block_table[sequence, : -(-max(end, 0) // block_size)].long()
+            keys, values = (_seen(c, blocks, position, draft)[: max(end, 0)].to(wide) for c in (key_cache, value_cache))
+            positions = torch.arange(position, end, device=query.device)
+            part = slice(row, last)
+            out[part] = _attention(query[part].to(wide), keys, values, positions, scale, window, softcap, sinks).to(out.dtype)
+            row = last
     return out
 
 

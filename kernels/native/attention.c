@@ -9,52 +9,21 @@
 /* Converted keys (or values) that a thread holds at a time. */
 #define CHUNK_FLOATS 65536
 
-static int64_t padded(int64_t dim) { return round_up(dim, 2 * LANES); }
-
 /* A partial result is {maximum, sum, weighted value [padded(value_dim)]}, the value in the order of `to_order`. */
 int64_t partial_floats(const Heads *h) { return 2 + padded(h->value_dim); }
 
-/* Up to CHUNK keys of a sequence: positions first .. first+count-1, and their slots in the caches. */
-typedef struct { int64_t first, count, slots[CHUNK]; } Keys;
-
-static void find_keys(const Pages *p, int64_t sequence, int64_t first, int64_t end, Keys *keys) {
+/* Keys from `first` on; those of pages from position `open` on are read from open pages. */
+static void find_keys(const Pages *p, int64_t sequence, int64_t first, int64_t end, int64_t open, Keys *keys) {
     const int32_t *table = p->block_table + sequence * p->table_width;
     int64_t block = first / p->block_size, offset = first % p->block_size;
     keys->first = first;
     keys->count = smaller(CHUNK, end - first);
+    keys->settled = smaller(keys->count, larger(0, open - first));
     for (int64_t i = 0; i < keys->count; i++) {
-        keys->slots[i] = table[block] * p->block_size + offset;
+        const int64_t place = i < keys->settled ? table[block] : p->open_pages[table[block]];
+        keys->slots[i] = place * p->block_size + offset;
         if (++offset == p->block_size) offset = 0, block++;
     }
-}
-
-/* KV heads head .. head+heads-1 of a cache of rows [kv_heads, dim]. */
-typedef struct { const void *cache; int64_t kv_heads, head, heads, dim; } Plane;
-
-/* Rows of some keys as floats [heads, CHUNK, padded(dim)]; 16-bit types with even and odd elements apart. Read in the order in
-   which they lie, all heads of a key together: the processor then fetches ahead, and memory gives twice as much. */
-INLINE void gather_as(int type, const Plane *plane, const Keys *keys, float *to) {
-    const int64_t dim = plane->dim, whole = dim / (2 * LANES) * (2 * LANES), width = padded(dim), size = type == F32 ? 4 : 2;
-    char tail[2 * LANES * 4] = {0};
-    for (int64_t i = 0; i < keys->count; i++) {
-        const char *row = (const char *)plane->cache + (keys->slots[i] * plane->kv_heads + plane->head) * dim * size;
-        for (int64_t head = 0; head < plane->heads; head++, row += dim * size) {
-            float *out = to + (head * CHUNK + i) * width;
-            for (int64_t d = 0; d < width; d += 2 * LANES) {
-                const char *at = row + d * size;
-                if (d == whole) at = memcpy(tail, at, (dim - whole) * size);
-                vu words = load_words(at);
-                store(out + d, type == F32 ? (vf)words : even_half(words, type));
-                store(out + d + LANES, type == F32 ? load((const float *)at + LANES) : odd_half(words, type));
-            }
-        }
-    }
-}
-
-static NOINLINE void gather(int64_t type, const Plane *plane, const Keys *keys, float *to) {
-    if (type == BF16) gather_as(BF16, plane, keys, to);
-    else if (type == F16) gather_as(F16, plane, keys, to);
-    else gather_as(F32, plane, keys, to);
 }
 
 /* Scores of one row against all CHUNK keys: lanes run along the head, 8 keys at a time. */
@@ -128,9 +97,11 @@ static void clear(const Heads *h, float *partial) {
 
 /* One chunk for all rows of a piece, the first of which stands at `position`: query [heads, rows, padded(dim)] against keys
    and values, partial results merged into total [heads, rows]. */
-static void attend_chunk(const Heads *h, const Plane *key_plane, const Plane *value_plane, const Keys *keys, int64_t position,
-                         int64_t rows, const float *query, float *const *total) {
-    const int64_t repeat = h->heads / h->kv_heads, dim = padded(h->dim), size = partial_floats(h), heads = key_plane->heads;
+static void attend_chunk(const Attention *a, int64_t head, int64_t heads, const Keys *keys, int64_t position, int64_t rows,
+                         const float *query, float *const *total) {
+    const Heads *h = a->heads;
+    const int64_t repeat = h->heads / h->kv_heads, dim = padded(h->dim), size = partial_floats(h);
+    const Side key_rows = key_side(h, a->pages, a->keys), value_rows = value_side(h, a->pages, a->values);
     float chunk[heads * CHUNK * larger(dim, size - 2)] __attribute__((aligned(64)));
     float weights[heads * rows * CHUNK], partial[heads * rows * size];
     int64_t low[rows], high[rows];
@@ -139,14 +110,14 @@ static void attend_chunk(const Heads *h, const Plane *key_plane, const Plane *va
         low[r] = h->window ? larger(0, end - h->window) : 0;
         high[r] = smaller(keys->count, end);
     }
-    gather(h->type, key_plane, keys, chunk);
+    gather(&key_rows, head, heads, keys, chunk);
     for (int64_t i = 0; i < heads * rows; i++) {
         const int64_t r = i % rows;
         if (low[r] >= high[r]) continue;
         score(query + i * dim, chunk + i / rows * CHUNK * dim, dim, weights + i * CHUNK);
         make_weights(h, weights + i * CHUNK, low[r], high[r], partial + i * size);
     }
-    gather(h->type, value_plane, keys, chunk);
+    gather(&value_rows, head, heads, keys, chunk);
     for (int64_t i = 0; i < heads * rows; i++) {
         const int64_t r = i % rows;
         if (low[r] >= high[r]) continue;
@@ -162,7 +133,7 @@ static void fetch_queries(const Attention *a, const Piece *piece, int64_t head, 
     for (int64_t i = 0; i < heads * rows; i++, query += padded(h->dim)) {
         const int64_t token = piece->query + i % rows / repeat, of = (head + i / rows) * repeat + i % repeat;
         const float *from = a->queries + token * a->query_stride + of * h->dim;
-        if (h->type == F32) to_order(F32, from, h->dim, h->scale, query);
+        if (order_of(h->type) == F32) to_order(F32, from, h->dim, h->scale, query);
         else to_order(BF16, from, h->dim, h->scale, query);
         total[i] = a->partials + ((a->plan->first_slot[token] + piece->part) * h->heads + of) * partial_floats(h);
         clear(h, total[i]);
@@ -175,16 +146,15 @@ static void attend_piece(const Attention *a, const Piece *piece, int64_t head, i
     const int64_t rows = piece->count * (h->heads / h->kv_heads), s = piece->sequence;
     const int64_t position = piece->query + p->lengths[s] - p->query_start[s + 1];
     const int64_t end = smaller(position + piece->count, piece->chunk_end * CHUNK);
-    const Plane keys = {a->keys, h->kv_heads, head, heads, h->dim};
-    const Plane values = {a->values, h->kv_heads, head, heads, h->value_dim};
+    const int64_t open = p->open_pages ? position / p->block_size * p->block_size : end; /* of its own page on */
     /* Chunks before the first query's window are seen by nobody. */
     int64_t chunk = h->window ? larger(piece->chunk, (position - h->window + 1) / CHUNK) : piece->chunk;
     float query[heads * rows * padded(h->dim)], *total[heads * rows];
     Keys some;
     fetch_queries(a, piece, head, heads, query, total);
     for (; chunk < piece->chunk_end; chunk++) {
-        find_keys(p, s, chunk * CHUNK, end, &some);
-        attend_chunk(h, &keys, &values, &some, position, rows, query, total);
+        find_keys(p, s, chunk * CHUNK, end, open, &some);
+        attend_chunk(a, head, heads, &some, position, rows, query, total);
     }
 }
 
@@ -218,7 +188,7 @@ void merge_query(const Attention *a, int64_t query, float *out) {
             const float maximum = total[0] > h->sinks[head] ? total[0] : h->sinks[head], keep = expf(total[0] - maximum);
             scale = keep / (total[1] * keep + expf(h->sinks[head] - maximum));
         }
-        if (h->type == F32) from_order(F32, total + 2, h->value_dim, scale, out);
+        if (order_of(h->type) == F32) from_order(F32, total + 2, h->value_dim, scale, out);
         else from_order(BF16, total + 2, h->value_dim, scale, out);
     }
 }
@@ -235,8 +205,8 @@ static void attention_body(void *argument) {
 }
 
 /* queries [tokens, heads, dim] -> out [tokens, heads, value_dim], both float. */
-EXPORT void quantkit_paged_attention(const Heads *heads, const Pages *pages, const float *queries, const void *keys,
-                                     const void *values, float *out, int threads) {
+EXPORT void quantkit_paged_attention(const Heads *heads, const Pages *pages, const float *queries, const Store *keys,
+                                     const Store *values, float *out, int threads) {
     Plan plan = make_plan(pages, heads->heads / heads->kv_heads);
     const int64_t slots = plan.first_slot[pages->query_start[pages->sequences]];
     float *partials = malloc(sizeof(float) * slots * heads->heads * partial_floats(heads));

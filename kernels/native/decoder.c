@@ -21,7 +21,7 @@ typedef struct {
     Heads heads;
     int64_t norm_all_heads;
     int64_t rope; /* which of the model's */
-    void *keys, *values;
+    Store keys, values;
 } Layer;
 
 /* Rotary position embedding: element i < pairs of a head turns with element i + pairs by position * frequencies[i]; both
@@ -43,6 +43,9 @@ typedef struct {
     const int64_t *slots;      /* [tokens], -1: not written */
     const int64_t *logit_rows; /* [rows], rows <= tokens */
     int64_t tokens, rows;
+    const int64_t *measured; /* [measured_count], tokens whose queries are wanted */
+    float *queries;          /* [layers, measured_count, heads * dim], normed and rotated */
+    int64_t measured_count;
 } Batch;
 
 /* What all threads share during a forward. */
@@ -128,8 +131,19 @@ static void place_token(const Forward *f, const Layer *l, int64_t token) {
     for (int64_t i = 0; i < h->heads + h->kv_heads; i++) /* keys lie behind the queries */
         rotate(query + i * h->dim, turn, pairs);
     if (slot < 0) return;
-    write_slot(l->keys, h->type, slot, h->kv_heads * h->dim, key);
-    write_slot(l->values, h->type, slot, h->kv_heads * h->value_dim, value);
+    const Side keys = key_side(h, &f->batch->pages, &l->keys), values = value_side(h, &f->batch->pages, &l->values);
+    write_row(&keys, slot, key);
+    write_row(&values, slot, value);
+}
+
+/* Quantize the pages that this batch has filled. */
+static void settle_pages(const Forward *f, const Layer *l) {
+    const Side keys = key_side(&l->heads, &f->batch->pages, &l->keys);
+    const Side values = value_side(&l->heads, &f->batch->pages, &l->values);
+    for (Range r = my_share(f->batch->tokens); r.first < r.last; r.first++) {
+        settle_slot(&keys, f->batch->slots[r.first]);
+        settle_slot(&values, f->batch->slots[r.first]);
+    }
 }
 
 /* hidden += residual * (normed) delta, for a token; then its (normed) hidden state, prepared for the next matrix. */
@@ -160,9 +174,17 @@ static void project(const Worker *w, const Matrix *matrix, float *out) {
 
 static void attention(const Worker *w, const Layer *l) {
     const Forward *f = w->all;
-    const Attention a = {&l->heads, &f->batch->pages, &f->plan, f->wide, l->qkv.rows, l->keys, l->values, f->partials};
+    const Attention a = {&l->heads, &f->batch->pages, &f->plan, f->wide, l->qkv.rows, &l->keys, &l->values, f->partials};
     for (Range r = my_share(f->batch->tokens); r.first < r.last; r.first++) place_token(f, l, r.first);
     wait_for_team();
+    const int64_t measured = f->batch->measured_count, layer = l - f->model->layers, width = l->heads.heads * l->heads.dim;
+    for (Range r = my_share(measured); r.first < r.last; r.first++)
+        memcpy(f->batch->queries + (layer * measured + r.first) * width, f->wide + f->batch->measured[r.first] * l->qkv.rows,
+               sizeof(float) * width);
+    if (l->heads.type == I4) {
+        settle_pages(f, l);
+        wait_for_team();
+    }
     attend_share(&a);
     wait_for_team();
     for (int64_t t = w->tokens.first; t < w->tokens.last; t++) {

@@ -5,10 +5,16 @@ import ctypes
 import torch
 from torch import Tensor
 
+from quantkit.kernels.kv_store import Cache
+from quantkit.kernels.kv_store import Store as QuantizedStore
+
 _POINTER, _INT, _WORD, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 #: Element types of dense matrices and caches (vec.h).
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+#: Further types of caches.
+_FP8, _INT8, _INT4 = 3, 4, 5
 
 
 class Matrix(ctypes.Structure):
@@ -25,9 +31,15 @@ class Pages(ctypes.Structure):
     """Block tables and lengths of a batch."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("block_table", "query_start", "lengths")),
-        *((name, _INT) for name in ("sequences", "table_width", "block_size")),
+        *((name, _POINTER) for name in ("block_table", "query_start", "lengths", "open_pages")),
+        *((name, _INT) for name in ("sequences", "table_width", "block_size", "draft")),
     ]
+
+
+class Store(ctypes.Structure):
+    """Keys or values of a layer."""
+
+    _fields_ = [*((name, _POINTER) for name in ("data", "params", "lower", "open"))]
 
 
 class Heads(ctypes.Structure):
@@ -49,7 +61,7 @@ class Layer(ctypes.Structure):
         *((name, _POINTER) for name in ("norm_query", "norm_key")),
         ("heads", Heads),
         *((name, _INT) for name in ("norm_all_heads", "rope")),
-        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, Store) for name in ("keys", "values")),
     ]
 
 
@@ -81,7 +93,29 @@ class Batch(ctypes.Structure):
         ("pages", Pages),
         *((name, _POINTER) for name in ("positions", "slots", "logit_rows")),
         *((name, _INT) for name in ("tokens", "rows")),
+        *((name, _POINTER) for name in ("measured", "queries")),
+        ("measured_count", _INT),
     ]
+
+
+def store(cache: Cache) -> Store:
+    """What the native kernels take. It borrows: the caller keeps the cache alive."""
+    if isinstance(cache, Tensor):
+        return Store(address(cache), None, None, None)
+    assert cache.open is None or cache.open.dtype == torch.bfloat16
+    return Store(*(address(tensor) for tensor in (cache.codes, cache.params, cache.lower, cache.open)))
+
+
+def kind(cache: Cache) -> int:
+    """The number of its type in vec.h."""
+    if isinstance(cache, QuantizedStore):
+        return _INT8 if cache.open is None else _INT4
+    return _FP8 if cache.dtype == torch.float8_e4m3fn else TYPES[cache.dtype]
+
+
+def open_pages(cache: Cache) -> int | None:
+    """Address of the table of open pages; None (NULL) where there is none."""
+    return address(cache.open_pages) if isinstance(cache, QuantizedStore) else None
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -29,8 +29,8 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 
-/* Element types of dense matrices and of KV caches. */
-enum { F32 = 0, BF16 = 1, F16 = 2 };
+/* Element types of dense matrices (the first three) and of KV caches; F8 is e4m3, I8 and I4 are codes. */
+enum { F32 = 0, BF16 = 1, F16 = 2, F8 = 3, I8 = 4, I4 = 5 };
 
 INLINE vf load(const float *from) { vf v; memcpy(&v, from, sizeof v); return v; }
 INLINE vu load_words(const void *from) { vu v; memcpy(&v, from, sizeof v); return v; }
@@ -61,6 +61,11 @@ INLINE uint32_t float_to_bits(float f) { uint32_t bits; memcpy(&bits, &f, sizeof
 INLINE vf half_to_float(vu half) {
     vf magnitude = (vf)((half & 0x7fffu) << 13) * HALF_REBIAS;
     return (vf)((vu)magnitude | (half & 0x8000u) << 16);
+}
+
+INLINE float from_half(uint16_t half) {
+    const float magnitude = bits_to_float((half & 0x7fffu) << 13) * HALF_REBIAS;
+    return bits_to_float(float_to_bits(magnitude) | (half & 0x8000u) << 16);
 }
 
 /* A word holds two neighbours of a 16-bit array: LANES words give the even elements, then the odd ones. Everything that

@@ -25,6 +25,9 @@ def evaluate(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     max_ppl_increase: Annotated[str | None, typer.Option(help="Gate: largest perplexity increase, e.g. 2%.")] = None,
     max_kl: Annotated[float | None, typer.Option(min=0, help="Gate: largest mean KL divergence, nats.")] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Run through the engine's KV cache of this type: auto, bf16, fp8, int8, int4 or int4+4.")
+    ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure speed and memory instead of quality.")] = False,
     device: options.Device = "auto",
     json_file: options.JsonFile = None,
@@ -42,6 +45,8 @@ def evaluate(
     if speed:
         if limit is not None or max_kl is not None:
             raise RecipeError("--speed measures no quality, so --max-ppl-increase and --max-kl cannot gate it; run eval twice")
+        if kv_dtype is not None:
+            raise RecipeError("--speed runs with the model's own type of KV cache; leave --kv-dtype out, or --speed")
         _speed(model, baseline, device, json_file, quiet=quiet)
         return
     request = EvalRequest(
@@ -51,6 +56,7 @@ def evaluate(
         windows=windows,
         seq_len=seq_len,
         device=options.device(device),
+        kv_dtype=kv_dtype,
     )
     with tables.stage_bar(enabled=not quiet and sys.stderr.isatty()) as advance:
         report = run(request, advance)

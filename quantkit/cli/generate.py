@@ -14,7 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from quantkit.checkpoint.locate import locate
 from quantkit.cli import options, tables
 from quantkit.errors import RequestError
+from quantkit.runtime.block_store import Offload
 from quantkit.runtime.engine import EngineConfig
+from quantkit.runtime.eviction import FULL, Budget
 from quantkit.runtime.paged_model import CacheOptions
 from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.sequence import Output
@@ -46,11 +48,23 @@ def generate(
     kv_memory: Annotated[
         str | None, typer.Option(help="Memory of the KV cache, e.g. 2GiB; default: half of what is free.")
     ] = None,
+    kv_policy: Annotated[
+        str, typer.Option(help="What a sequence keeps of its past: full, window, sinks (the start, too) or scored.")
+    ] = FULL,
+    kv_budget: Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens that it keeps, for all but full.")] = None,
+    kv_offload: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Host memory for known prefixes that leave the cache, e.g. 4GiB.")
+    ] = None,
+    kv_offload_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where they go when that is full, too.")] = None,
+    kv_dtype: options.KvDtype = "auto",
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence; default: the model's context.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.")] = 32,
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens a step; longer prompts come in pieces.")] = 512,
     spec: Annotated[
-        str, typer.Option(metavar="off|ngram|draft:MODEL|qspec", help="Who drafts tokens that the model then checks at once.")
+        str,
+        typer.Option(
+            metavar="off|ngram|draft:MODEL|qspec|quantspec", help="Who drafts tokens that the model then checks at once."
+        ),
     ] = "off",
     draft_len: Annotated[str, typer.Option(metavar="N|auto", help="Tokens of a draft; auto: what pays.")] = "auto",
     draft_act_bits: Annotated[int, typer.Option(help="Bits of qspec's activations, 4 or 8.")] = 8,
@@ -80,11 +94,13 @@ def generate(
     )
     texts: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else []
     memory = None if kv_memory is None else options.byte_size(kv_memory, "--kv-memory")
+    cache = CacheOptions(memory, max_model_len, max_batch, token_budget, dtype=kv_dtype, budget=Budget(kv_policy, kv_budget))
     session = Session(
         locate(model),
         options.device(device),
-        CacheOptions(memory=memory, max_model_len=max_model_len, max_batch=max_batch),
+        cache,
         EngineConfig(max_batch=max_batch, token_budget=token_budget, draft_len=options.draft_length(draft_len)),
+        _offload(kv_offload, kv_offload_dir),
         spec,
         draft_act_bits,
     )
@@ -104,6 +120,14 @@ def generate(
         if summary.speculation is not None:
             typer.echo(tables.speculated(summary.speculation), err=True)
     options.write_json(json_file, {"completions": [_completion(output) for output in outputs], "summary": summary.to_json()})
+
+
+def _offload(memory: str | None, folder: Path | None) -> Offload | None:
+    if memory is not None:
+        return Offload(options.byte_size(memory, "--kv-offload"), folder)
+    if folder is not None:
+        raise RequestError("--kv-offload-dir takes what host memory does not hold; add --kv-offload SIZE")
+    return None
 
 
 def _write(output: Output) -> None:

@@ -108,6 +108,8 @@ def eval_table(report: EvalReport, model: str, baseline: str | None) -> Table:
     """`quantkit eval`."""
     table = named("model", "perplexity", "change", "KL mean", "KL p99", "top-1", "bits/weight", "size")
     table.title = f"{report.windows} windows of {report.seq_len} tokens, text: {report.text}"
+    if report.kv_bytes_per_token is not None:
+        table.caption = f"{model}: KV cache {report.kv_dtype}, {report.kv_bytes_per_token:,.0f} bytes a token"
 
     def row(name: str, entry: EvalRow, change: str) -> None:
         m = entry.metrics
@@ -159,11 +161,15 @@ def speed_table(reports: list[SpeedReport]) -> Table:
 def generated(summary: Summary) -> str:
     """One line about a run of `quantkit generate`."""
     decode = "" if summary.decode_tps is None else f", {summary.decode_tps:.1f} tokens/s each"
+    blocks = {"dropped": summary.evicted_blocks, "offloaded": summary.offloaded_blocks, "fetched": summary.fetched_blocks}
+    moved = ", ".join(f"{count} {what}" for what, count in blocks.items() if count)
+    moved = f"; KV blocks: {moved}" if moved else ""
     cached = f" ({summary.cached_tokens} from the prefix cache)" if summary.cached_tokens else ""
     return (
         f"{summary.prompt_tokens} prompt tokens{cached}, {summary.output_tokens} new ones in {summary.seconds:.2f} s: "
         f"{summary.output_tps:.1f} tokens/s in all, first token after {1000 * summary.ttft_seconds:.0f} ms{decode}; "
-        f"loaded in {summary.load_seconds:.2f} s, peak memory {size(summary.peak_memory_bytes)}"
+        f"loaded in {summary.load_seconds:.2f} s, peak memory {size(summary.peak_memory_bytes)}, "
+        f"KV cache {size(summary.kv_memory_bytes)} for {summary.kv_tokens:,} tokens{moved}"
     )
 
 

@@ -21,7 +21,7 @@ from quantkit.checkpoint.reader import Checkpoint, sha256
 from quantkit.corpus import evaluation_rows, load_tokenizer, tokens_sha256
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.evaluate.metrics import Metrics, measure
-from quantkit.evaluate.stream import final_hidden, open_model
+from quantkit.evaluate.stream import final_hidden, open_cached, open_model
 from quantkit.usage import cpu_seconds, peak_memory
 
 #: Tokens over which kernels are compared with dequantized weights: enough for a perplexity, a fraction of the whole.
@@ -30,7 +30,11 @@ _CHECKED_TOKENS = 2048
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to evaluate: folders, text (see `corpus`), windows of seq_len tokens, device."""
+    """What to evaluate: folders, text (see `corpus`), windows of seq_len tokens, device.
+
+    With `kv_dtype` the model, not the baseline, runs through the engine's kernels and a paged KV cache of that type; what
+    this adds to the numbers without it is what the cache costs.
+    """
 
     model: Path
     baseline: Path | None
@@ -38,6 +42,7 @@ class EvalRequest:
     windows: int
     seq_len: int
     device: torch.device
+    kv_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class EvalReport:
     """Everything that `--json` holds.
 
     `kernel_difference` is how far the perplexity through the engine's kernels is from that of the dequantized weights in
-    float32, relative, over the first windows; None for a model that is not quantized.
+    float32, relative, over the first windows; None for a model that is not quantized, and where a cache has its share in it.
+    `kv_bytes_per_token` is what the KV cache of `kv_dtype` takes, open pages not counted.
     """
 
     text: str
@@ -72,6 +78,8 @@ class EvalReport:
     model: EvalRow
     baseline: EvalRow | None
     kernel_difference: float | None
+    kv_dtype: str | None
+    kv_bytes_per_token: float | None
     cpu_seconds: float
     peak_memory_bytes: int
 
@@ -99,8 +107,11 @@ def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> 
     """
     checkpoint = Checkpoint(request.model)
     tokens = evaluation_rows(request.text, request.windows, request.seq_len, load_tokenizer(checkpoint))
-    packed = "quantization_config" in checkpoint.config
-    model = open_model(checkpoint, request.device, packed=packed)
+    packed = "quantization_config" in checkpoint.config and request.kv_dtype is None
+    cached = None
+    if request.kv_dtype is not None:
+        cached = open_cached(checkpoint, request.device, request.kv_dtype, request.seq_len)
+    model = open_model(checkpoint, request.device, packed=packed) if cached is None else cached
     reference: tuple[BlockModel, Tensor] | None = None
     baseline: EvalRow | None = None
     if request.baseline is not None:
@@ -124,6 +135,8 @@ def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> 
         model=row,
         baseline=baseline,
         kernel_difference=difference,
+        kv_dtype=request.kv_dtype,
+        kv_bytes_per_token=None if cached is None else cached.cache.bytes_per_token,
         cpu_seconds=cpu_seconds(),
         peak_memory_bytes=peak_memory(),
     )

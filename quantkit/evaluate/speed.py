@@ -155,16 +155,16 @@ def _rate(model: PagedModel, tokens: int, run: Callable[[PagedModel, Tensor], No
 
 
 def _prefill(model: PagedModel, prompt: Tensor) -> None:
-    model.forward(_lone_batch(model, prompt, 0))
+    model.forward(lone_batch(model, prompt, 0))
 
 
 def _decode(model: PagedModel, prompt: Tensor) -> None:
     token = prompt[:1]
     for position in range(len(prompt)):
-        token = model.forward(_lone_batch(model, token, position)).argmax(-1).cpu()
+        token = model.forward(lone_batch(model, token, position)).argmax(-1).cpu()
 
 
-def _lone_batch(model: PagedModel, tokens: Tensor, start: int) -> Batch:
+def lone_batch(model: PagedModel, tokens: Tensor, start: int) -> Batch:
     """The next tokens of one sequence that owns the first blocks of the cache."""
     stop, device = start + len(tokens), model.definition.device
     positions = torch.arange(start, stop, device=device)

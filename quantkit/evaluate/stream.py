@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from quantkit.blocks import BlockModel
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.definition import realise_buffers
 from quantkit.errors import NumericsError
+from quantkit.runtime import attention
+from quantkit.runtime.batch import Batch
+from quantkit.runtime.kv_cache import KVCache
+from quantkit.runtime.kv_format import LayerShape, cache_format
 from quantkit.runtime.load import Source, load_block
 
 #: Tokens that run through a block at once.
@@ -30,8 +35,72 @@ class PackedBlockModel(BlockModel):
         yield module
 
 
+class CachedBlockModel(PackedBlockModel):
+    """A packed block model whose attention reads keys and values from the engine's paged cache, through its kernels.
+
+    A window is one sequence, whose prompt is computed in one step. What a token sees depends on positions only, not on how a
+    text is cut into steps (see `kernels.kv_store`), so these are the numbers that the engine's tokens have when they are
+    generated one by one.
+
+    Attributes:
+        cache: of one window, all layers; every window overwrites it.
+    """
+
+    def use_cache(self, kv_dtype: str, length: int) -> None:
+        """Make the cache, for windows of `length` tokens. To be called once.
+
+        Raises:
+            ResourceError: there is no such type, or not for this model or device.
+        """
+        self._model.set_attn_implementation(attention.register())
+        heads = self.config.num_key_value_heads
+        blocks: Any = self._blocks
+        widths = [block.self_attn.head_dim for block in blocks]
+        layers = [LayerShape(heads, width, width) for width in widths]
+        form = cache_format(kv_dtype, self.config.dtype or self.dtype, layers, self.device)
+        count = -(-length // form.block_size)
+        self.cache = KVCache(layers, count, form.block_size, form, self.device, pages=count)
+        batch = _window(length, count)
+        self.cache.prepare(batch, draft=False)
+        self._paged = attention.Paged(batch.to(self.device), self.cache)
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """As the base class; blocks get the cache too. One window at a time."""
+        assert len(tokens) == 1
+        hidden, kwargs = super().embed(tokens)
+        return hidden, [each | {"paged": self._paged} for each in kwargs]
+
+
+def _window(length: int, blocks: int) -> Batch:
+    """A sequence that fills the first blocks of a cache in one step."""
+    tokens = torch.arange(length)
+    return Batch(
+        token_ids=tokens,  # The block walk brings the hidden states themselves.
+        positions=tokens,
+        slot_mapping=tokens,
+        block_table=torch.arange(blocks, dtype=torch.int32)[None],
+        query_start=torch.tensor([0, length], dtype=torch.int32),
+        seq_lens=torch.tensor([length], dtype=torch.int32),
+        logit_rows=tokens,
+        max_query_len=length,
+        max_seq_len=length,
+    )
+
+
+def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, length: int) -> CachedBlockModel:
+    """A model to be evaluated with a KV cache of the type that `--kv-dtype` names, over windows of `length` tokens.
+
+    Raises:
+        QuantkitError: it cannot be read, or cannot have such a cache.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = CachedBlockModel(checkpoint, dense_source(checkpoint), dtype, device)
+    model.use_cache(kv_dtype, length)
+    return model
+
+
 def open_model(checkpoint: Checkpoint, device: torch.device, *, packed: bool = False) -> BlockModel:
-    """A model to be evaluated.
+    """A model to be evaluated without a KV cache.
 
     Args:
         checkpoint: a checkpoint or an artifact.
@@ -59,7 +128,7 @@ def final_hidden(model: BlockModel, tokens: Tensor, advance: Callable[[int, int]
     Raises:
         NumericsError: the model overflows.
     """
-    rows = max(1, _BATCH_TOKENS // tokens.shape[1])
+    rows = 1 if isinstance(model, CachedBlockModel) else max(1, _BATCH_TOKENS // tokens.shape[1])
     hidden = torch.empty(*tokens.shape, model.config.hidden_size)
     kwargs = {}
     for batch, target in zip(tokens.split(rows), hidden.split(rows), strict=True):

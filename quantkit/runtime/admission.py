@@ -1,22 +1,34 @@
 """Whether a request can be served at all: decided when it arrives, before anything is allocated for it."""
 
 from quantkit.errors import RequestError
+from quantkit.runtime.eviction import UNBOUNDED
 from quantkit.runtime.model import Model
 from quantkit.runtime.request import Request
 
 
-def length_limit(request: Request, model: Model) -> int:
+def most_held(model: Model, capacity: int) -> int | None:
+    """Longest text, without its last token, that KV memory serves; None where eviction keeps any text within it."""
+    held = model.num_blocks * model.block_size
+    return None if capacity <= held else held
+
+
+def length_limit(request: Request, model: Model, capacity: int = UNBOUNDED) -> int:
     """Tokens, prompt and output together, at which a sequence of `request` ends.
 
     The last token is only ever output, so it takes no room in the KV cache.
+
+    Args:
+        request: what came in.
+        model: what would serve it.
+        capacity: tokens of a sequence that are held at most.
     """
-    held, asked = model.num_blocks * model.block_size + 1, request.params.max_tokens
+    held, asked = most_held(model, capacity), request.params.max_tokens
     if asked is None:
-        return min(model.max_model_len, held)
+        return model.max_model_len if held is None else min(model.max_model_len, held + 1)
     return min(model.max_model_len, len(request.prompt) + asked)
 
 
-def check_request(request: Request, model: Model, max_batch: int, has_text: bool) -> None:
+def check_request(request: Request, model: Model, max_batch: int, has_text: bool, capacity: int = UNBOUNDED) -> None:
     """Refuse what this model cannot serve.
 
     Args:
@@ -24,6 +36,7 @@ def check_request(request: Request, model: Model, max_batch: int, has_text: bool
         model: what would serve it.
         max_batch: sequences that run at a time.
         has_text: whether tokens can be turned into text.
+        capacity: tokens of a sequence that are held at most.
 
     Raises:
         RequestError: no prompt, or one that is longer than the context or than KV memory, a token that the model does not
@@ -38,8 +51,8 @@ def check_request(request: Request, model: Model, max_batch: int, has_text: bool
     if len(prompt) >= model.max_model_len:
         limit = f"{model.max_model_len:,} tokens, prompt and output together"
         raise RequestError(f"the prompt has {len(prompt):,} tokens and the context is {limit}; shorten the prompt")
-    held, needed = model.num_blocks * model.block_size, max(len(prompt), length_limit(request, model) - 1)
-    if needed > held:
+    held, needed = most_held(model, capacity), max(len(prompt), length_limit(request, model, capacity) - 1)
+    if held is not None and needed > held:
         raise RequestError(
             f"KV memory holds {held:,} tokens, this request needs up to {needed:,}; lower max_tokens or give more memory"
         )

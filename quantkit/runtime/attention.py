@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from quantkit.kernels import cpu
+from quantkit.kernels import cpu_attention
+from quantkit.kernels.block_mass import block_mass
+from quantkit.kernels.kv_store import Cache
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.kv_cache import KVCache
 
@@ -21,10 +23,11 @@ KEY = "quantkit_paged"
 
 @dataclass(frozen=True)
 class Paged:
-    """What every layer's attention needs beside query, key and value."""
+    """What every layer's attention needs beside query, key and value: see `PagedModel.forward`."""
 
     batch: Batch
     cache: KVCache
+    draft: bool = False
 
 
 def attend(
@@ -57,29 +60,41 @@ def attend(
     keys, values = paged.cache.keys[layer], paged.cache.values[layer]
     write, run = _kernels(query.device.type, batch.max_query_len)
     write(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch.slot_mapping)
-    out = run(
-        query[0].transpose(0, 1),
-        keys,
-        values,
-        batch.block_table,
-        batch.query_start,
-        batch.seq_lens,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window or 0,
-        softcap=softcap or 0.0,
-        sinks=s_aux,
-    )
+    shape: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "window": sliding_window or 0,
+        "softcap": softcap or 0.0,
+        "sinks": s_aux,
+    }
+    queries = query[0].transpose(0, 1)
+    tables = batch.block_table, batch.query_start, batch.seq_lens
+    out = run(queries, keys, values, *tables, **shape, draft=paged.draft)
+    if batch.measured is not None:
+        measure(batch, queries[batch.measured.rows], keys, **shape)
     return out[None], None
+
+
+def measure(batch: Batch, queries: Tensor, keys: Cache, **shape: Any) -> None:
+    """Add a layer's attention of the measured tokens, queries [O, Hq, D], to the batch's; `shape` as for `block_mass`."""
+    assert batch.measured is not None
+    which = batch.measured.sequences
+    batch.measured.mass.add_(block_mass(queries, keys, batch.block_table[which], batch.seq_lens[which], **shape))
 
 
 def _kernels(device: str, max_query_len: int) -> tuple[Callable[..., None], Callable[..., Tensor]]:
     """What writes to the cache, and what attends."""
     if device == "cpu":
-        return cpu.kv_write, cpu.paged_attention
+        return cpu_attention.kv_write, cpu_attention.paged_attention
     from quantkit.kernels.kv_write import kv_write  # Triton is slow to import, and only Linux has it.
     from quantkit.kernels.paged_attention import paged_attention
 
     return kv_write, partial(paged_attention, max_query_len=max_query_len)
+
+
+def layer_window(attention: Any, config: Any) -> int:
+    """Tokens that an attention layer of transformers sees, the query's own included; 0 for all."""
+    found = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
+    return int(found or 0)
 
 
 def register() -> str:

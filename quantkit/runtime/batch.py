@@ -11,20 +11,40 @@ from quantkit.runtime.sequence import Scheduled
 
 
 @dataclass(frozen=True)
+class Measured:
+    """O sequences of a batch whose attention is wanted, that of their last token (see `kernels.block_mass`).
+
+    Attributes:
+        sequences: int64 [O], which ones.
+        rows: int64 [O], their last tokens among all of the batch.
+        mass: float32 [O, B], zero; the forward adds every layer's.
+    """
+
+    sequences: Tensor
+    rows: Tensor
+    mass: Tensor
+
+    def to(self, device: torch.device) -> "Measured":
+        """The same on `device`; mass that is added there stays there."""
+        return Measured(self.sequences.to(device), self.rows.to(device), self.mass.to(device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """T new tokens of S sequences.
 
     Attributes:
         token_ids: int64 [T].
-        positions: int64 [T], from 0 in every sequence.
+        positions: int64 [T], from 0 in every sequence's text. All that follows speaks of the tokens that are held.
         slot_mapping: int64 [T], block * block_size + offset at which a token's key and value are stored; -1: nowhere.
-        block_table: int32 [S, B], the physical block of each logical block. Entries behind a sequence's last block are 0
-            and must not be read.
+        block_table: int32 [S, B], the physical blocks in the order of their tokens. Entries behind a sequence's last block are
+            0 and must not be read.
         query_start: int32 [S + 1], cumulated counts of new tokens.
         seq_lens: int32 [S], tokens in the cache once this step's are written.
         logit_rows: int64 [R], ascending: which of the T tokens need logits.
         max_query_len: most new tokens of a sequence.
         max_seq_len: most tokens of a sequence.
+        measured: sequences whose attention is measured; None: of none.
     """
 
     token_ids: Tensor
@@ -36,15 +56,17 @@ class Batch:
     logit_rows: Tensor
     max_query_len: int
     max_seq_len: int
+    measured: Measured | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Batch(**moved, max_query_len=self.max_query_len, max_seq_len=self.max_seq_len)
+        measured = None if self.measured is None else self.measured.to(device)
+        return Batch(**moved, max_query_len=self.max_query_len, max_seq_len=self.max_seq_len, measured=measured)
 
 
-def build_batch(scheduled: Sequence[Scheduled], block_size: int) -> Batch:
-    """The batch of a step, on the CPU; there is at least one sequence in it.
+def build_batch(scheduled: Sequence[Scheduled], block_size: int, measured: Sequence[int] = ()) -> Batch:
+    """The batch of a step, on the CPU; there is at least one sequence in it. `measured` are places in `scheduled`.
 
     Everything is gathered in `array`s that the tensors then share: converting lists would cost more than the rest.
     """
@@ -55,22 +77,30 @@ def build_batch(scheduled: Sequence[Scheduled], block_size: int) -> Batch:
         tokens.extend(sequence.tokens[first:stop])
         tokens.extend(draft.tokens)
         positions.extend(range(first, stop))
-        slots.extend([blocks[p // block_size] * block_size + p % block_size for p in range(first, stop)])
+        held = range(sequence.num_held, sequence.num_held + num_tokens)
+        slots.extend([blocks[i // block_size] * block_size + i % block_size for i in held])
         rows.extend(range(len(tokens) - num_logits, len(tokens)))
         starts.append(len(tokens))
-        lengths.append(stop)
+        lengths.append(held.stop)
+    table = _block_table([entry.sequence.blocks for entry in scheduled])
     return Batch(
         token_ids=torch.frombuffer(tokens, dtype=torch.int64),
         positions=torch.frombuffer(positions, dtype=torch.int64),
         slot_mapping=torch.frombuffer(slots, dtype=torch.int64),
-        block_table=_block_table([entry.sequence.blocks for entry in scheduled]),
+        block_table=table,
         query_start=torch.frombuffer(starts, dtype=torch.int32),
         seq_lens=torch.frombuffer(lengths, dtype=torch.int32),
         # An empty buffer cannot be shared.
         logit_rows=torch.frombuffer(rows, dtype=torch.int64) if rows else torch.empty(0, dtype=torch.int64),
         max_query_len=max(entry.num_tokens for entry in scheduled),
         max_seq_len=max(lengths),
+        measured=_measured(measured, starts, table.shape[1]) if measured else None,
     )
+
+
+def _measured(places: Sequence[int], starts: "array[int]", width: int) -> Measured:
+    rows = [starts[place + 1] - 1 for place in places]
+    return Measured(torch.tensor(places), torch.tensor(rows), torch.zeros(len(places), width))
 
 
 def _block_table(tables: "list[array[int]]") -> Tensor:

@@ -13,8 +13,10 @@ from random import Random
 from quantkit.errors import RequestError
 from quantkit.runtime.accept import accept, ended, joined
 from quantkit.runtime.admission import check_request, length_limit
+from quantkit.runtime.block_store import BlockStore
 from quantkit.runtime.detokenize import Decode, TextStream
 from quantkit.runtime.draft_length import MOST_DRAFTED
+from quantkit.runtime.eviction import Eviction, check_windows
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.model import Model
 from quantkit.runtime.proposer import Proposer
@@ -33,6 +35,7 @@ class EngineConfig:
         max_batch: running sequences at most.
         token_budget: new tokens in a step at most. Fewer bound how long a prompt's chunk holds up the others' tokens.
         prefix_caching: whether finished blocks are kept for prompts that start alike.
+        eviction: what a sequence drops to stay within a budget; None: nothing.
         draft_len: tokens of a draft, where there is a proposer; None: as many as pay, down to none.
 
     Raises:
@@ -42,6 +45,7 @@ class EngineConfig:
     max_batch: int = 64
     token_budget: int = 512
     prefix_caching: bool = True
+    eviction: Eviction | None = None
     draft_len: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class Engine:
         *,
         decode: Decode | None = None,
         eos_token_ids: Collection[int] = (),
+        store: BlockStore | None = None,
         proposer: Proposer | None = None,
     ) -> None:
         """
@@ -77,13 +82,21 @@ class Engine:
             decode: token ids to text; without it every text is empty.
             eos_token_ids: end a sequence unless its request ignores them.
             proposer: guesses tokens, so that a step gives several; without it every step gives one.
+            store: keeps known prefixes that must leave the model's cache.
+
+        Raises:
+            RequestError: the model has sliding windows that eviction would widen, or a store has no prefixes to keep.
         """
         self.model = model
         self._config = config or EngineConfig()
         self._decode = decode
         self._eos = frozenset(eos_token_ids)
-        self._kv = KVManager(model.num_blocks, model.block_size, self._config.prefix_caching)
-        budget = self._config.token_budget
+        if self._config.eviction is not None:
+            check_windows(self._config.eviction, model.block_size, model.sliding_window)
+        caching, budget, self._store = self._config.prefix_caching, self._config.token_budget, store
+        if store is not None and not caching:
+            raise RequestError("--kv-offload keeps known prefixes, and prefix caching is off; leave out one or the other")
+        self._kv = KVManager(model.num_blocks, model.block_size, caching, self._config.eviction, store)
         self._speculation = Speculation(proposer, self._config.draft_len, self._kv, budget)
         self._scheduler = Scheduler(self._kv, self._config.max_batch, budget, self._speculation.released)
         self._stepper = Stepper(model, self._kv, self._scheduler, self._speculation)
@@ -112,6 +125,8 @@ class Engine:
             prefix_hits=scheduler.prefix_hits,
             preemptions=scheduler.preemptions,
             steps=self._steps,
+            evicted_blocks=self._kv.evicted,
+            offload=None if self._store is None else self._store.stats,
             speculation=self._speculation.stats,
         )
 
@@ -121,7 +136,7 @@ class Engine:
         Raises:
             RequestError: it can never be served; nothing is allocated.
         """
-        check_request(request, self.model, self._config.max_batch, self._decode is not None)
+        check_request(request, self.model, self._config.max_batch, self._decode is not None, self._kv.capacity)
         request_id, timing = next(self._ids), Timing(time.monotonic())
         sequences = [self._sequence(request, request_id, index, timing) for index in range(request.params.n)]
         sequences[0].forks = sequences[1:]
@@ -203,7 +218,7 @@ class Engine:
             params=params,
             tokens=prompt,
             num_prompt=len(prompt),
-            limit=length_limit(request, self.model),
+            limit=length_limit(request, self.model, self._kv.capacity),
             stop_tokens=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
             text=TextStream(self._decode or _no_text, prompt, params.stop, params.include_stop),
             # A string, because neighbouring seeds must not share samples.

@@ -35,20 +35,23 @@ def bucket(sequences: int, max_batch: int) -> int:
 class DecodeGraphs:
     """Graphs of a model's decode steps, captured when first needed."""
 
-    def __init__(self, run: Callable[[Batch], Tensor], cache: KVCache, max_model_len: int, max_batch: int) -> None:
+    def __init__(self, run: Callable[[Batch, bool], Tensor], cache: KVCache, max_model_len: int, max_batch: int) -> None:
         self._run, self._cache, self._max_batch = run, cache, max_batch
         self._max_model_len = max_model_len
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._captured: dict[tuple[int, int, bool], _Captured] = {}
         self._pool: Any = None
 
-    def forward(self, batch: Batch) -> Tensor | None:
-        """Logits [R, V] of a batch in which every sequence has the same few new tokens and all need logits; else None."""
+    def forward(self, batch: Batch, draft: bool) -> Tensor | None:
+        """Logits [R, V] of a batch whose sequences all have the same few new tokens, which all need logits; else None.
+
+        A batch in which attention is measured goes the long way, too.
+        """
         sequences, tokens = len(batch.seq_lens), len(batch.token_ids)
         length = batch.max_query_len
         uniform = tokens == sequences * length and length <= MAX_QUERY_LEN and sequences <= self._max_batch
-        if not uniform or len(batch.logit_rows) != tokens:
+        if not uniform or len(batch.logit_rows) != tokens or batch.measured is not None:
             return None
-        key = bucket(sequences, self._max_batch), length
+        key = bucket(sequences, self._max_batch), length, draft
         if key not in self._captured:
             self._captured[key] = self._capture(*key)
         captured = self._captured[key]
@@ -56,16 +59,16 @@ class DecodeGraphs:
         captured.graph.replay()
         return captured.logits[:tokens].clone()
 
-    def _capture(self, sequences: int, length: int) -> _Captured:
-        static = _padding(sequences, length, -(-self._max_model_len // self._cache.block_size), self._cache.keys[0].device)
+    def _capture(self, sequences: int, length: int, draft: bool) -> _Captured:
+        static = _padding(sequences, length, -(-self._max_model_len // self._cache.block_size), self._cache.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._run(static)  # Warm-up: kernels are compiled and tuned outside the capture.
+            self._run(static, draft)  # Warm-up: kernels are compiled and tuned outside the capture.
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._run(static)
+            logits = self._run(static, draft)
         self._pool = graph.pool()
         return _Captured(graph, static, logits)
 

@@ -1,82 +1,139 @@
-"""The paged key/value cache: two tensors a layer, sized from the memory that may be used."""
+"""The paged key/value cache, sized from the memory that may be used.
+
+Plain and int8 caches hold each token for itself. An int4 block is quantized as a whole, from a 16-bit open page:
+
+- a block has a page from the step that first writes to it until a step of the same sequence, not a draft, begins behind it;
+- between steps, what lies in a block before a sequence's length is final; what is behind it (rejected drafts) is overwritten;
+- a block's quantized form is that of the tokens of whoever reads it, since readers stand behind the block's last slot, whose
+  write quantized it. So full blocks may be shared, published and copied like any other, without their pages;
+- a block that is not full is never published; where two samples share one, it is copied with its page before either writes.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import ResourceError
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What one layer stores per token: KV heads, and the width of a key and of a value head."""
-
-    heads: int
-    key_width: int
-    value_width: int
-
-    @property
-    def values(self) -> int:
-        """Numbers stored per token."""
-        return self.heads * (self.key_width + self.value_width)
+from quantkit.kernels.kv_store import Cache, Store
+from quantkit.runtime.batch import Batch
+from quantkit.runtime.kv_format import CacheFormat, LayerShape
+from quantkit.runtime.open_pages import OpenPages
 
 
 class KVCache:
     """Keys and values of all layers.
 
     Attributes:
-        keys, values: per layer, [num_blocks, block_size, heads, width].
+        keys, values: per layer, [num_blocks, block_size, heads, width], plain or quantized.
+        format: how they are stored.
         block_size: tokens in a block.
         num_blocks: blocks; every layer has all of them, so that one block table serves all layers.
+        device: where they lie.
+        block_bytes: size of a block over all layers, without open pages.
     """
 
     def __init__(
-        self, layers: Sequence[LayerShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Sequence[LayerShape],
+        num_blocks: int,
+        block_size: int,
+        format: CacheFormat,
+        device: torch.device,
+        pages: int = 0,
     ) -> None:
+        """`pages`: open pages, where the format has them; see `open_pages.pages_needed`."""
+        self.format, self.device = format, device
         self.num_blocks, self.block_size = num_blocks, block_size
+        self._open = OpenPages(num_blocks, block_size, pages, device) if format.paged else None
+        table = None if self._open is None else self._open.table
+        both = [format.layer(layer, num_blocks, block_size, device, table, pages) for layer in layers]
+        self.keys: list[Cache] = [keys for keys, _ in both]
+        self.values: list[Cache] = [values for _, values in both]
 
-        def blocks(heads: int, width: int) -> Tensor:
-            return torch.empty(num_blocks, block_size, heads, width, dtype=dtype, device=device)
+        self._planes = [
+            plane.view(torch.uint8)  # Whatever its type, it can be indexed so.
+            for cache in (*self.keys, *self.values)
+            for plane in (cache.planes if isinstance(cache, Store) else (cache,))
+        ]
+        self.block_bytes = sum(plane.nbytes for plane in self._planes) // num_blocks
 
-        self.keys = [blocks(layer.heads, layer.key_width) for layer in layers]
-        self.values = [blocks(layer.heads, layer.value_width) for layer in layers]
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that a token takes, open pages not counted."""
+        return self.block_bytes / self.block_size
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        """Size in bytes, open pages included."""
+        return sum(cache.nbytes for cache in (*self.keys, *self.values))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it holds."""
+        return self.num_blocks * self.block_size
+
+    def prepare(self, batch: Batch, draft: bool) -> None:
+        """Make ready for a step's writes; called with the batch on the CPU before every forward."""
+        if self._open is not None:
+            self._open.prepare(batch, draft)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, (from, to) each, in every layer; no block is both read and written."""
+        """Copy whole blocks, (from, to) each, in every layer; a source that is another pair's target stands before it."""
         if not pairs:
             return
-        source, target = torch.tensor(pairs, device=self.keys[0].device).unbind(1)
-        for tensor in (*self.keys, *self.values):
-            tensor[target] = tensor[source]
+        source, target = torch.tensor(pairs, device=self.device).unbind(1)
+        for plane in self._planes:
+            plane[target] = plane[source]
+        pages = [] if self._open is None else self._open.copy(pairs)
+        for cache in (*self.keys, *self.values):
+            for old, new in pages:
+                assert isinstance(cache, Store)
+                assert cache.open is not None
+                cache.open[new] = cache.open[old]
 
+    def export_block(self, block: int) -> Tensor:
+        """A copy of all bytes of a full block, uint8 [block_bytes], on the cache's device."""
+        return torch.cat([plane[block].view(-1) for plane in self._planes])
 
-def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes that one block takes over all layers."""
-    return block_size * dtype.itemsize * sum(layer.values for layer in layers)
+    def import_block(self, block: int, data: Tensor) -> None:
+        """Set all bytes of a block from uint8 [block_bytes] on the cache's device."""
+        parts = [plane[block].view(-1) for plane in self._planes]
+        for part, piece in zip(parts, data.split([len(part) for part in parts]), strict=True):
+            part.copy_(piece)
 
 
 def blocks_for(
-    layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype, memory: int, max_model_len: int, max_batch: int
+    layers: Sequence[LayerShape],
+    block_size: int,
+    format: CacheFormat,
+    memory: int,
+    longest: int,
+    max_batch: int,
+    pages: int = 0,
+    option: str = "--max-model-len",
 ) -> int:
-    """How many blocks to allocate: what `memory` bytes hold, but no more than max_batch full contexts could use.
+    """How many blocks to allocate: what `memory` bytes hold beside `pages` open pages, but no more than max_batch sequences
+    could use.
+
+    Args:
+        layers, block_size, format: of the cache.
+        memory: bytes.
+        longest: tokens that one sequence holds at most.
+        max_batch: sequences at a time.
+        pages: open pages.
+        option: what set `longest`.
 
     Raises:
-        ResourceError: not even one full context fits.
+        ResourceError: not even one sequence fits.
     """
-    size = block_bytes(layers, block_size, dtype)
-    one = -(-max_model_len // block_size)
-    count = min(memory // size, one * max_batch)
+    size, apart = format.block_bytes(layers, block_size), pages * format.page_bytes(layers, block_size)
+    one = -(-longest // block_size)
+    count = min((memory - apart) // size, one * max_batch)
     if count < one:
-        fits = memory // size * block_size
+        fits = max(0, memory - apart) // size * block_size
         raise ResourceError(
-            f"--kv-memory of {memory / 2**20:.0f} MiB holds {fits:,} tokens, one request of --max-model-len {max_model_len:,} "
-            f"needs {one * size / 2**20:.0f} MiB; give more memory or lower --max-model-len"
+            f"--kv-memory of {memory / 2**20:.0f} MiB holds {fits:,} tokens, one request of {option} {longest:,} "
+            f"needs {(one * size + apart) / 2**20:.0f} MiB; give more memory or lower {option}"
         )
     return count

@@ -1,10 +1,12 @@
-"""Block tables of sequences: which blocks they hold, share, copy before writing, publish and give back."""
+"""Block tables of sequences: which blocks they hold, share, copy before writing, publish, evict and give back."""
 
 from collections import defaultdict
 from collections.abc import Iterable
 
 from quantkit.runtime.block_pool import BlockPool
-from quantkit.runtime.prefix_cache import ROOT, PrefixCache
+from quantkit.runtime.block_store import BlockStore
+from quantkit.runtime.eviction import UNBOUNDED, Eviction
+from quantkit.runtime.prefix_cache import ROOT, Entry, PrefixCache
 from quantkit.runtime.sequence import Sequence
 
 
@@ -12,20 +14,32 @@ class KVManager:
     """Owner of the blocks, and of the fields of a sequence that speak of them.
 
     A block is written by one sequence only: shared blocks are full, or are copied before the next token is written.
+    A sequence that has dropped blocks publishes no more: what it computes then is not what its text alone would give.
 
     Attributes:
         block_size: tokens in a block.
         pool: the blocks.
+        capacity: tokens that a sequence holds at most.
         cache: which of them hold known prefixes.
         copies: (from, to) blocks to copy before the next forward.
+        evicted: blocks that sequences dropped to stay within their budget, since the start.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_caching: bool,
+        eviction: Eviction | None = None,
+        store: BlockStore | None = None,
+    ) -> None:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks)
-        self.cache = PrefixCache()
+        self.cache = PrefixCache(store)
         self.copies: list[tuple[int, int]] = []
-        self._prefix_caching = prefix_caching
+        self.evicted = 0
+        self._prefix_caching, self._eviction = prefix_caching, eviction
+        self.capacity = UNBOUNDED if eviction is None else eviction.blocks * block_size
 
     def admit(self, sequence: Sequence, budget: int, reserve: int) -> int:
         """Give a sequence without blocks its cached prefix and room for its first new tokens; 0 when they do not fit.
@@ -44,30 +58,49 @@ class KVManager:
             return 0
         nodes = self._match(sequence) if self._prefix_caching else []
         start = len(nodes) * self.block_size
-        num_tokens = min(len(sequence.tokens) - start, budget)
-        taken = sum(self.pool.references[block] == 0 for block, _ in nodes)
-        if taken + self._blocks(start + num_tokens) - len(nodes) + reserve > self.pool.num_free:
+        num_tokens = min(len(sequence.tokens) - start, budget, self.capacity - start)
+        held = [block for block, _ in nodes if block is not None]
+        taken = sum(self.pool.references[block] == 0 for block in held)
+        if taken + self._blocks(start + num_tokens) - len(held) + reserve > self.pool.num_free:
             return 0
-        for block, node in nodes:
-            self.pool.share(block)
-            sequence.blocks.append(block)
-            sequence.chain = node
-        sequence.num_published, sequence.num_computed = len(nodes), start
+        if self._attach(sequence, nodes) < start:
+            # Fewer came back from the store than it had.
+            start = sequence.num_computed
+            num_tokens = min(len(sequence.tokens) - start, budget, self.capacity - start)
         fits = self.extend(sequence, num_tokens)
         assert fits
         return num_tokens
 
+    def make_way(self, sequence: Sequence) -> int:
+        """Drop blocks of a sequence that has filled its budget; how many tokens it may compute before it is full again."""
+        if self._eviction is not None and sequence.num_held == self.capacity:
+            scores, logical = self._eviction.aged(sequence.scores, sequence.mass), sequence.logical_blocks
+            dropped = self._eviction.drop(scores)
+            for place in reversed(dropped):
+                block = sequence.blocks.pop(place)
+                self.pool.release(block, keep=block in self.cache)
+            sequence.evicted = sorted([*sequence.evicted, *(logical[place] for place in dropped)])
+            sequence.mass, sequence.scores = [], [score for place, score in enumerate(scores) if place not in dropped]
+            sequence.num_evicted += len(dropped) * self.block_size
+            self.evicted += len(dropped)
+        return self.capacity - sequence.num_held
+
+    def measures(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether the attention of the last of the next `num_tokens` tokens decides what is dropped behind it."""
+        scored = self._eviction is not None and self._eviction.policy.scored
+        return scored and sequence.num_held + num_tokens == self.capacity
+
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room for the next `num_tokens` tokens; False, and nothing changed, when blocks run out."""
-        size, first = self.block_size, sequence.num_computed // self.block_size
-        missing = self._blocks(sequence.num_computed + num_tokens) - len(sequence.blocks)
+        size, first = self.block_size, sequence.num_held // self.block_size
+        missing = self._blocks(sequence.num_held + num_tokens) - len(sequence.blocks)
         shared = [i for i in range(first, len(sequence.blocks)) if self.pool.references[sequence.blocks[i]] > 1]
         if missing + len(shared) > self.pool.num_free:
             return False
         for i in shared:
             source, sequence.blocks[i] = sequence.blocks[i], self._take()
             self.pool.release(source, keep=False)
-            if i * size < sequence.num_computed:
+            if i * size < sequence.num_held:
                 self.copies.append((source, sequence.blocks[i]))
         sequence.blocks.extend(self._take() for _ in range(missing))
         return True
@@ -75,7 +108,7 @@ class KVManager:
     def commit(self, sequence: Sequence, num_tokens: int) -> None:
         """Note that the next `num_tokens` tokens are in the cache for good; publish the blocks that they filled."""
         sequence.num_computed += num_tokens
-        if not self._prefix_caching:
+        if not self._prefix_caching or sequence.num_evicted:
             return
         size = self.block_size
         for i in range(sequence.num_published, sequence.num_computed // size):
@@ -85,7 +118,7 @@ class KVManager:
 
     def trim(self, sequence: Sequence, num_tokens: int = 0) -> None:
         """Give back the blocks behind the next `num_tokens` tokens: what was reserved for drafts and is not needed."""
-        while len(sequence.blocks) > self._blocks(sequence.num_computed + num_tokens):
+        while len(sequence.blocks) > self._blocks(sequence.num_held + num_tokens):
             self.pool.release(sequence.blocks.pop(), keep=False)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -94,6 +127,8 @@ class KVManager:
             self.pool.share(block)
         child.blocks = parent.blocks[:]
         child.num_computed, child.num_published, child.chain = parent.num_computed, parent.num_published, parent.chain
+        child.num_evicted, child.evicted = parent.num_evicted, parent.evicted[:]
+        child.scores, child.mass = parent.scores[:], parent.mass[:]
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from a sequence. Last ones first, so that the ends of prefixes are evicted before their starts."""
@@ -101,6 +136,7 @@ class KVManager:
             self.pool.release(block, keep=block in self.cache)
         del sequence.blocks[:]
         sequence.num_computed, sequence.num_published, sequence.chain = 0, 0, ROOT
+        sequence.num_evicted, sequence.evicted, sequence.scores, sequence.mass = 0, [], [], []
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert that the pool adds up, and that every block's holders are these sequences and may share it."""
@@ -108,9 +144,12 @@ class KVManager:
         self.cache.check()
         holders: dict[int, list[tuple[Sequence, int]]] = defaultdict(list)
         for sequence in sequences:
-            assert self._blocks(sequence.num_computed) <= len(sequence.blocks) <= self._blocks(len(sequence.tokens))
+            evicted, held = sequence.num_evicted, len(sequence.blocks)
+            assert evicted == len(sequence.evicted) * self.block_size
+            assert self._blocks(sequence.num_held) <= held <= self._blocks(len(sequence.tokens) - evicted)
+            assert held * self.block_size <= self.capacity, "a sequence is over its budget"
             assert sequence.num_published * self.block_size <= sequence.num_computed
-            for i, block in enumerate(sequence.blocks):
+            for i, block in zip(sequence.logical_blocks, sequence.blocks, strict=True):
                 holders[block].append((sequence, i))
         for block, count in enumerate(self.pool.references):
             assert len(holders[block]) == count, f"block {block} has {len(holders[block])} holders and counts {count}"
@@ -128,11 +167,31 @@ class KVManager:
                 assert i < sequence.num_published, f"block {block} is cached before it is full"
                 assert self.cache.tokens(block) == tuple(sequence.tokens[i * size : (i + 1) * size])
 
-    def _match(self, sequence: Sequence) -> list[tuple[int, int]]:
-        """Cached (block, node) of the longest known prefix that leaves at least one token to compute."""
-        nodes: list[tuple[int, int]] = []
+    def _attach(self, sequence: Sequence, nodes: list[Entry]) -> int:
+        """Give a sequence its cached prefix, up to a block that the store does not give back; how many tokens that are."""
+        for block, _ in nodes:  # before any other is taken
+            if block is not None:
+                self.pool.share(block)
+        for i, (block, node) in enumerate(nodes):
+            if block is None:
+                block = self._take()
+                tokens = sequence.tokens[i * self.block_size : (i + 1) * self.block_size]
+                if not self.cache.fetch(sequence.chain, tokens, block):
+                    self.pool.release(block, keep=False)
+                    for behind, _ in nodes[i + 1 :]:
+                        if behind is not None:
+                            self.pool.release(behind, keep=True)
+                    break
+            sequence.blocks.append(block)
+            sequence.chain = node
+        sequence.num_published, sequence.num_computed = len(sequence.blocks), len(sequence.blocks) * self.block_size
+        return sequence.num_computed
+
+    def _match(self, sequence: Sequence) -> list[Entry]:
+        """Cached entries of the longest known prefix that leaves a token to compute, and a block of a budget."""
+        nodes: list[Entry] = []
         size, node = self.block_size, ROOT
-        for stop in range(size, len(sequence.tokens), size):
+        for stop in range(size, min(len(sequence.tokens), self.capacity), size):
             entry = self.cache.find(node, sequence.tokens[stop - size : stop])
             if entry is None:
                 break

@@ -20,7 +20,7 @@ from quantkit.definition import read_config, realise_buffers, skeleton
 from quantkit.errors import CheckpointError
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.runtime import attention
-from quantkit.runtime.kv_cache import LayerShape
+from quantkit.runtime.kv_format import LayerShape
 from quantkit.runtime.linear import Embedding, Linear, Member, Merged, Norm, ready
 
 #: Buffers that some tools store and every model computes.

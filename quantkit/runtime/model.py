@@ -16,17 +16,20 @@ class Model(Protocol):
         max_model_len: longest sequence, prompt and output together.
         block_size: tokens in a KV block.
         num_blocks: KV blocks.
+        sliding_window: tokens that a layer of a limited view sees, the widest such; 0 where every layer sees everything.
     """
 
     vocab_size: int
     max_model_len: int
     block_size: int
     num_blocks: int
+    sliding_window: int
 
     def forward(self, batch: Batch) -> Tensor:
         """Write the batch's keys and values to their slots; logits, float32 [R, V], on the model's device.
 
-        The batch is on the CPU. The result belongs to the caller, who may change it.
+        The batch is on the CPU. The result belongs to the caller, who may change it. Where sequences are measured, their
+        attention is added to `batch.measured`.
         """
         ...
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from quantkit.kernels import native
 from quantkit.kernels.cpu import CpuWeight
+from quantkit.kernels.kv_store import Cache
 from quantkit.kernels.native import structs
+from quantkit.runtime.attention import measure
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.linear import head_bits
 
@@ -121,23 +123,19 @@ class NativeDecoder:
     """Runs batches against paged caches."""
 
     def __init__(
-        self,
-        model: DecoderModel,
-        key_caches: Sequence[Tensor],
-        value_caches: Sequence[Tensor],
-        activation_bits: int = 0,
+        self, model: DecoderModel, key_caches: Sequence[Cache], value_caches: Sequence[Cache], activation_bits: int = 0
     ) -> None:
         """
         Args:
             model: kept alive, as the caches are; needs native kernels (`native.library()` is not None).
-            key_caches, value_caches: per layer, [num_blocks, block_size, kv_heads, head_dim] in float32, bfloat16 or float16.
+            key_caches, value_caches: per layer, [num_blocks, block_size, kv_heads, head_dim], plain or quantized.
             activation_bits: 4 or 8 rounds what packed weights multiply (see `linear.rounding`); 0 does not.
         """
         library = native.library()
         assert library is not None, "no native kernels"
         assert len(model.layers) == len(key_caches) == len(value_caches)
         self._library, self._model, self._caches = library, model, (*key_caches, *value_caches)
-        self._block_size = key_caches[0].shape[1]
+        self._block_size, self._open_pages = key_caches[0].shape[1], structs.open_pages(key_caches[0])
         pairs = zip(model.layers, zip(key_caches, value_caches, strict=True), strict=True)
         layers = [_layer(model, layer, keys, values, activation_bits) for layer, (keys, values) in pairs]
         self._layers = (structs.Layer * len(layers))(*layers)
@@ -150,41 +148,55 @@ class NativeDecoder:
             *(len(layers), len(ropes), hidden, inner, ACTIVATIONS[model.activation], model.epsilon, model.residual_scale),
         )
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Write the batch's keys and values to their slots; logits, float32 [R, V]. At most T rows have logits."""
+    def forward(self, batch: Batch, draft: bool = False) -> Tensor:
+        """Write the batch's keys and values to their slots; logits, float32 [R, V]. At most T rows have logits.
+
+        With `draft`, attention reads the upper plane of 4+4-bit caches only.
+        """
         model, tokens, rows = self._model, len(batch.token_ids), len(batch.logit_rows)
         hidden = torch.nn.functional.embedding(batch.token_ids, model.embedding).float()
         if model.embedding_scale != 1.0:
             hidden *= model.embedding_scale
         logits = torch.empty(rows, model.head.weight.shape[0])
         addresses = (structs.address(tensor) for tensor in (batch.block_table, batch.query_start, batch.seq_lens))
-        pages = structs.Pages(*addresses, *batch.block_table.shape, self._block_size)
+        pages = structs.Pages(*addresses, self._open_pages, *batch.block_table.shape, self._block_size, draft)
         addresses = (structs.address(tensor) for tensor in (batch.positions, batch.slot_mapping, batch.logit_rows))
-        call = structs.Batch(pages, *addresses, tokens, rows)
+        queries, measured = self._queries(batch)
+        wanted = structs.address(measured), structs.address(queries), len(measured)
+        call = structs.Batch(pages, *addresses, tokens, rows, *wanted)
         outputs = c_void_p(hidden.data_ptr()), c_void_p(logits.data_ptr())
         if self._library.quantkit_decoder_forward(byref(self._decoder), byref(call), *outputs, native.threads()):
             raise MemoryError(f"no memory for a forward of {tokens} tokens")
+        if batch.measured is not None:
+            for layer, keys, of_layer in zip(model.layers, self._caches, queries, strict=False):  # keys come first
+                shape = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap, "sinks": layer.sinks}
+                measure(batch, of_layer, keys, **shape)
         if model.logit_scale != 1.0:
             logits *= model.logit_scale
         return logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap) if model.logit_softcap > 0 else logits
 
+    def _queries(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Room for every layer's queries of the measured tokens, float32 [layers, O, heads, head_dim], and which these are."""
+        model, rows = self._model, torch.empty(0, dtype=torch.int64) if batch.measured is None else batch.measured.rows
+        return torch.empty(len(model.layers), len(rows), model.heads, model.head_dim), rows
 
-def _layer(model: DecoderModel, layer: DecoderLayer, keys: Tensor, values: Tensor, activation_bits: int) -> structs.Layer:
+
+def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache, activation_bits: int) -> structs.Layer:
     queries, width = model.heads * model.head_dim, model.head_dim
     assert layer.qkv.weight.shape[0] == queries + 2 * model.kv_heads * width
     assert layer.out.weight.shape[1] == queries
     assert keys.shape == values.shape
     assert keys.shape[2:] == (model.kv_heads, width)
-    assert keys.dtype == values.dtype
+    assert structs.kind(keys) == structs.kind(values)
     all_heads = layer.norm_query is not None and len(layer.norm_query) != width
     shape = structs.Heads(
         *(_floats(layer.sinks), model.heads, model.kv_heads, width, width),
-        *(layer.window, structs.TYPES[keys.dtype], layer.scale, layer.softcap),
+        *(layer.window, structs.kind(keys), layer.scale, layer.softcap),
     )
     matrices = (_matrix(projection, activation_bits) for projection in (layer.qkv, layer.out, layer.gate_up, layer.down))
     norms = (layer.norm_attention, layer.norm_attention_out, layer.norm_mlp, layer.norm_mlp_out)
     vectors = (_floats(vector) for vector in (*norms, layer.norm_query, layer.norm_key))
-    caches = structs.address(keys), structs.address(values)
+    caches = structs.store(keys), structs.store(values)
     return structs.Layer(*matrices, *vectors, shape, all_heads, layer.rope, *caches)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantkit.architecture import Norms
 from quantkit.kernels import native
 from quantkit.kernels.cpu import CpuWeight
+from quantkit.runtime.attention import layer_window
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.linear import Embedding, Linear, Member, Norm
@@ -26,7 +27,7 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 
 
-def native_decoder(definition: Definition, cache: KVCache, activation_bits: int = 0) -> Callable[[Batch], Tensor] | None:
+def native_decoder(definition: Definition, cache: KVCache, activation_bits: int = 0) -> Callable[[Batch, bool], Tensor] | None:
     """The native decoder's forward for a model on the CPU, see `NativeDecoder`; None where there is none."""
     if native.library() is None:
         return None
@@ -75,7 +76,6 @@ def _layer(block: Any, norms: Norms, config: Any, ropes: dict[str, tuple[Rope, i
     if len(out) < len(found):
         return None
     kind = getattr(attention, "layer_type", None)
-    window = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
     before_attention, behind_attention, before_mlp, behind_mlp = (_norm(block, name) for name in norms)
     return DecoderLayer(
         qkv=out[0],
@@ -89,7 +89,7 @@ def _layer(block: Any, norms: Norms, config: Any, ropes: dict[str, tuple[Rope, i
         scale=attention.scaling,
         norm_query=_norm(attention, "q_norm"),
         norm_key=_norm(attention, "k_norm"),
-        window=window or 0,
+        window=layer_window(attention, config),
         softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
         rope=ropes[kind if kind in ropes else ""][1] if ropes else 0,
     )

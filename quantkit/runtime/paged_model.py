@@ -6,7 +6,7 @@ transformers' definition. On a GPU decode steps replay CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,14 +15,20 @@ from torch import Tensor
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import RequestError, ResourceError
 from quantkit.kernels import cpu
-from quantkit.runtime.attention import Paged
+from quantkit.runtime.attention import Paged, layer_window
 from quantkit.runtime.batch import Batch
+from quantkit.runtime.eviction import Budget
 from quantkit.runtime.graphs import DecodeGraphs
-from quantkit.runtime.kv_cache import KVCache, block_bytes, blocks_for
+from quantkit.runtime.kv_cache import KVCache, blocks_for
+from quantkit.runtime.kv_format import CacheFormat, cache_format
 from quantkit.runtime.linear import packed, rounding
 from quantkit.runtime.load import Definition, load_definition
 from quantkit.runtime.native_build import native_decoder
+from quantkit.runtime.open_pages import pages_needed
 from quantkit.usage import available_memory, keep_freed_memory, trim_memory
+
+#: A forward through the definition: a batch on the model's device, and whether it is a draft.
+Run = Callable[[Batch, bool], Tensor]
 
 #: Share of the free memory that the cache takes when `--kv-memory` is not given.
 _CACHE_SHARE = 0.5
@@ -36,15 +42,19 @@ class CacheOptions:
         memory: bytes; None takes half of what is free.
         max_model_len: longest sequence; None takes the model's context, or as much of it as fits.
         max_batch: sequences that run at a time.
-        block_size: tokens in a block.
-        dtype: of keys and values; None takes the checkpoint's.
+        step_tokens: new tokens in a step at most.
+        block_size: tokens in a block; None takes the format's own.
+        dtype: of keys and values: a name of `kv_format.KV_DTYPES`, or a type of plain numbers.
+        budget: what a sequence keeps of its past; memory must hold as much.
     """
 
     memory: int | None = None
     max_model_len: int | None = None
     max_batch: int = 64
-    block_size: int = 16
-    dtype: torch.dtype | None = None
+    step_tokens: int = 512
+    block_size: int | None = None
+    dtype: str | torch.dtype = "auto"
+    budget: Budget = field(default_factory=Budget)
 
 
 class PagedModel:
@@ -53,45 +63,51 @@ class PagedModel:
     Attributes:
         definition: the loaded model.
         cache: keys and values.
-        vocab_size, max_model_len, block_size, num_blocks: what the engine must know.
+        vocab_size, max_model_len, block_size, num_blocks, sliding_window: what the engine must know.
     """
 
     def __init__(self, definition: Definition, options: CacheOptions) -> None:
         """
         Raises:
-            ResourceError: the cache cannot hold one sequence of max_model_len.
+            ResourceError: the cache cannot hold one sequence of max_model_len, or cannot be of the wanted type.
         """
         self.definition = definition
         self.vocab_size: int = definition.config.vocab_size
-        self.block_size = options.block_size
-        dtype = options.dtype or _cache_dtype(definition)
+        form = cache_format(options.dtype, _declared(definition), definition.layers, definition.device)
+        self.block_size = options.block_size or form.block_size
         memory = _memory(options, definition.device)
-        self.max_model_len = _length(definition, options, dtype, memory)
-        self.num_blocks = blocks_for(
-            definition.layers, options.block_size, dtype, memory, self.max_model_len, options.max_batch
-        )
-        self.cache = KVCache(definition.layers, self.num_blocks, options.block_size, dtype, definition.device)
+        pages = pages_needed(self.block_size, options.max_batch, options.step_tokens) if form.paged else 0
+        apart = pages * form.page_bytes(definition.layers, self.block_size)
+        self.max_model_len = _length(definition, options, form, self.block_size, memory, apart)
+        longest, of = min((self.max_model_len, "--max-model-len"), (options.budget.capacity(self.block_size), "--kv-budget"))
+        sizes = memory, longest, options.max_batch, pages, of
+        self.num_blocks = blocks_for(definition.layers, self.block_size, form, *sizes)
+        self.cache = KVCache(definition.layers, self.num_blocks, self.block_size, form, definition.device, pages)
+        blocks = definition.module.get_submodule(definition.family.blocks)
+        self.sliding_window = max(layer_window(block.self_attn, definition.config) for block in blocks)
         self._max_batch = options.max_batch
         self._small_step = self._small_steps(self._run, 0)
 
-    def _small_steps(self, run: Callable[[Batch], Tensor], activation_bits: int) -> Callable[[Batch], Tensor | None]:
+    def _small_steps(self, run: Run, activation_bits: int) -> Callable[[Batch, bool], Tensor | None]:
         """A faster way than `run` for the batches that allow it; it answers None for others."""
         if self.definition.device.type == "cuda":
             return DecodeGraphs(run, self.cache, self.max_model_len, self._max_batch).forward
         decoder = native_decoder(self.definition, self.cache, activation_bits)
         if decoder is None:
-            return lambda batch: None
-        return lambda batch: decoder(batch) if cpu.native_is_best(len(batch.token_ids)) else None
+            return lambda batch, draft: None
+        return lambda batch, draft: decoder(batch, draft) if cpu.native_is_best(len(batch.token_ids)) else None
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
-        """Write the batch's keys and values, return float32 logits [R, V] of its `logit_rows`."""
-        batch = batch.to(self.definition.device)
-        out = self._small_step(batch)
-        return self._run(batch) if out is None else out
+    def forward(self, batch: Batch, draft: bool = False) -> Tensor:
+        """Write the batch's keys and values, return float32 logits [R, V] of its `logit_rows`.
+
+        With `draft` the tokens are tentative: until a forward without it has computed them again, one may begin before them.
+        Attention then reads only the upper plane of an "int4+4" cache.
+        """
+        return self._forward(batch, draft, self._run, self._small_step)
 
     def rounded(self, activation_bits: int) -> Callable[[Batch], Tensor]:
-        """`forward` with inputs of packed weights rounded to 4 or 8 bits: the draft pass of QSpec (arXiv 2410.11305).
+        """`forward` of a draft with inputs of packed weights rounded to 4 or 8 bits: QSpec (arXiv 2410.11305).
 
         It reads the same weights and writes its keys and values to the same cache, where those of `forward` belong.
 
@@ -102,23 +118,26 @@ class PagedModel:
             raise RequestError("--spec qspec: drafts with packed weights, and this model has none; quantize it first")
         linears, head = self.definition.linears(), self.definition.module.get_output_embeddings()
 
-        def run(batch: Batch) -> Tensor:
+        def run(batch: Batch, draft: bool) -> Tensor:
             with rounding(linears, head, activation_bits):
-                return self._run(batch)
+                return self._run(batch, draft)
 
         small_step = self._small_steps(run, activation_bits)
+        return torch.inference_mode()(lambda batch: self._forward(batch, True, run, small_step))
 
-        @torch.inference_mode()
-        def forward(batch: Batch) -> Tensor:
-            batch = batch.to(self.definition.device)
-            out = small_step(batch)
-            return run(batch) if out is None else out
+    def _forward(self, batch: Batch, draft: bool, run: Run, small_step: Callable[[Batch, bool], Tensor | None]) -> Tensor:
+        self.cache.prepare(batch, draft)
+        moved = batch.to(self.definition.device)
+        out = small_step(moved, draft)
+        out = run(moved, draft) if out is None else out
+        if batch.measured is not None and moved.measured is not None:
+            batch.measured.mass.copy_(moved.measured.mass)
+        return out
 
-        return forward
-
-    def _run(self, batch: Batch) -> Tensor:
+    def _run(self, batch: Batch, draft: bool) -> Tensor:
         module, tokens, positions = self.definition.module, batch.token_ids[None], batch.positions[None]
-        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "paged": Paged(batch, self.cache)}
+        paged = Paged(batch, self.cache, draft)
+        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "paged": paged}
         if not len(batch.logit_rows):
             module.base_model(**inputs)  # A prompt's piece that is not its last: only keys and values are wanted.
             return torch.empty(0, self.vocab_size, device=tokens.device)
@@ -151,12 +170,11 @@ def open_with_draft(folder: Path, draft: Path, device: torch.device, options: Ca
     main, small = (load_definition(Checkpoint(each), device) for each in (folder, draft))
     trim_memory()
     memory = _memory(options, device)
-    sizes = [block_bytes(one.layers, options.block_size, options.dtype or _cache_dtype(one)) for one in (main, small)]
+    forms = [cache_format(options.dtype, _declared(one), one.layers, device) for one in (main, small)]
+    sizes = [form.block_bytes(one.layers, form.block_size) for form, one in zip(forms, (main, small), strict=True)]
     share = memory * sizes[0] // sum(sizes)
     model = PagedModel(main, replace(options, memory=share))
-    left = memory - share
-    longest = min(model.max_model_len, small.config.max_position_embeddings, left // sizes[1] * options.block_size)
-    drafter = PagedModel(small, replace(options, memory=left, max_model_len=longest or None))
+    drafter = PagedModel(small, replace(options, memory=memory - share, max_model_len=None, budget=Budget()))
     keep_freed_memory()
     return model, drafter
 
@@ -166,7 +184,7 @@ def _memory(options: CacheOptions, device: torch.device) -> int:
     return int(_CACHE_SHARE * _free(device)) if options.memory is None else options.memory
 
 
-def _cache_dtype(definition: Definition) -> torch.dtype:
+def _declared(definition: Definition) -> torch.dtype:
     """The type that the checkpoint declares; on a CPU activations are wider, but a wider cache would only be slower."""
     declared = definition.config.dtype
     return declared if isinstance(declared, torch.dtype) else definition.dtype
@@ -176,8 +194,8 @@ def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
-def _length(definition: Definition, options: CacheOptions, dtype: torch.dtype, memory: int) -> int:
-    """Longest sequence.
+def _length(definition: Definition, options: CacheOptions, form: CacheFormat, block_size: int, memory: int, apart: int) -> int:
+    """Longest sequence; of the `memory`, `apart` bytes are not for blocks.
 
     Raises:
         ResourceError: it is asked to be longer than the model's context, or nothing fits.
@@ -187,7 +205,8 @@ def _length(definition: Definition, options: CacheOptions, dtype: torch.dtype, m
         if options.max_model_len > context:
             raise ResourceError(f"--max-model-len {options.max_model_len:,} is longer than the model's context of {context:,}")
         return options.max_model_len
-    fits = memory // block_bytes(definition.layers, options.block_size, dtype) * options.block_size
-    if fits == 0:
-        raise ResourceError(f"--kv-memory of {memory:,} bytes does not hold a block of {options.block_size} tokens; give more")
-    return min(context, fits)
+    fits = (memory - apart) // form.block_bytes(definition.layers, block_size) * block_size
+    if fits <= 0:
+        beside = f" beside {apart:,} bytes of open pages" if apart else ""
+        raise ResourceError(f"--kv-memory of {memory:,} bytes does not hold a block of {block_size} tokens{beside}; give more")
+    return context if options.budget.capacity(block_size) <= fits else min(context, fits)

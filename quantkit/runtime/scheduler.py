@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
+from quantkit.runtime.eviction import UNBOUNDED
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.sequence import Scheduled, Sequence, Status
 
@@ -23,7 +24,8 @@ class Scheduler:
     """The two queues.
 
     Attributes:
-        running: sequences with blocks, oldest first; only the last one may still have a prompt to compute.
+        running: sequences with blocks, oldest first; only the last one may still have a prompt to compute, unless eviction
+            bounds the chunks of prompts.
         waiting: sequences without blocks, oldest first; the first was preempted or comes next.
         preemptions, prefix_queries, prefix_hits: counts since the start; the latter two of prompt tokens.
     """
@@ -53,7 +55,7 @@ class Scheduler:
         spare = self._token_budget - len(self.running)
         while len(scheduled) < len(self.running):
             sequence = self.running[len(scheduled)]
-            num_tokens = min(sequence.num_pending, 1 + spare)
+            num_tokens = min(sequence.num_pending, 1 + spare, self._kv.make_way(sequence))
             if not self._make_room(sequence, num_tokens):
                 return scheduled
             scheduled.append(_part(sequence, num_tokens))
@@ -86,7 +88,8 @@ class Scheduler:
         assert everyone == sorted(everyone, key=attrgetter("order")), "a younger sequence is before an older one"
         assert sum(sequence.num_slots for sequence in self.running) <= self._max_batch
         assert all(sequence.status is Status.RUNNING and sequence.num_pending > 0 for sequence in self.running)
-        assert all(sequence.num_pending == 1 for sequence in self.running[:-1]), "two prompts are half computed"
+        if self._kv.capacity == UNBOUNDED:
+            assert all(sequence.num_pending == 1 for sequence in self.running[:-1]), "two prompts are half computed"
         assert all(sequence.status is Status.WAITING and not sequence.blocks for sequence in self.waiting)
         self._kv.check(everyone)
 

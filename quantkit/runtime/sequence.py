@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from quantkit.runtime.block_store import OffloadStats
 from quantkit.runtime.detokenize import TextStream
 from quantkit.runtime.logits import History
 from quantkit.runtime.request import SamplingParams
@@ -102,10 +103,15 @@ class Sequence:
         timing: see `Timing`.
         forks: the request's other samples, until they split off with the first token.
         status: see `Status`.
-        num_computed: leading tokens whose keys and values are in the cache.
-        blocks: int32, the physical block of each logical block; owned by `KVManager`, as are the next two.
+        num_computed: leading tokens whose keys and values were computed; also the position of the next one.
+        blocks: int32, the physical blocks that it holds, in the order of their tokens; owned by `KVManager`, as are the
+            next five.
         num_published: leading blocks that the prefix cache knows.
         chain: node of the prefix cache at which they end.
+        num_evicted: computed tokens that are no longer held. What kernels see counts from there: see `num_held`.
+        evicted: ascending numbers of the logical blocks that they filled.
+        scores: earlier attention mass of each block that was held when blocks were last dropped, where eviction goes by it.
+        mass: attention that the token that filled the budget pays to each block.
         num_cached: prompt tokens found in the prefix cache; None before it was first admitted.
         history: what penalties need to know; owned by the sampler.
     """
@@ -126,6 +132,10 @@ class Sequence:
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     num_published: int = 0
     chain: int = 0
+    num_evicted: int = 0
+    evicted: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    mass: list[float] = field(default_factory=list)
     num_cached: int | None = None
     history: History = field(default_factory=History)
 
@@ -138,6 +148,17 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens whose keys and values are not computed yet: 1 while decoding, more before that."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_held(self) -> int:
+        """Computed tokens whose keys and values are in the cache."""
+        return self.num_computed - self.num_evicted
+
+    @property
+    def logical_blocks(self) -> list[int]:
+        """Which of its text's blocks each of `blocks` is."""
+        dropped = set(self.evicted)
+        return [i for i in range(len(self.blocks) + len(dropped)) if i not in dropped]
 
     @property
     def decodes(self) -> bool:
@@ -205,6 +226,8 @@ class Stats:
         used_blocks, num_blocks: KV blocks that sequences hold, and all there are.
         prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found, since the start.
         preemptions, steps: since the start.
+        evicted_blocks: that sequences dropped to stay within their budget, since the start.
+        offload: of blocks outside of the model's cache; None without a store.
         speculation: what became of drafts since the start; None without a proposer.
     """
 
@@ -216,4 +239,6 @@ class Stats:
     prefix_hits: int
     preemptions: int
     steps: int
+    evicted_blocks: int
+    offload: OffloadStats | None
     speculation: SpeculationStats | None

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.corpus import load_tokenizer
 from quantkit.errors import CheckpointError, RequestError
+from quantkit.runtime.block_store import BlockStore, Offload
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions
 from quantkit.runtime.request import Request, SamplingParams
@@ -36,7 +37,10 @@ class Summary:
         ttft_seconds: mean over requests, first token - arrival.
         output_tps: output tokens / seconds.
         decode_tps: mean over samples of (n - 1) / (end - first token); None where no sample has two tokens.
-        peak_memory_bytes, kv_memory_bytes: largest resident set; the KV cache as it is allocated.
+        peak_memory_bytes: largest resident set.
+        kv_memory_bytes, kv_tokens, kv_dtype: the KV cache as it is allocated, the tokens it holds, and how.
+        evicted_blocks: KV blocks that sequences dropped to stay within `--kv-budget`.
+        offloaded_blocks, fetched_blocks: KV blocks saved by `--kv-offload`, and fetched back instead of computed.
         speculation: what became of drafts; None where there were none.
     """
 
@@ -50,6 +54,11 @@ class Summary:
     decode_tps: float | None
     peak_memory_bytes: int
     kv_memory_bytes: int
+    kv_tokens: int
+    kv_dtype: str
+    evicted_blocks: int
+    offloaded_blocks: int
+    fetched_blocks: int
     speculation: SpeculationStats | None
 
     def to_json(self) -> dict[str, Any]:
@@ -73,18 +82,22 @@ class Session:
         device: torch.device,
         cache: CacheOptions,
         config: EngineConfig,
+        offload: Offload | None = None,
         speculation: str = "off",
         draft_act_bits: int = 8,
     ) -> None:
         """
         Args:
-            folder: of the model.
+            folder: of the checkpoint or artifact.
             device: where it runs.
-            cache, config: how much it may hold and run at a time.
+            cache: how large its cache is, and what a sequence keeps in it.
+            config: how much runs at a time; its eviction is the cache's.
+            offload: where known prefixes go that must leave the cache; None: nowhere.
             speculation, draft_act_bits: who drafts, see `open_speculating`.
 
         Raises:
-            QuantkitError: a model cannot be loaded or does not fit the other, or the cache is too small.
+            QuantkitError: a model cannot be loaded or does not fit the other, its cache is too small, or there is no room
+                for offloaded blocks.
         """
         started = time.monotonic()
         self.model, proposer = open_speculating(folder, device, cache, speculation, draft_act_bits)
@@ -92,7 +105,9 @@ class Session:
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)
         eos = _eos_token_ids(checkpoint, self.tokenizer)
-        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, proposer=proposer)
+        store = None if offload is None else BlockStore(self.model.cache, offload)
+        config = replace(config, eviction=cache.budget.eviction(self.model.block_size))
+        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, store=store, proposer=proposer)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -135,6 +150,7 @@ class Session:
             for time, count in times
             if time.first_token is not None and time.finished is not None and count > 1
         ]
+        stats = self.engine.stats
         return Summary(
             load_seconds=self.load_seconds,
             seconds=seconds,
@@ -146,7 +162,12 @@ class Session:
             decode_tps=sum(rates) / len(rates) if rates else None,
             peak_memory_bytes=peak_memory(),
             kv_memory_bytes=self.model.cache.nbytes,
-            speculation=self.engine.stats.speculation,
+            kv_tokens=self.model.cache.num_tokens,
+            kv_dtype=self.model.cache.format.name,
+            evicted_blocks=stats.evicted_blocks,
+            offloaded_blocks=stats.offload.saved if stats.offload else 0,
+            fetched_blocks=stats.offload.fetched if stats.offload else 0,
+            speculation=stats.speculation,
         )
 
 

@@ -1,5 +1,7 @@
 """From the words of `--spec` to a model and who drafts for it."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from quantkit.runtime.draft_model import DraftModel
 from quantkit.runtime.ngram import NgramProposer
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model, open_with_draft
 from quantkit.runtime.proposer import Proposer
-from quantkit.runtime.qspec import QSpecProposer
+from quantkit.runtime.self_draft import SelfDraft
 
 
 def open_speculating(
@@ -25,11 +27,12 @@ def open_speculating(
         device: where it runs.
         cache: how much it holds, a draft model's cache included.
         speculation: "off"; "ngram", from the text itself; "draft:MODEL", a smaller model with the same tokenizer; "qspec",
-            the model itself with rounded activations.
+            the model itself with rounded activations; "quantspec", the model itself with the upper half of an int4+4 cache.
         draft_act_bits: bits of these, 4 or 8.
 
     Raises:
-        RequestError: there is no such speculation, the draft model's tokenizer is another, or nothing can be rounded.
+        RequestError: there is no such speculation, the draft model's tokenizer is another, nothing can be rounded, or the
+            cache has no upper half.
         QuantkitError: a model cannot be loaded or the cache is too small.
     """
     kind, _, name = speculation.partition(":")
@@ -42,9 +45,14 @@ def open_speculating(
         if draft_act_bits not in (4, 8):
             raise RequestError(f"--draft-act-bits {draft_act_bits}: activations are rounded to 4 or 8 bits")
         model = open_model(folder, device, cache)
-        return model, QSpecProposer(model.rounded(draft_act_bits), model.block_size)
+        return model, SelfDraft(model.rounded(draft_act_bits), model.block_size)
+    if speculation == "quantspec":
+        if cache.dtype not in ("auto", "int4+4"):
+            raise RequestError(f"--spec quantspec: drafts from an int4+4 cache, and --kv-dtype is {cache.dtype}; leave it out")
+        model = open_model(folder, device, replace(cache, dtype="int4+4"))
+        return model, SelfDraft(partial(model.forward, draft=True), model.block_size)
     if speculation not in ("off", "ngram"):
-        raise RequestError(f"--spec {speculation}: no such speculation; use off, ngram, draft:MODEL or qspec")
+        raise RequestError(f"--spec {speculation}: no such speculation; use off, ngram, draft:MODEL, qspec or quantspec")
     return open_model(folder, device, cache), NgramProposer() if speculation == "ngram" else None
 
 

@@ -48,7 +48,7 @@ class Speculation:
         for sequence in decoding:
             backlog = self._proposer.backlog(sequence)
             # A step adds one token more than it accepts: the last one before the limit needs no draft.
-            most = min(spare, sequence.limit - len(sequence.tokens) - 1)
+            most = min(spare, sequence.limit - len(sequence.tokens) - 1, self._kv.capacity - sequence.num_held - 1)
             length = min(self._wanted(sequence, len(decoding), backlog), most)
             while length > 0 and not self._kv.extend(sequence, 1 + length):
                 length -= 1

@@ -2,7 +2,7 @@
 
 import time
 
-from quantkit.runtime.batch import build_batch
+from quantkit.runtime.forward import forward
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.model import Model
 from quantkit.runtime.scheduler import Scheduler
@@ -29,7 +29,7 @@ class Stepper:
             self._model.copy_blocks(copies)
         scheduled = self._speculation.propose(scheduled, lengths)
         drafted = time.perf_counter()
-        logits = self._model.forward(build_batch(scheduled, self._model.block_size))
+        logits = forward(self._model, self._kv, scheduled)
         for entry in scheduled:
             self._kv.commit(entry.sequence, entry.num_tokens - len(entry.draft.tokens))
         followed, drafts, rows = self._followed(scheduled)

@@ -67,6 +67,8 @@ def test_a_model_is_no_worse_than_itself(llama: Path) -> None:
         (("--windows", 10**9), "lower --samples, --windows"),
         (("--baseline", "nowhere"), "nowhere: no such folder"),
         (("--device", "tpu"), "--device tpu"),
+        (("--kv-dtype", "int5"), "--kv-dtype int5: there is no such type"),
+        (("--kv-dtype", "int8", "--speed"), "leave --kv-dtype out"),
     ],
 )
 def test_bad_options(llama: Path, options: tuple[object, ...], words: str) -> None:
@@ -92,3 +94,18 @@ def test_a_bar_on_a_terminal(llama: Path) -> None:
     done = quantkit("eval", llama, *SIZES, terminal=True)
     assert "3/3" in done.err
     assert "perplexity" in done.out
+
+
+def test_what_a_kv_cache_costs(llama: Path, two_bits: Path) -> None:
+    """A 16-bit cache is nearly free, 4 bits cost more than 8; and a quantized model can have one too."""
+    costs = {}
+    for name in ("auto", "int8", "int4+4", "int4"):
+        done = quantkit("eval", llama, "--baseline", llama, *SIZES, "--kv-dtype", name, "--json", "-")
+        assert done.status == 0, done.err
+        report = json.loads(done.out)
+        costs[name] = report["model"]["metrics"]["kl_mean"]
+        assert f"KV cache {name}, {report['kv_bytes_per_token']:,.0f} bytes a token" in done.err
+    assert costs["auto"] < 1e-6 < costs["int8"] < costs["int4"]
+    assert costs["int4+4"] < costs["int4"] / 4
+    report = json.loads(quantkit("eval", two_bits, *SIZES, "--kv-dtype", "int8", "--json", "-").out)
+    assert (report["kv_dtype"], report["kernel_difference"]) == ("int8", None)

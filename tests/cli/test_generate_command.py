@@ -1,5 +1,6 @@
 """`quantkit generate`: one prompt streamed, a file of prompts as a batch, and what is refused."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def test_text_streams_to_stdout_and_numbers_to_stderr(llama: Path) -> None:
     assert done.out == f"{completion['text']}\n"
     assert "5 prompt tokens, 12 new ones" in done.err
     assert "peak memory" in done.err
+    assert "KV cache" in done.err
     assert quantkit("generate", llama, "Hello", *LENGTH, "-q").err == ""
 
 
@@ -145,9 +147,13 @@ def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("x", "--spec", "fast"), "--spec fast: no such speculation; use off, ngram, draft:MODEL or qspec"),
+        (("x", "--spec", "fast"), "--spec fast: no such speculation; use off, ngram, draft:MODEL, qspec or quantspec"),
         (("x", "--spec", "qspec"), "--spec qspec: drafts with packed weights, and this model has none; quantize it first"),
         (("x", "--spec", "qspec", "--draft-act-bits", "5"), "--draft-act-bits 5: activations are rounded to 4 or 8 bits"),
+        (
+            ("x", "--spec", "quantspec", "--kv-dtype", "int8"),
+            "drafts from an int4+4 cache, and --kv-dtype is int8; leave it out",
+        ),
         (("x", "--spec", "draft:"), "--spec draft:: no such speculation"),
         (("x", "--spec", "draft:nowhere"), "nowhere: no such folder"),
         (("x", "--spec", "ngram", "--draft-len", "0"), "--draft-len 0: write a number from 1 to 15, or auto"),
@@ -168,6 +174,11 @@ def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: 
         (("x", "--max-model-len", "999"), "longer than the model's context of 256"),
         (("x", "--max-batch", "9", "--token-budget", "4"), "token_budget at least max_batch"),
         (("x", "-n", "99"), "only 32 sequences run at a time"),
+        (("x", "--kv-policy", "lru"), "--kv-policy lru: there is no such policy; use full, window, sinks, scored"),
+        (("x", "--kv-policy", "sinks"), "--kv-policy sinks needs to know how many tokens to keep; add --kv-budget TOKENS"),
+        (("x", "--kv-budget", "64"), "--kv-budget needs a policy that drops tokens"),
+        (("x", "--kv-offload-dir", "."), "--kv-offload-dir takes what host memory does not hold; add --kv-offload SIZE"),
+        (("x", "--kv-offload", "4"), "--kv-offload of 4 bytes does not hold a block"),
         (("--prompts", "missing.txt"), "missing.txt: cannot be read (No such file or directory)"),
     ],
 )
@@ -189,3 +200,45 @@ def test_bad_input_is_one_line(llama: Path, arguments: tuple[str, ...], words: s
 def test_bad_prompt_files_are_one_line(chatty: Path, tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "p.jsonl").write_bytes(content)
     assert words in refused("generate", chatty, "--prompts", tmp_path / "p.jsonl")
+
+
+def test_a_budget_serves_a_prompt_that_memory_does_not_hold(llama: Path) -> None:
+    # 64 tokens; 3 layers x (key + value) x 2 heads x 16 wide x float32.
+    small, prompt = ("--kv-memory", 64 * 3 * 2 * 2 * 16 * 4), "tokens " * 20
+    budget = ("--kv-policy", "sinks", "--kv-budget", 64)
+    done = quantkit("generate", llama, prompt, *LENGTH, *small, *budget, "--json", "-")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert len(found["completions"][0]["token_ids"]) == 12
+    # 151 tokens are computed: of the 10 blocks that they fill or begin, 4 are left.
+    assert found["summary"]["evicted_blocks"] == 6
+    assert "KV blocks: 6 dropped" in done.err
+    assert "the prompt has 140 tokens and the context is 64 tokens" in refused("generate", llama, prompt, *LENGTH, *small)
+
+
+def test_offloaded_prefixes_are_fetched_for_later_prompts(llama: Path, tmp_path: Path) -> None:
+    texts = [f"{n} " + "common words " * 6 for n in (1, 2, 3, 1, 2)]
+    (tmp_path / "p.txt").write_text("\n".join(texts))
+    tight = ("--prompts", tmp_path / "p.txt", *LENGTH, "--max-batch", 1, "--max-model-len", 96)
+    done = quantkit("generate", llama, *tight, "--kv-offload", "1MiB", "--kv-offload-dir", tmp_path, "--json", "-")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert found["summary"]["fetched_blocks"] > 0
+    assert found["completions"][3]["usage"]["cached"] == 64
+    tokens = [completion["token_ids"] for completion in found["completions"]]
+    assert tokens == [completion["token_ids"] for completion in completions(llama, *tight)]
+    gc.collect()  # A session knows its engine and the engine its session.
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])
+def test_a_quantized_cache_holds_more_tokens_in_the_same_memory(llama: Path, dtype: str) -> None:
+    memory = ("--kv-memory", "400KB", "--max-batch", 8, "--token-budget", 8)
+    tokens = {}
+    for name in ("auto", dtype):
+        done = quantkit("generate", llama, "Hello", *LENGTH, *memory, "--kv-dtype", name, "--json", "-")
+        summary = json.loads(done.out)["summary"]
+        assert summary["kv_dtype"] == ("float32" if name == "auto" else name)
+        assert summary["kv_memory_bytes"] <= 400_000
+        tokens[name] = summary["kv_tokens"]
+    assert tokens[dtype] > tokens["auto"]

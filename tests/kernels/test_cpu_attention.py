@@ -9,7 +9,7 @@ from native_cases import kernels, threads  # noqa: F401
 from paged_samples import Batch, Heads, assert_attends, make_batch
 from torch import Tensor
 
-from quantkit.kernels import cpu, native, reference
+from quantkit.kernels import cpu_attention, native, reference
 
 SCALE = 0.3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -26,7 +26,7 @@ def _batch(*arguments: Any, **options: Any) -> Batch:
 
 
 def _attend(batch: Batch, **options: Any) -> Tensor:
-    return cpu.paged_attention(*batch.tensors, scale=SCALE, **options)
+    return cpu_attention.paged_attention(*batch.tensors, scale=SCALE, **options)
 
 
 def _assert_right(batch: Batch, **options: Any) -> None:
@@ -108,7 +108,7 @@ def test_writes_what_the_oracle_writes(heads: int, dim: int, value_dim: int, dty
     slots = torch.tensor([39, 0, -1, 7, 12, -1, 1])
     key, value = torch.randn(7, heads, dim), torch.randn(7, heads, value_dim)
     found, wanted = ([torch.full((5, 8, heads, width), 99.0, dtype=dtype) for width in (dim, value_dim)] for _ in range(2))
-    cpu.kv_write(key.to(dtype), value.to(dtype), *found, slots)
+    cpu_attention.kv_write(key.to(dtype), value.to(dtype), *found, slots)
     reference.kv_write(key.to(dtype), value.to(dtype), *wanted, slots)
     assert torch.equal(found[0], wanted[0])
     assert torch.equal(found[1], wanted[1])
@@ -123,7 +123,7 @@ def test_floats_are_rounded_as_torch_rounds(kernels: str, dtype: torch.dtype) ->
     every = every[every.isfinite()]
     steps = torch.cat([every, every.nextafter(torch.tensor(9e9)), (every + every.roll(1)) / 2, torch.tensor([9e9, torch.inf])])
     cache = torch.zeros(1, 1, 1, len(steps), dtype=dtype)
-    cpu.kv_write(steps[None, None], steps[None, None], cache, cache.clone(), torch.tensor([0]))
+    cpu_attention.kv_write(steps[None, None], steps[None, None], cache, cache.clone(), torch.tensor([0]))
     assert torch.equal(cache[0, 0, 0], steps.to(dtype))
 
 

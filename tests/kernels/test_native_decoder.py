@@ -16,6 +16,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.kernels import cpu
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.kv_cache import KVCache
+from quantkit.runtime.kv_format import plain
 from quantkit.runtime.load import load_definition
 from quantkit.runtime.native import DecoderModel, NativeDecoder, Projection
 from quantkit.runtime.native_build import describe
@@ -51,7 +52,7 @@ class Session:
     """A decoder with its cache, fed by sequences of tokens; blocks of all sequences lie in no order."""
 
     def __init__(self, model: DecoderModel, layers: Any, dtype: torch.dtype = torch.float32) -> None:
-        cache = KVCache(layers, BLOCKS, BLOCK, dtype, CPU)
+        cache = KVCache(layers, BLOCKS, BLOCK, plain(dtype), CPU)
         for tensor in (*cache.keys, *cache.values):
             tensor.fill_(float("nan"))
         self.decoder = NativeDecoder(model, cache.keys, cache.values)

@@ -11,8 +11,8 @@ from paged_samples import DEVICE, Batch, Heads, assert_attends, make_batch
 from torch import Tensor
 
 from quantkit.kernels.paged_attention import paged_attention
-from quantkit.kernels.paged_decode import LONGEST_DECODE, MOST_ROWS, number_of_splits, paged_decode
-from quantkit.kernels.paged_tile import Device, Scores
+from quantkit.kernels.paged_decode import LONGEST_DECODE, MOST_ROWS, paged_decode
+from quantkit.kernels.paged_launch import Device, Scores, number_of_splits
 
 SCALE = 0.3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

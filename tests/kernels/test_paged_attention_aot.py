@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantkit.kernels import kv_write, paged_decode, paged_prefill
-from quantkit.kernels.paged_tile import Device, Scores
+from quantkit.kernels.paged_launch import Device, Scores
 
 A100, H100 = Device(80, 108, 166912), Device(90, 132, 232448)
 NAMES = {A100: "A100", H100: "H100"}

@@ -18,6 +18,7 @@ from quantkit.errors import CheckpointError, ResourceError
 from quantkit.kernels import native
 from quantkit.methods.grid import QuantizedWeight, Scheme
 from quantkit.runtime.batch import Batch
+from quantkit.runtime.eviction import Budget
 from quantkit.runtime.linear import ready
 from quantkit.runtime.load import load_definition
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
@@ -180,6 +181,8 @@ def test_the_cache_is_sized_from_memory(llama: Path) -> None:
     assert model.cache.nbytes == 96 * per_token
     whole = open_model(llama, CPU, CacheOptions(memory=1 << 30, max_batch=2))
     assert (whole.max_model_len, whole.num_blocks) == (256, 2 * 16)
+    bounded = open_model(llama, CPU, CacheOptions(memory=100 * per_token, max_batch=4, budget=Budget("sinks", 48)))
+    assert (bounded.max_model_len, bounded.num_blocks) == (256, 6)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +192,10 @@ def test_the_cache_is_sized_from_memory(llama: Path) -> None:
         (
             CacheOptions(memory=10_000, max_model_len=200),
             "one request of --max-model-len 200 needs .* MiB; give more memory or",
+        ),
+        (
+            CacheOptions(memory=30_000, max_model_len=200, budget=Budget("sinks", 64)),
+            "holds 32 tokens, one request of --kv-budget 64 needs .* MiB; give more memory or lower --kv-budget",
         ),
         (CacheOptions(memory=100), "--kv-memory of 100 bytes does not hold a block of 16 tokens; give more"),
     ],

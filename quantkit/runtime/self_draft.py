@@ -1,4 +1,5 @@
-"""Drafts from the model itself with rounded activations: QSpec (arXiv 2410.11305).
+"""Drafts from the model itself at less cost: with rounded activations, QSpec (arXiv 2410.11305), or from the upper half of a
+hierarchical KV cache, QuantSpec (arXiv 2502.10424).
 
 The draft reads the weights and the KV cache of the model that verifies, so it takes no memory and never has anything to catch
 up on. What it writes to the cache stands in the slots of the tokens that it drafts, and the forward that verifies them
@@ -17,20 +18,20 @@ from quantkit.runtime.drafting import draft
 from quantkit.runtime.sequence import Draft, Scheduled, Sequence
 
 
-class QSpecProposer:
+class SelfDraft:
     """Implements `Proposer`."""
 
     def __init__(self, forward: Callable[[Batch], Tensor], block_size: int) -> None:
         """
         Args:
-            forward: see `PagedModel.rounded`.
+            forward: of tentative tokens: `PagedModel.rounded`, or `PagedModel.forward` as a draft.
             block_size: of the model's cache.
         """
         self._forward, self._block_size = forward, block_size
 
     @torch.inference_mode()
     def propose(self, wanted: SequenceOf[tuple[Sequence, int]]) -> list[Draft]:
-        """See `Proposer`. What a sequence samples from is what its drafts are drawn from, as the rounded model sees it."""
+        """See `Proposer`. What a sequence samples from is what its drafts are drawn from, as the cheaper forward sees it."""
         lengths = dict(wanted)
         drafts = draft(lengths, self._extend([(sequence, []) for sequence in lengths]), self._extend)
         return [drafts[sequence] for sequence, _ in wanted]

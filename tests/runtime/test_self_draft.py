@@ -1,8 +1,9 @@
-"""QSpec: a forward with rounded activations, and drafts from it that share the target's weights and cache."""
+"""A model's drafts for itself, which share its weights and cache: QSpec's rounded activations, QuantSpec's upper half."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from quantkit.runtime import paged_model
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
-from quantkit.runtime.qspec import QSpecProposer
 from quantkit.runtime.request import Request, SamplingParams
+from quantkit.runtime.self_draft import SelfDraft
 from quantkit.runtime.tally import SpeculationStats
 
 CPU = torch.device("cpu")
@@ -112,7 +113,7 @@ def test_nothing_to_round(tmp_path: Path) -> None:
 
 
 def engine(model: PagedModel, activation_bits: int | None, config: EngineConfig) -> Engine:
-    proposer = None if activation_bits is None else QSpecProposer(model.rounded(activation_bits), model.block_size)
+    proposer = None if activation_bits is None else SelfDraft(model.rounded(activation_bits), model.block_size)
     return Engine(model, config, proposer=proposer)
 
 
@@ -161,6 +162,33 @@ def test_a_seed_gives_the_same_samples(artifact: Callable[[str, str], Path]) -> 
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("batch", "chunk", "blocks"), [(1, 512, 64), (6, 40, 64), (6, 512, 12)], ids=["alone", "batch", "few"]
+)
+def test_drafts_from_the_upper_half_of_the_cache(
+    artifact: Callable[[str, str], Path], family: str, batch: int, chunk: int, blocks: int
+) -> None:
+    """QuantSpec: the text is that of an int4+4 cache without drafts, to the token."""
+    folder, dtype = artifact(family, "whole"), "int4+4"
+
+    def model(num_blocks: int) -> PagedModel:
+        options = CacheOptions(memory=1 << 30, max_model_len=128, max_batch=6, block_size=8, dtype=dtype)
+        found = open_model(folder, CPU, options)
+        found.num_blocks = min(found.num_blocks, num_blocks)
+        return found
+
+    alone = generated(Engine(model(64), EngineConfig(max_batch=1)))
+    small = model(blocks)
+    config = EngineConfig(max_batch=batch, token_budget=chunk, draft_len=4, prefix_caching=False)
+    running = Engine(small, config, proposer=SelfDraft(partial(small.forward, draft=True), small.block_size))
+    assert generated(running) == alone
+    stats = speculation(running)
+    assert stats.drafted > 50
+    # Drafts see 4 bits of keys and values of 8.
+    assert stats.accepted >= 0.5 * stats.drafted
+
+
 class Doubtful:
     """A fake model's draft pass, in the same slots: right in two of three places."""
 
@@ -178,9 +206,7 @@ class Doubtful:
 def test_drafts_stand_where_their_tokens_belong(num_blocks: int, max_batch: int) -> None:
     """A model that reads every slot back: what a draft wrote is never read as anything else."""
     model = FakeModel(num_blocks)
-    running = Engine(
-        model, EngineConfig(max_batch, 64, draft_len=4), proposer=QSpecProposer(Doubtful(model), model.block_size)
-    )
+    running = Engine(model, EngineConfig(max_batch, 64, draft_len=4), proposer=SelfDraft(Doubtful(model), model.block_size))
     prompts = [[(7 * i + j) % 97 for j in range(3 + 4 * i)] for i in range(6)]
     outputs = running.generate([Request(prompt, SamplingParams(temperature=0, max_tokens=15)) for prompt in prompts])
     running.check()
@@ -203,7 +229,7 @@ def test_samples_are_distributed_as_without_drafts() -> None:
     for _ in range(3):
         after = {text: probabilities(logits_after([*prompt, *text], vocab), params).tolist() for text in exact}
         exact = {(*text, token): exact[text] * after[text][token] for text in exact for token in range(vocab)}
-    running = Engine(model, EngineConfig(32, 256, draft_len=2), proposer=QSpecProposer(forward, 4))
+    running = Engine(model, EngineConfig(32, 256, draft_len=2), proposer=SelfDraft(forward, 4))
     outputs = running.generate([Request(prompt, replace(params, seed=seed)) for seed in range(count)])
     found: Counter[Hashable] = Counter(tuple(output.token_ids) for output in outputs)
     statistic, bound = chi_square(found, {**exact})

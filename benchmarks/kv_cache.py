@@ -1,0 +1,95 @@
+"""What each type of KV cache (`--kv-dtype`) takes, gives and costs, for one sequence on this machine's CPU.
+
+Terms:
+
+    bytes   a token takes in the cache, all layers; open pages are not counted
+    tg@N    decoded tokens per second behind N tokens of context: 1 / median seconds of 32 steps of one token
+    ppl     perplexity, KL = mean KL divergence in nats from the same model without a cache in float32, both by `quantkit eval`
+            with the cache's type, so through the same kernels
+
+Types are measured one after another, speed first; nothing else may run meanwhile.
+
+usage: python -m benchmarks.kv_cache [--model demo] [--contexts 256,2048,4096] [--windows 4] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint.locate import locate
+from quantkit.evaluate.run import EvalRequest, evaluate
+from quantkit.evaluate.speed import lone_batch, prompt_tokens
+from quantkit.runtime.kv_format import KV_DTYPES
+from quantkit.runtime.paged_model import CacheOptions, open_model
+
+CPU = torch.device("cpu")
+NEW, CHUNK, SEQ_LEN = 32, 512, 1024
+
+
+def decode_rates(folder: Path, dtype: str, contexts: list[int]) -> dict[int, float]:
+    """Tokens per second behind each number of tokens, ascending."""
+    options = CacheOptions(max_model_len=contexts[-1] + NEW, max_batch=1, step_tokens=CHUNK, dtype=dtype)
+    model = open_model(folder, CPU, options)
+    tokens = torch.tensor(prompt_tokens(contexts[-1] + NEW, model.vocab_size))
+    rates, done = {}, 0
+    for context in contexts:
+        for start in range(done, context, CHUNK):
+            model.forward(lone_batch(model, tokens[start : min(start + CHUNK, context)], start))
+        seconds = []
+        for position in range(context, context + NEW):
+            started = time.perf_counter()
+            model.forward(lone_batch(model, tokens[position : position + 1], position))
+            seconds.append(time.perf_counter() - started)
+        rates[context], done = 1 / statistics.median(seconds), context + NEW
+    return rates
+
+
+def measure(folder: Path, dtype: str, contexts: list[int], windows: int) -> dict[str, Any]:
+    """Everything about one type."""
+    rates = decode_rates(folder, dtype, contexts)
+    request = EvalRequest(folder, folder, "builtin", windows, SEQ_LEN, CPU, dtype)
+    report = evaluate(request, lambda stage, done, total: None)
+    metrics = report.model.metrics
+    return {
+        "bytes_per_token": report.kv_bytes_per_token,
+        "tokens_per_second": rates,
+        "perplexity": metrics.perplexity,
+        "kl_mean": metrics.kl_mean,
+        "top1_agreement": metrics.top1_agreement,
+    }
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    """One line of the table."""
+    rates = [f"{rate:.1f}" for rate in result["tokens_per_second"].values()]
+    quality = [f"{result['perplexity']:.3f}", f"{result['kl_mean']:.5f}", f"{result['top1_agreement']:.1%}"]
+    return " | ".join([name, f"{result['bytes_per_token']:,.0f}", *rates, *quality])
+
+
+def main() -> None:
+    """Print a row a type as it is measured, then everything as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--contexts", default="256,2048,4096")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    contexts = sorted(int(context) for context in options.contexts.split(","))
+    folder, results = locate(options.model), {}
+    print(" | ".join(["type", "bytes", *(f"tg@{context}" for context in contexts), "ppl", "KL", "top-1"]))
+    for dtype in KV_DTYPES:
+        results[dtype] = measure(folder, dtype, contexts, options.windows)
+        print(row(dtype, results[dtype]), flush=True)
+    result = json.dumps({"model": options.model, "threads": torch.get_num_threads(), "results": results}, indent=2)
+    print(result)
+    if options.json:
+        options.json.write_text(result + "\n")
+
+
+if __name__ == "__main__":
+    main()

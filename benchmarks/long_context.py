@@ -1,0 +1,100 @@
+"""What a KV budget costs: perplexity of a long text for every policy next to the full cache, and which needles are kept.
+
+Terms. ppl: exp(mean negative log-likelihood) over all tokens of one text but the first `--skip`, which every budget holds,
+each token with what the policy has left it of the text before it. change: against the full cache on the same tokens. Needle:
+a sentence with a number stands at a depth of a text of `--needle-tokens` tokens, whose last words ask for the number. kept:
+share of the needle's blocks that are held when it is asked for; found: the number is what greedy decoding gives; nll: mean
+negative log-likelihood of its tokens. tokens/s: of the perplexity run, which a budget slows down because chunks are as short
+as the stride in which blocks are dropped.
+
+usage: python -m benchmarks.long_context [--model demo] [--tokens 2048] [--budgets 256,512] [--json FILE]
+"""
+
+import argparse
+import json
+import math
+import time
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from quantkit.checkpoint.locate import locate
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.corpus import evaluation_rows, load_tokenizer
+from quantkit.evaluate.paged import paged_logits, scored_text
+from quantkit.runtime.eviction import POLICIES, Budget, Eviction
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+
+NEEDLE, QUESTION, ANSWER = "\nThe magic number of Lisbon is 7349162.\n", "\nThe magic number of Lisbon is", " 7349162"
+DEPTHS = (0.1, 0.5, 0.9)
+
+
+def perplexity(model: PagedModel, tokens: list[int], skip: int, dropping: Eviction | None) -> dict[str, float]:
+    """ppl and tokens/s over a text."""
+    started, total, done = time.monotonic(), 0.0, 0
+    targets = torch.tensor(tokens[1:])
+    for logits in paged_logits(model, scored_text(tokens[:-1]), dropping):
+        place = torch.arange(done, done + len(logits))
+        losses = torch.nn.functional.cross_entropy(logits, targets[place], reduction="none")
+        total += float(losses[place + 1 >= skip].double().sum())
+        done += len(logits)
+    return {"ppl": math.exp(total / (done + 1 - skip)), "tokens/s": done / (time.monotonic() - started)}
+
+
+def needle(
+    model: PagedModel, tokenizer: PreTrainedTokenizerBase, filler: list[int], depth: float, dropping: Eviction | None
+) -> dict[str, float]:
+    """kept, found and nll of a needle at a depth of the filler."""
+    hidden, asked, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (NEEDLE, QUESTION, ANSWER))
+    first = int(depth * len(filler))
+    text = [*filler[:first], *hidden, *filler[first:], *asked, *answer]
+    sequence = scored_text(text[:-1])
+    # Only the rows behind the question are wanted.
+    rows = torch.cat([logits[-len(answer) :] for logits in paged_logits(model, sequence, dropping)])[-len(answer) :]
+    losses = torch.nn.functional.cross_entropy(rows, torch.tensor(answer), reduction="none")
+    blocks = set(range(first // model.block_size, (first + len(hidden) - 1) // model.block_size + 1))
+    kept = len(blocks & set(sequence.logical_blocks)) / len(blocks)
+    return {"kept": kept, "found": float(rows.argmax(-1).tolist() == answer), "nll": float(losses.mean())}
+
+
+def main() -> None:
+    """Print a row a policy and budget as it is measured, then everything as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--text", default="builtin")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--needle-tokens", type=int, default=768)
+    parser.add_argument("--skip", type=int, default=1024)
+    parser.add_argument("--budgets", default="256,512")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    folder = locate(options.model)
+    model = open_model(folder, torch.device("cpu"), CacheOptions(max_model_len=options.tokens, max_batch=1))
+    tokenizer = load_tokenizer(Checkpoint(folder))
+    tokens = evaluation_rows(options.text, 1, options.tokens, tokenizer)[0].tolist()
+    cells: list[tuple[str, int | None]] = [("full", None)]
+    cells += [(policy, int(budget)) for budget in options.budgets.split(",") for policy in POLICIES]
+    rows: list[dict[str, object]] = []
+    columns = [f"needle at {depth:.0%}: kept, found, nll" for depth in DEPTHS]
+    print(" | ".join(["policy", "budget", "ppl", "change", "tokens/s", *columns]))
+    for policy, budget in cells:
+        dropping = Budget(policy, budget).eviction(model.block_size)
+        row: dict[str, object] = {"policy": policy, "budget": budget}
+        measured = perplexity(model, tokens, options.skip, dropping)
+        full = rows[0]["ppl"] if rows else measured["ppl"]
+        assert isinstance(full, float)
+        row |= measured | {"change": measured["ppl"] / full - 1}
+        needles = {f"{depth}": needle(model, tokenizer, tokens[: options.needle_tokens], depth, dropping) for depth in DEPTHS}
+        rows.append(row | {"needles": needles})
+        found = " | ".join(f"{n['kept']:.0%} {'yes' if n['found'] else 'no'} {n['nll']:.2f}" for n in needles.values())
+        change, rate = measured["ppl"] / full - 1, measured["tokens/s"]
+        print(f"{policy} | {budget or ''} | {measured['ppl']:.3f} | {change:+.2%} | {rate:.0f} | {found}", flush=True)
+    result = json.dumps({"arguments": vars(options), "rows": rows}, indent=2)
+    print(result)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            file.write(result + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Known prefixes outside of the model's cache: what comes back is what left, and whatever fails is computed anew."""
+
+import os
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fake_model import FakeModel, expected
+from torch import Tensor
+
+from quantkit.errors import QuantkitError
+from quantkit.runtime.block_store import BlockStore, Offload
+from quantkit.runtime.engine import Engine, EngineConfig
+from quantkit.runtime.kv_cache import KVCache
+from quantkit.runtime.kv_format import LayerShape, cache_format
+from quantkit.runtime.request import Request, SamplingParams
+
+SIZE = 4
+CPU = torch.device("cpu")
+TEXTS = [[(5 * i + 13 * n) % 97 for i in range(33)] for n in range(8)]
+
+
+class StoredModel(FakeModel):
+    """A block is bytes: position and token of every slot."""
+
+    def __init__(self, num_blocks: int = 12) -> None:
+        super().__init__(num_blocks, SIZE, max_model_len=48)
+        self.device, self.block_bytes = CPU, SIZE * 16
+
+    def export_block(self, block: int) -> Tensor:
+        slots = self._slots[block * SIZE : (block + 1) * SIZE]
+        return torch.tensor([slot or (-1, -1) for slot in slots]).view(-1).view(torch.uint8)
+
+    def import_block(self, block: int, data: Tensor) -> None:
+        pairs: list[list[int]] = data.clone().view(torch.int64).view(SIZE, 2).tolist()
+        self._slots[block * SIZE : (block + 1) * SIZE] = [(position, token) for position, token in pairs]
+
+
+def opened(places: int, folder: Path | None = None, blocks: int = 12) -> tuple[Engine, BlockStore]:
+    """An engine whose store holds `places` blocks in memory; the cache holds one text and a third of another."""
+    model = StoredModel(blocks)
+    store = BlockStore(model, Offload(places * model.block_bytes, folder))
+    return Engine(model, EngineConfig(max_batch=2, token_budget=64), store=store), store
+
+
+def run(running: Engine, *texts: list[int]) -> list[int]:
+    """Generate behind each text, one after another; how many of each one's tokens were not computed."""
+    cached = []
+    for text in texts:
+        running.add(Request(text, SamplingParams(temperature=0, max_tokens=4)))
+        tokens = []
+        while running.has_work:
+            for output in running.step():
+                assert output.error is None
+                tokens += output.token_ids
+                usage = output.usage
+            running.check()
+        assert tokens == expected(text, 4)
+        cached.append(usage.cached)
+    return cached
+
+
+def test_a_prefix_that_left_the_cache_is_fetched_and_not_computed() -> None:
+    running, store = opened(places=100)
+    assert run(running, *TEXTS[:4]) == [0, 0, 0, 0]
+    assert run(running, *TEXTS[:4]) == [32, 32, 32, 32]
+    model = running.model
+    assert isinstance(model, StoredModel)
+    model.batches.clear()
+    run(running, TEXTS[1])
+    assert [tokens for _, tokens in model.batches] == [1, 1, 1, 1]
+    assert store.stats.fetched > 24
+    assert store.stats.lost == 0
+    stats = running.stats.offload
+    assert stats == store.stats
+    without = Engine(StoredModel(), EngineConfig(max_batch=2, token_budget=64))
+    assert run(without, *TEXTS[:4], *TEXTS[:4])[4:7] == [0, 0, 0]
+
+
+def test_the_longest_unused_goes_first() -> None:
+    running, store = opened(places=16)
+    run(running, *TEXTS[:6])
+    # The cache and 16 blocks hold the last texts; the first ones are gone.
+    assert run(running, TEXTS[5], TEXTS[4], TEXTS[0]) == [32, 32, 0]
+    assert len(store) == 16
+
+
+def test_a_file_takes_what_memory_does_not_hold(tmp_path: Path) -> None:
+    running, store = opened(places=2, folder=tmp_path)
+    run(running, *TEXTS[:6])
+    assert run(running, *TEXTS[:6]) == [32] * 6
+    assert store.stats.lost == 0
+    assert len(list(tmp_path.iterdir())) == 1
+    del running, store
+    assert list(tmp_path.iterdir()) == []
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 3)
+
+
+def _empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def _shift(path: Path) -> None:
+    """Whole blocks, in each other's places."""
+    data = path.read_bytes()
+    path.write_bytes(data[SIZE * 16 :] + data[: SIZE * 16])
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate, _empty, _shift])
+def test_what_comes_back_damaged_is_computed_anew(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    running, store = opened(places=1, folder=tmp_path)
+    run(running, *TEXTS[:6])
+    (path,) = tmp_path.iterdir()
+    damage(path)
+    run(running, *TEXTS[:6])  # asserts the tokens
+    assert store.stats.lost > 0
+
+
+def test_a_file_that_was_deleted_is_still_read(tmp_path: Path) -> None:
+    running, _ = opened(places=1, folder=tmp_path)
+    run(running, *TEXTS[:6])
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    assert run(running, *TEXTS[:6]) == [32] * 6
+
+
+class _FullDisk:
+    """Writes part of a block, or nothing."""
+
+    def __init__(self, whole: object, written: int | None) -> None:
+        self._whole, self._written = whole, written
+
+    def write(self, _: object) -> int:
+        if self._written is None:
+            raise OSError(28, "No space left on device")
+        return self._written
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._whole, name)
+
+
+@pytest.mark.parametrize("written", [None, 17])
+def test_a_full_disk_costs_what_it_does_not_take(tmp_path: Path, written: int | None) -> None:
+    running, store = opened(places=8, folder=tmp_path)
+    assert store.file is not None
+    store.file._file = _FullDisk(store.file._file, written)  # type: ignore[assignment]
+    assert run(running, *TEXTS[:6]) == [0] * 6
+    assert store.stats.lost > 0
+    assert run(running, TEXTS[5]) == [32]
+
+
+def test_a_full_file_drops_its_longest_unused(tmp_path: Path) -> None:
+    running, store = opened(places=1, folder=tmp_path)
+    assert store.file is not None
+    store._far.places = 10
+    run(running, *TEXTS)
+    assert len(store) == 11
+    assert run(running, TEXTS[7], TEXTS[0]) == [32, 0]
+
+
+def test_a_text_that_is_computed_again_keeps_what_is_known_behind_it() -> None:
+    running, store = opened(places=100)
+    run(running, *TEXTS[:3])
+    # The store loses the first block of a text: all is computed, and what is behind the block is a new chain.
+    first = next(key for key in store.nodes() if key[1] == tuple(TEXTS[0][:SIZE]))
+    store._near.remove(first)
+    assert run(running, TEXTS[0]) == [0]
+    assert run(running, TEXTS[1], TEXTS[2], TEXTS[0]) == [32, 32, 32]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_prefixes_forks_and_preemption(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    running, store = opened(draw.randint(1, 20), tmp_path if draw.random() < 0.7 else None, blocks=draw.randint(11, 24))
+    if draw.random() < 0.5:
+        store._far.places = min(store._far.places, draw.randint(0, 20))
+    pending: dict[int, list[int]] = {}
+    found: dict[tuple[int, int], list[int]] = {}
+    arrivals = 30
+    while arrivals or running.has_work:
+        if arrivals and draw.random() < 0.5:
+            arrivals -= 1
+            text = draw.choice(TEXTS)[: draw.randint(1, 33)]
+            request = Request(text, SamplingParams(temperature=0, max_tokens=8, n=draw.choice([1, 1, 2])))
+            pending[running.add(request)] = text
+        if draw.random() < 0.03 and running.has_work:
+            running.cancel(draw.choice(list(pending)))
+        if draw.random() < 0.05 and store.file is not None and store.file.path.stat().st_size:
+            _flip(store.file.path)
+        for output in running.step():
+            assert output.error is None
+            found.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+        running.check()
+    for (request_id, _), tokens in found.items():
+        assert tokens == expected(pending[request_id], 8)[: len(tokens)]
+    assert running.stats.used_blocks == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "bf16", torch.float16, "fp8", "int8", "int4", "int4+4"])
+def test_a_block_of_the_cache_is_its_bytes(dtype: str | torch.dtype) -> None:
+    shapes = [LayerShape(2, 8, 8), LayerShape(1, 8, 4)]
+    form = cache_format(dtype, torch.float32, shapes, CPU)
+    cache, other = (KVCache(shapes, 5, 4, form, CPU, pages=2) for _ in range(2))
+    for plane in cache._planes:
+        plane.random_(256)
+    for plane in other._planes:
+        plane.zero_()
+    data = cache.export_block(3)
+    assert data.shape == (cache.block_bytes,)
+    other.import_block(1, data)
+    for ours, theirs in zip(cache._planes, other._planes, strict=True):
+        assert torch.equal(ours[3], theirs[1])
+        assert not theirs[[0, 2, 3, 4]].any()
+
+
+def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = StoredModel()
+    with pytest.raises(QuantkitError, match=r"^--kv-offload of 63 bytes does not hold a block of 0.00 MiB; give more$"):
+        BlockStore(model, Offload(63))
+    with pytest.raises(QuantkitError, match=r"^--kv-offload: there are .* GiB of free memory and not 1,073,741,824.0; ask"):
+        BlockStore(model, Offload(1 << 60))
+    missing = tmp_path / "missing"
+    message = f"--kv-offload-dir {missing}: cannot be written to (No such file or directory); name a folder that can"
+    with pytest.raises(QuantkitError, match=f"^{re.escape(message)}$"):
+        BlockStore(model, Offload(640, missing))
+    with pytest.raises(QuantkitError, match=r"^--kv-offload keeps known prefixes, and prefix caching is off"):
+        Engine(model, EngineConfig(prefix_caching=False), store=BlockStore(model, Offload(640)))
