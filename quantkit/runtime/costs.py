@@ -1,4 +1,8 @@
-"""What steps cost on this machine: running medians of measured times, so that one slow step changes nothing."""
+"""What steps cost on this machine: running medians of measured times, so that one slow step changes nothing.
+
+The first step over a number of rows is not counted, nor is the first round of drafts: kernels may be compiled in it, or graphs
+captured.
+"""
 
 from bisect import bisect_left
 from collections import deque
@@ -19,16 +23,22 @@ class Costs:
 
     def __init__(self) -> None:
         self._steps: dict[int, deque[float]] = {}
+        self._has_drafted = False
         self._draft: deque[float] = deque(maxlen=_WINDOW)
         self._backlog: deque[float] = deque(maxlen=_WINDOW)
 
     def note_step(self, rows: int, seconds: float) -> None:
         """Add a forward over `rows` tokens, all of them newest tokens or drafts."""
-        self._steps.setdefault(rows, deque(maxlen=_WINDOW)).append(seconds)
+        if rows in self._steps:
+            self._steps[rows].append(seconds)
+        else:
+            self._steps[rows] = deque(maxlen=_WINDOW)
 
     def note_draft(self, longest: int, backlog: int, seconds: float) -> None:
         """Add a round of proposals, the longest of `longest` tokens, that had `backlog` tokens beyond the ordinary to do."""
-        if backlog == 0:
+        if not self._has_drafted:
+            self._has_drafted = True
+        elif backlog == 0:
             self._draft.append(seconds / longest)
         else:
             self._backlog.append(max(seconds - longest * self.draft_step, 0.0) / backlog)
@@ -42,14 +52,18 @@ class Costs:
         """Seconds that `tokens` tokens of backlog take. While unknown, each a quarter of a draft step."""
         return tokens * (median(self._backlog) if self._backlog else self.draft_step / 4)
 
+    def is_timed(self, rows: int) -> bool:
+        """Whether a step over that many rows was timed."""
+        return bool(self._steps.get(rows))
+
     def step(self, rows: int) -> float | None:
         """Seconds of a forward over `rows` tokens: linear between the numbers of rows that were timed and beyond them.
 
         None before three steps were timed.
         """
-        if sum(map(len, self._steps.values())) < 3:
+        known = sorted(each for each, times in self._steps.items() if times)
+        if sum(len(self._steps[each]) for each in known) < 3:
             return None
-        known = sorted(self._steps)
         if len(known) == 1:
             (only,) = known
             return median(self._steps[only]) * (1 + _GUESSED_SLOPE * max(rows - only, 0) / only)
@@ -60,7 +74,10 @@ class Costs:
         guess = below + (above - below) * (rows - low) / (high - low)
         return max(guess, below if rows > low else 0.25 * below)
 
-    def round(self, sequences: int, length: int) -> float | None:
-        """Seconds of a step in which `sequences` sequences have drafts of `length` tokens, the drafting included."""
-        verify = self.step(sequences * (1 + length))
-        return None if verify is None else verify + length * self.draft_step
+    def rounds(self, sequences: int, longest: int) -> list[float]:
+        """Seconds of a step in which `sequences` sequences draft 0, 1, ... `longest` tokens each, the drafting included.
+
+        Empty while the cost of a step is unknown.
+        """
+        steps = (self.step(sequences * (1 + length)) for length in range(longest + 1))
+        return [step + length * self.draft_step for length, step in enumerate(steps) if step is not None]

@@ -12,7 +12,7 @@ time and by what speculation gains, up to a cap; without credit nothing is draft
 Times come from outside, so that every decision is a function of what was noted.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from quantkit.runtime.costs import ORDINARY_BACKLOG, Costs
@@ -37,26 +37,23 @@ _STREAK = 32
 _KEEP, _KEEP_AT_PROBE = 0.9, 0.5
 
 
-def expected_tokens(rate: float, length: int) -> float:
-    """Tokens that a draft of `length` tokens gives on average, the one behind it included."""
-    return sum(rate**i for i in range(length + 1))
-
-
-def best_length(rate: float, longest: int, seconds: Callable[[int], float]) -> tuple[int, float]:
+def best_length(rate: float, seconds: SequenceOf[float]) -> tuple[int, float]:
     """The draft length that gives the most tokens a second, and its speed over that of no draft.
 
     Args:
         rate: probability that a draft token is accepted.
-        longest: at most.
-        seconds: of a step with drafts of a length.
+        seconds: of a step with drafts of 0, 1, 2, ... tokens.
 
     Returns:
         0 and 1.0 where no length is faster than none by a margin.
     """
-    plain = seconds(0)
-    gains = [expected_tokens(rate, length) * plain / seconds(length) for length in range(1, longest + 1)]
-    gain = max(gains, default=1.0)
-    return (gains.index(gain) + 1, gain) if gain > _MARGIN else (0, 1.0)
+    best, most, tokens = 0, _MARGIN, 1.0
+    for length in range(1, len(seconds)):
+        tokens += rate**length
+        gain = tokens * seconds[0] / seconds[length]
+        if gain > most:
+            best, most = length, gain
+    return best, most if best else 1.0
 
 
 @dataclass
@@ -99,6 +96,8 @@ class AdaptiveLength:
         self._common = Record(accepted=2.0, judged=4.0)
         self._credit = _CREDIT
         self._streak = 0
+        #: Of the last number of sequences that was asked about, until a step is timed.
+        self._known: tuple[int, list[float]] = 0, []
 
     def length(self, sequence: Sequence, running: int, backlog: int) -> int:
         """How many tokens to draft for a sequence.
@@ -108,21 +107,22 @@ class AdaptiveLength:
             running: sequences that decode.
             backlog: what its drafter must catch up on, in tokens.
         """
-        plain = self.costs.step(running)
-        if plain is None or self._credit <= 0 or self._streak >= _STREAK:
+        seconds = self._seconds(running)
+        if not seconds or self._credit <= 0 or self._streak >= _STREAK:
             return 0
         record = self._records.setdefault(sequence, Record(4 * self._common.rate, 4.0))
         record.waited += 1
-        length, gain = self._best(record, running)
-        extra = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0)) / plain
+        length, gain = best_length(record.rate, seconds)
+        extra = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0)) / seconds[0]
         if length and extra <= (sequence.limit - len(sequence.tokens)) * (1 - 1 / gain):
             return length
-        return _PROBE if record.waited > record.pause and extra <= self._credit else 0
+        risk = seconds[_PROBE] / seconds[0] - 1 + extra
+        return _PROBE if record.waited > record.pause and risk <= self._credit else 0
 
     def note_draft(self, sequence: Sequence, running: int, drafted: int, accepted: int) -> None:
         """Add a draft, not empty, and how many of its tokens were accepted."""
         record = self._records[sequence]
-        probed = self._best(record, running)[0] == 0
+        probed = best_length(record.rate, self._seconds(running))[0] == 0
         record.note(drafted, accepted, _KEEP_AT_PROBE if probed else _KEEP)
         self._common.note(drafted, accepted, _KEEP)
         record.waited = 0
@@ -145,8 +145,11 @@ class AdaptiveLength:
             seconds: of proposing, and of the rest.
         """
         drafting, verifying = seconds
-        plain = self.costs.step(running)
+        plain, usual = self.costs.step(running), self.costs.step(rows)
         self.costs.note_step(rows, verifying)
+        if usual is not None and not self.costs.is_timed(rows):
+            verifying = min(verifying, usual)  # what was compiled for the first step over so many rows is not lost
+        self._known = 0, []
         self._streak = self._streak + 1 if longest else 0
         if longest:
             self.costs.note_draft(longest, backlog, drafting)
@@ -164,10 +167,8 @@ class AdaptiveLength:
         if sequence.status is Status.FINISHED:
             self._records.pop(sequence, None)
 
-    def _best(self, record: Record, running: int) -> tuple[int, float]:
-        def seconds(length: int) -> float:
-            found = self.costs.round(running, length)
-            assert found is not None
-            return found
-
-        return best_length(record.rate, MOST_DRAFTED, seconds)
+    def _seconds(self, running: int) -> list[float]:
+        """Of a step with drafts of 0, 1, 2, ... tokens for `running` sequences."""
+        if self._known[0] != running:
+            self._known = running, self.costs.rounds(running, MOST_DRAFTED)
+        return self._known[1]

@@ -15,9 +15,11 @@ from quantkit.corpus import load_tokenizer
 from quantkit.errors import CheckpointError, RequestError
 from quantkit.runtime.block_store import BlockStore, Offload
 from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+from quantkit.runtime.paged_model import CacheOptions
 from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.sequence import Output
+from quantkit.runtime.speculate import open_speculating
+from quantkit.runtime.tally import SpeculationStats
 from quantkit.usage import peak_memory
 
 #: A prompt as text, or as chat messages (`role`, `content`).
@@ -39,6 +41,7 @@ class Summary:
         kv_memory_bytes, kv_tokens, kv_dtype: the KV cache as it is allocated, the tokens it holds, and how.
         evicted_blocks: KV blocks that sequences dropped to stay within `--kv-budget`.
         offloaded_blocks, fetched_blocks: KV blocks saved by `--kv-offload`, and fetched back instead of computed.
+        speculation: what became of drafts; None where there were none.
     """
 
     load_seconds: float
@@ -56,6 +59,7 @@ class Summary:
     evicted_blocks: int
     offloaded_blocks: int
     fetched_blocks: int
+    speculation: SpeculationStats | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
@@ -73,7 +77,13 @@ class Session:
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, cache: CacheOptions, config: EngineConfig, offload: Offload | None = None
+        self,
+        folder: Path,
+        device: torch.device,
+        cache: CacheOptions,
+        config: EngineConfig,
+        speculation: str = "off",
+        offload: Offload | None = None,
     ) -> None:
         """
         Args:
@@ -81,20 +91,22 @@ class Session:
             device: where it runs.
             cache: how large its cache is, and what a sequence keeps in it.
             config: how much runs at a time; its eviction is the cache's.
+            speculation: who drafts, see `open_speculating`.
             offload: where known prefixes go that must leave the cache; None: nowhere.
 
         Raises:
-            QuantkitError: the model cannot be loaded, its cache is too small, or there is no room for offloaded blocks.
+            QuantkitError: a model cannot be loaded or does not fit the other, the cache is too small, or there is no room for
+                offloaded blocks.
         """
         started = time.monotonic()
-        self.model: PagedModel = open_model(folder, device, cache)
+        self.model, proposer = open_speculating(folder, device, cache, speculation)
         self.load_seconds = time.monotonic() - started
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)
         eos = _eos_token_ids(checkpoint, self.tokenizer)
         store = None if offload is None else BlockStore(self.model.cache, offload)
         config = replace(config, eviction=cache.budget.eviction(self.model.block_size))
-        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, store=store)
+        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, store=store, proposer=proposer)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -154,6 +166,7 @@ class Session:
             evicted_blocks=stats.evicted_blocks,
             offloaded_blocks=stats.offload.saved if stats.offload else 0,
             fetched_blocks=stats.offload.fetched if stats.offload else 0,
+            speculation=self.engine.stats.speculation,
         )
 
 

@@ -65,6 +65,8 @@ class Speculation:
         proposed = zip(lengths, self._proposer.propose(list(lengths.items())), strict=True)
         self._drafts = {sequence: draft for sequence, draft in proposed if draft.tokens}
         assert all(len(draft.tokens) <= lengths[sequence] for sequence, draft in self._drafts.items()), "a draft is too long"
+        for sequence in lengths:
+            self._kv.trim(sequence, 1 + len(self._drafts.get(sequence, Draft()).tokens))
         return [_with_draft(entry, self._drafts.get(entry.sequence, Draft())) for entry in scheduled]
 
     def verified(
