@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--needle-tokens", type=int, default=768)
     parser.add_argument("--skip", type=int, default=1024)
     parser.add_argument("--budgets", default="256,512")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = locate(options.model)
     model = open_model(folder, torch.device("cpu"), CacheOptions(max_model_len=options.tokens, max_batch=1))
@@ -89,11 +90,11 @@ def main() -> None:
         found = " | ".join(f"{n['kept']:.0%} {'yes' if n['found'] else 'no'} {n['nll']:.2f}" for n in needles.values())
         change, rate = measured["ppl"] / full - 1, measured["tokens/s"]
         print(f"{policy} | {budget or ''} | {measured['ppl']:.3f} | {change:+.2%} | {rate:.0f} | {found}", flush=True)
+    target = vars(options).pop("json")
     result = json.dumps({"arguments": vars(options), "rows": rows}, indent=2)
     print(result)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            file.write(result + "\n")
+    if target:
+        target.write_text(result + "\n")
 
 
 if __name__ == "__main__":

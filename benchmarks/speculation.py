@@ -16,7 +16,7 @@ usage: python -m benchmarks.speculation [--model demo] [--draft MODEL | --qspec 
            [--repeats 3] [--json FILE]
 
 Without --draft: prompt lookup. A draft model is any artifact with the model's tokenizer. With --qspec the model, an artifact,
-drafts for itself with activations of so many bits; with --quantspec from the upper half of an int4+4 cache, which `off` has too.
+drafts for itself with activations of so many bits; with --quantspec from the upper half of an int4+4 cache, as `off` has.
 """
 
 import argparse

@@ -9,8 +9,8 @@ than a step in a hundred. The attention kernels keep no weights, so these are co
 import torch
 from torch import Tensor
 
+from quantkit.kernels.kv_codec import stored
 from quantkit.kernels.kv_store import Cache
-from quantkit.kernels.reference import stored
 
 
 def block_mass(

@@ -80,6 +80,7 @@ class DraftModel:
             return 0
         if shadow is None:
             shadow = replace(sequence, forks=[], blocks=array("i"), num_computed=0, num_published=0, chain=ROOT)
+            shadow.num_evicted, shadow.evicted, shadow.scores, shadow.mass = 0, [], [], []
             if not self._kv.admit(shadow, budget=len(shadow.tokens), reserve=0):
                 return 0
             self._shadows[sequence] = shadow

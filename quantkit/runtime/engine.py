@@ -35,8 +35,8 @@ class EngineConfig:
         max_batch: running sequences at most.
         token_budget: new tokens in a step at most. Fewer bound how long a prompt's chunk holds up the others' tokens.
         prefix_caching: whether finished blocks are kept for prompts that start alike.
-        eviction: what a sequence drops to stay within a budget; None: nothing.
         draft_len: tokens of a draft, where there is a proposer; None: as many as pay, down to none.
+        eviction: what a sequence drops to stay within a budget; None: nothing.
 
     Raises:
         RequestError: the budget does not cover one token for each running sequence, or drafts are too long.
@@ -45,8 +45,8 @@ class EngineConfig:
     max_batch: int = 64
     token_budget: int = 512
     prefix_caching: bool = True
-    eviction: Eviction | None = None
     draft_len: int | None = None
+    eviction: Eviction | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch <= self.token_budget:

@@ -164,17 +164,22 @@ def open_model(folder: Path, device: torch.device, options: CacheOptions) -> Pag
 def open_with_draft(folder: Path, draft: Path, device: torch.device, options: CacheOptions) -> tuple[PagedModel, PagedModel]:
     """Load a model and a smaller one that drafts for it. The memory is shared out so that both caches hold as many tokens.
 
+    The drafter's cache drops nothing: it drafts for texts that it holds whole. It is not quantized by pages either, which
+    would have to know which of its tokens are for good.
+
     Raises:
         QuantkitError: one of them cannot be loaded or the memory is too small.
     """
     main, small = (load_definition(Checkpoint(each), device) for each in (folder, draft))
     trim_memory()
     memory = _memory(options, device)
-    forms = [cache_format(options.dtype, _declared(one), one.layers, device) for one in (main, small)]
-    sizes = [form.block_bytes(one.layers, form.block_size) for form, one in zip(forms, (main, small), strict=True)]
-    share = memory * sizes[0] // sum(sizes)
-    model = PagedModel(main, replace(options, memory=share))
-    drafter = PagedModel(small, replace(options, memory=memory - share, max_model_len=None, budget=Budget()))
+    paged = cache_format(options.dtype, _declared(main), main.layers, device).paged
+    of_draft = replace(options, dtype="auto" if paged else options.dtype, budget=Budget())
+    (main_bytes, main_tokens), (size, block_size) = _block(main, options), _block(small, of_draft)
+    left = memory * size * main_tokens // (main_bytes * block_size + size * main_tokens)
+    model = PagedModel(main, replace(options, memory=memory - left))
+    longest = min(model.max_model_len, small.config.max_position_embeddings, left // size * block_size)
+    drafter = PagedModel(small, replace(of_draft, memory=left, max_model_len=longest or None))
     keep_freed_memory()
     return model, drafter
 
@@ -182,6 +187,13 @@ def open_with_draft(folder: Path, draft: Path, device: torch.device, options: Ca
 def _memory(options: CacheOptions, device: torch.device) -> int:
     """Bytes for the cache."""
     return int(_CACHE_SHARE * _free(device)) if options.memory is None else options.memory
+
+
+def _block(definition: Definition, options: CacheOptions) -> tuple[int, int]:
+    """Bytes and tokens of a block."""
+    form = cache_format(options.dtype, _declared(definition), definition.layers, definition.device)
+    block_size = options.block_size or form.block_size
+    return form.block_bytes(definition.layers, block_size), block_size
 
 
 def _declared(definition: Definition) -> torch.dtype:

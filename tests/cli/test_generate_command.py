@@ -242,3 +242,16 @@ def test_a_quantized_cache_holds_more_tokens_in_the_same_memory(llama: Path, dty
         assert summary["kv_memory_bytes"] <= 400_000
         tokens[name] = summary["kv_tokens"]
     assert tokens[dtype] > tokens["auto"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int4"])
+@pytest.mark.parametrize("policy", ["window", "scored"])
+def test_drafts_budgets_and_quantized_caches_go_together(llama: Path, tmp_path: Path, dtype: str, policy: str) -> None:
+    # The draft model, here the model itself, holds the whole text; what it drafts is checked within the budget.
+    (tmp_path / "p.txt").write_text("some words " * 13 + "\n" + "other words " * 9)
+    options = ("--prompts", tmp_path / "p.txt", *LENGTH, "--kv-policy", policy, "--kv-budget", 96, "--kv-dtype", dtype)
+    options = (*options, "--max-batch", 2, "--kv-memory", "4MiB", "--kv-offload", "1MiB")
+    plain = [completion["token_ids"] for completion in completions(llama, *options)]
+    for spec in ("ngram", f"draft:{llama}"):
+        drafted = completions(llama, *options, "--spec", spec, "--draft-len", 3)
+        assert [completion["token_ids"] for completion in drafted] == plain

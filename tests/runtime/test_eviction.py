@@ -160,7 +160,7 @@ def test_any_batch_chunks_preemption_forks_and_cancellation_leave_every_text_its
     size, max_batch = draw.choice([1, 2, 4]), draw.randint(1, 6)
     dropping = chosen(draw.choice(list(POLICIES)), draw.randint(3, 12), size)
     model = HeldModel(dropping.blocks + draw.randint(0, 20), size, max_model_len=100)
-    config = EngineConfig(max_batch, draw.randint(max_batch, 24), draw.random() < 0.7, dropping)
+    config = EngineConfig(max_batch, draw.randint(max_batch, 24), draw.random() < 0.7, eviction=dropping)
     running = Engine(model, config)
     wanted: dict[int, tuple[Request, int]] = {}
     found: dict[tuple[int, int], list[int]] = {}
@@ -242,7 +242,7 @@ def test_drafts_change_nothing_and_stay_within_the_budget(policy: str, seed: int
 def test_the_random_runs_drop_preempt_and_find_prefixes() -> None:
     # The premise of the test above.
     draw, dropping = random.Random(1), chosen("sinks", 4)
-    running = Engine(HeldModel(10, 4, max_model_len=100), EngineConfig(5, 24, True, dropping))
+    running = Engine(HeldModel(10, 4, max_model_len=100), EngineConfig(5, 24, eviction=dropping))
     running.generate([_random_request(draw, 5)[0] for _ in range(30)])
     assert running.stats.preemptions > 0
     assert running.stats.prefix_hits > 0
