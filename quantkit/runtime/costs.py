@@ -70,7 +70,7 @@ class Costs:
         place = min(max(bisect_left(known, rows), 1), len(known) - 1)
         low, high = known[place - 1], known[place]
         below, above = median(self._steps[low]), median(self._steps[high])
-        # No number of rows costs less than nothing, or less than a smaller one that was timed.
+        # More rows do not cost less, whatever the noise; nor is the line followed to nothing where few rows are asked about.
         guess = below + (above - below) * (rows - low) / (high - low)
         return max(guess, below if rows > low else 0.25 * below)
 

@@ -6,8 +6,9 @@ is taken; 0 is one of them. With rows that cost alike, what is right for a batch
 sequence of it, so each decides as if the others did as it does.
 
 Two things keep bad guesses cheap. A sequence that does not draft probes only after a pause, which doubles with each probe
-in vain. And losses are bounded: time lost against plain steps is taken out of a credit that grows by a small share of all
-time and by what speculation gains, up to a cap; without credit nothing is drafted.
+in vain. And losses are bounded: time lost against plain steps is taken out of a credit that grows by a small share of a plain
+step with each token, and by what speculation gains, up to a cap; without credit nothing is drafted. A drafter that would have
+to catch up on more than the rest of the text can repay is left behind.
 
 Times come from outside, so that every decision is a function of what was noted.
 """
@@ -24,7 +25,7 @@ MOST_DRAFTED = 15
 #: A length must promise this much more speed than none.
 _MARGIN = 1.03
 
-#: Credit, in plain steps: at the start, at most, and its growth a plain step.
+#: Credit, in plain steps: at the start, at most, and its growth a token.
 _CREDIT, _MOST_CREDIT, _SHARE = 2.0, 4.0, 0.02
 
 #: Tokens of a probe; steps before the first one, and before any.
@@ -152,15 +153,14 @@ class AdaptiveLength:
         self._known = 0, []
         self._streak = self._streak + 1 if longest else 0
         if longest:
-            self.costs.note_draft(longest, backlog, drafting)
+            if backlog or not self.costs.draft_step:
+                # Catching up was weighed before, and what it buys comes later; the first round may compile something.
+                drafting = longest * self.costs.draft_step
+            self.costs.note_draft(longest, backlog, seconds[0])
         if plain is None:
             return
-        self._credit += _SHARE * tokens / running
-        if longest:
-            # Catching up is an investment: it was weighed before, and what it buys comes later.
-            spent = verifying + max(drafting - self.costs.backlog(backlog), 0.0)
-            self._credit += tokens / running - spent / plain
-        self._credit = min(self._credit, _MOST_CREDIT)
+        gained = tokens / running - (drafting + verifying) / plain if longest else 0.0
+        self._credit = min(self._credit + _SHARE * tokens / running + gained, _MOST_CREDIT)
 
     def released(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended; one that was preempted comes back."""

@@ -229,6 +229,18 @@ def test_a_backlog_is_caught_up_on_only_if_the_rest_of_the_text_is_long_enough()
     assert policy.length(short, 1, backlog=1) > 0
 
 
+def test_catching_up_with_a_prompt_is_not_charged_to_the_drafts_that_follow() -> None:
+    policy, text = AdaptiveLength(), sequence([0] * 100)
+    text.limit = 1000
+    for _ in range(4):
+        policy.note_step(1, 1, 0, 0, 1, (0.0, PLAIN))
+    length = policy.length(text, 1, backlog=100)
+    assert length > 0
+    policy.note_draft(text, 1, length, length)
+    policy.note_step(1, 1 + length, length, 98, 1 + length, (20 * PLAIN, PLAIN))
+    assert policy.length(text, 1, backlog=1) > 0
+
+
 def test_a_preempted_request_keeps_its_record_and_a_finished_one_does_not() -> None:
     policy, text = AdaptiveLength(), sequence([0] * 4)
     run(policy, never, 100, linear(0.3), text=text)
