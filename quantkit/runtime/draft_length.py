@@ -8,7 +8,8 @@ sequence of it, so each decides as if the others did as it does.
 Two things keep bad guesses cheap. A sequence that does not draft probes only after a pause, which doubles with each probe
 in vain. And losses are bounded: time lost against plain steps is taken out of a credit that grows by a small share of a plain
 step with each token, and by what speculation gains, up to a cap; without credit nothing is drafted. A drafter that would have
-to catch up on more than the rest of the text can repay is left behind.
+to catch up on more than the rest of the text can repay is left behind; as long as nothing is known of its drafts, on more
+than a small share of the rest.
 
 Times come from outside, so that every decision is a function of what was noted.
 """
@@ -26,7 +27,10 @@ MOST_DRAFTED = 15
 _MARGIN = 1.03
 
 #: Credit, in plain steps: at the start, at most, and its growth a token.
-_CREDIT, _MOST_CREDIT, _SHARE = 2.0, 4.0, 0.02
+_CREDIT, _MOST_CREDIT, _SHARE = 1.5, 4.0, 0.02
+
+#: Drafts from which on a rate is taken for knowledge.
+_KNOWN = 8
 
 #: Tokens of a probe; steps before the first one, and before any.
 _PROBE, _FIRST_PAUSE, _LONGEST_PAUSE = 2, 8, 512
@@ -95,6 +99,7 @@ class AdaptiveLength:
         self._records: dict[Sequence, Record] = {}
         #: Of all requests; a new one starts from it.
         self._common = Record(accepted=2.0, judged=4.0)
+        self._drafts = 0
         self._credit = _CREDIT
         self._streak = 0
         #: Of the last number of sequences that was asked about, until a step is timed.
@@ -114,8 +119,9 @@ class AdaptiveLength:
         record = self._records.setdefault(sequence, Record(4 * self._common.rate, 4.0))
         record.waited += 1
         length, gain = best_length(record.rate, seconds)
-        extra = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0)) / seconds[0]
-        if length and extra <= (sequence.limit - len(sequence.tokens)) * (1 - 1 / gain):
+        extra = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0), seconds[0]) / seconds[0]
+        saved = 1 - 1 / gain if self._drafts >= _KNOWN else _SHARE
+        if length and extra <= saved * (sequence.limit - len(sequence.tokens)):
             return length
         risk = seconds[_PROBE] / seconds[0] - 1 + extra
         return _PROBE if record.waited > record.pause and risk <= self._credit else 0
@@ -126,6 +132,7 @@ class AdaptiveLength:
         probed = best_length(record.rate, self._seconds(running))[0] == 0
         record.note(drafted, accepted, _KEEP_AT_PROBE if probed else _KEEP)
         self._common.note(drafted, accepted, _KEEP)
+        self._drafts += 1
         record.waited = 0
         if accepted == drafted:
             record.waited, record.pause = record.pause, _FIRST_PAUSE  # It is worth another look at once.
