@@ -158,9 +158,9 @@ def main() -> None:
         measured += found
         print("\n".join(each.row() for each in found), flush=True)
     result = json.dumps([asdict(each) for each in measured], indent=2)
-    print(result)
     if options.json:
         options.json.write_text(result + "\n")
+    print(result)
 
 
 if __name__ == "__main__":

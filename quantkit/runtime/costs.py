@@ -14,6 +14,10 @@ _WINDOW = 7
 #: Where only one number of rows was timed yet: what twice as many rows are taken to cost more, as a share.
 _GUESSED_SLOPE = 0.3
 
+#: A row beyond the most that were timed is taken to cost this share of what the last ones did: longer drafts are tried rather
+#: than never timed.
+_HOPE = 0.5
+
 #: A draft's backlog of up to this many tokens a sequence is the ordinary one, and part of a draft step's cost.
 ORDINARY_BACKLOG = 2
 
@@ -26,6 +30,7 @@ class Costs:
         self._has_drafted = False
         self._draft: deque[float] = deque(maxlen=_WINDOW)
         self._backlog: deque[float] = deque(maxlen=_WINDOW)
+        self._prompt: deque[float] = deque(maxlen=_WINDOW)
 
     def note_step(self, rows: int, seconds: float) -> None:
         """Add a forward over `rows` tokens, all of them newest tokens or drafts."""
@@ -33,6 +38,10 @@ class Costs:
             self._steps[rows].append(seconds)
         else:
             self._steps[rows] = deque(maxlen=_WINDOW)
+
+    def note_prompt(self, rows: int, seconds: float) -> None:
+        """Add a forward over `rows` tokens, most of them of prompts."""
+        self._prompt.append(seconds / rows)
 
     def note_draft(self, longest: int, backlog: int, seconds: float) -> None:
         """Add a round of proposals, the longest of `longest` tokens, that had `backlog` tokens beyond the ordinary to do."""
@@ -48,16 +57,20 @@ class Costs:
         """Seconds of one token more in a round of drafts; 0 while unknown."""
         return median(self._draft) if self._draft else 0.0
 
-    def backlog(self, tokens: int) -> float:
-        """Seconds that `tokens` tokens of backlog take. While unknown, each a quarter of a draft step."""
-        return tokens * (median(self._backlog) if self._backlog else self.draft_step / 4)
+    def backlog(self, tokens: int, plain: float) -> float:
+        """Seconds that `tokens` tokens of backlog take; `plain`: of a step without drafts.
+
+        While unknown, as many as the model itself needs for a prompt's; while that is unknown, each an eighth of a plain step.
+        """
+        known = self._backlog or self._prompt
+        return tokens * (median(known) if known else plain / 8)
 
     def is_timed(self, rows: int) -> bool:
         """Whether a step over that many rows was timed."""
         return bool(self._steps.get(rows))
 
     def step(self, rows: int) -> float | None:
-        """Seconds of a forward over `rows` tokens: linear between the numbers of rows that were timed and beyond them.
+        """Seconds of a forward over `rows` tokens: linear between the numbers of rows that were timed, less steep beyond.
 
         None before three steps were timed.
         """
@@ -70,8 +83,9 @@ class Costs:
         place = min(max(bisect_left(known, rows), 1), len(known) - 1)
         low, high = known[place - 1], known[place]
         below, above = median(self._steps[low]), median(self._steps[high])
-        # No number of rows costs less than nothing, or less than a smaller one that was timed.
-        guess = below + (above - below) * (rows - low) / (high - low)
+        # More rows do not cost less, whatever the noise; nor is the line followed to nothing where few rows are asked about.
+        slope = (above - below) / (high - low)
+        guess = below + slope * (min(rows, high) - low) + _HOPE * slope * max(rows - high, 0)
         return max(guess, below if rows > low else 0.25 * below)
 
     def rounds(self, sequences: int, longest: int) -> list[float]:

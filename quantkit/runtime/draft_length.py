@@ -6,8 +6,10 @@ is taken; 0 is one of them. With rows that cost alike, what is right for a batch
 sequence of it, so each decides as if the others did as it does.
 
 Two things keep bad guesses cheap. A sequence that does not draft probes only after a pause, which doubles with each probe
-in vain. And losses are bounded: time lost against plain steps is taken out of a credit that grows by a small share of all
-time and by what speculation gains, up to a cap; without credit nothing is drafted.
+in vain. And losses are bounded: time lost against plain steps is taken out of a credit that grows by a small share of a plain
+step with each token, and by what speculation gains, up to a cap; without credit nothing is drafted. A drafter that would have
+to catch up on more than the rest of the text can repay is left behind; as long as nothing is known of its drafts, on more
+than a small share of the rest.
 
 Times come from outside, so that every decision is a function of what was noted.
 """
@@ -24,8 +26,11 @@ MOST_DRAFTED = 15
 #: A length must promise this much more speed than none.
 _MARGIN = 1.03
 
-#: Credit, in plain steps: at the start, at most, and its growth a plain step.
-_CREDIT, _MOST_CREDIT, _SHARE = 2.0, 4.0, 0.02
+#: Credit, in plain steps: at the start, at most, and its growth a token.
+_CREDIT, _MOST_CREDIT, _SHARE = 1.5, 4.0, 0.02
+
+#: Drafts from which on a rate is taken for knowledge.
+_KNOWN = 8
 
 #: Tokens of a probe; steps before the first one, and before any.
 _PROBE, _FIRST_PAUSE, _LONGEST_PAUSE = 2, 8, 512
@@ -94,6 +99,7 @@ class AdaptiveLength:
         self._records: dict[Sequence, Record] = {}
         #: Of all requests; a new one starts from it.
         self._common = Record(accepted=2.0, judged=4.0)
+        self._drafts = 0
         self._credit = _CREDIT
         self._streak = 0
         #: Of the last number of sequences that was asked about, until a step is timed.
@@ -113,8 +119,9 @@ class AdaptiveLength:
         record = self._records.setdefault(sequence, Record(4 * self._common.rate, 4.0))
         record.waited += 1
         length, gain = best_length(record.rate, seconds)
-        extra = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0)) / seconds[0]
-        if length and extra <= (sequence.limit - len(sequence.tokens)) * (1 - 1 / gain):
+        extra = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0), seconds[0]) / seconds[0]
+        saved = 1 - 1 / gain if self._drafts >= _KNOWN else _SHARE
+        if length and extra <= saved * (sequence.limit - len(sequence.tokens)):
             return length
         risk = seconds[_PROBE] / seconds[0] - 1 + extra
         return _PROBE if record.waited > record.pause and risk <= self._credit else 0
@@ -125,6 +132,7 @@ class AdaptiveLength:
         probed = best_length(record.rate, self._seconds(running))[0] == 0
         record.note(drafted, accepted, _KEEP_AT_PROBE if probed else _KEEP)
         self._common.note(drafted, accepted, _KEEP)
+        self._drafts += 1
         record.waited = 0
         if accepted == drafted:
             record.waited, record.pause = record.pause, _FIRST_PAUSE  # It is worth another look at once.
@@ -152,15 +160,14 @@ class AdaptiveLength:
         self._known = 0, []
         self._streak = self._streak + 1 if longest else 0
         if longest:
-            self.costs.note_draft(longest, backlog, drafting)
+            if backlog or not self.costs.draft_step:
+                # Catching up was weighed before, and what it buys comes later; the first round may compile something.
+                drafting = longest * self.costs.draft_step
+            self.costs.note_draft(longest, backlog, seconds[0])
         if plain is None:
             return
-        self._credit += _SHARE * tokens / running
-        if longest:
-            # Catching up is an investment: it was weighed before, and what it buys comes later.
-            spent = verifying + max(drafting - self.costs.backlog(backlog), 0.0)
-            self._credit += tokens / running - spent / plain
-        self._credit = min(self._credit, _MOST_CREDIT)
+        gained = tokens / running - (drafting + verifying) / plain if longest else 0.0
+        self._credit = min(self._credit + _SHARE * tokens / running + gained, _MOST_CREDIT)
 
     def released(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended; one that was preempted comes back."""

@@ -87,7 +87,7 @@ class Speculation:
             return
         pure = all(entry.num_tokens == entry.num_logits == 1 + len(entry.draft.tokens) for entry in scheduled)
         longest = max((len(draft.tokens) for draft in self._drafts.values()), default=0)
-        self._tally.time(longest, draft_seconds, seconds, pure=pure)
+        self._tally.time(longest, draft_seconds, seconds, pure=pure and not self._backlog)
         drafted = [(each, len(self._drafts[each].tokens), len(got) - 1) for each, got in chosen if each in self._drafts]
         for _, length, accepted in drafted:
             self._tally.count(length, accepted)
@@ -96,8 +96,10 @@ class Speculation:
         running = len(scheduled)
         for sequence, length, accepted in drafted:
             self._adaptive.note_draft(sequence, running, length, accepted)
-        if pure:
-            rows, tokens = sum(entry.num_tokens for entry in scheduled), sum(len(got) for _, got in chosen)
+        rows, tokens = sum(entry.num_tokens for entry in scheduled), sum(len(got) for _, got in chosen)
+        if not pure and not drafted:
+            self._adaptive.costs.note_prompt(rows, seconds)
+        elif pure:
             self._adaptive.note_step(running, rows, longest, self._backlog, tokens, (draft_seconds, seconds))
 
     def settle(self, sequence: Sequence, accepted: int) -> None:

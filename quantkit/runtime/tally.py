@@ -15,8 +15,8 @@ class SpeculationStats:
         mean_accepted_length: tokens that a verified draft gave, the one behind the accepted ones included.
         acceptance_by_position: of the drafts that reach a position, the share whose token there was accepted.
         draft_seconds: spent on proposing, in all.
-        cost_ratio: seconds of a draft step (one token more for all sequences) / seconds of a step that verifies; steps that
-            compute prompts are left out.
+        cost_ratio: seconds of a draft step (one token more for all sequences) / seconds of a step that verifies; without
+            steps in which the model or the drafter computes prompts.
     """
 
     drafts: int
@@ -58,7 +58,7 @@ class Tally:
         Args:
             longest: tokens of its longest draft.
             draft_seconds, verify_seconds: of proposing, and of the forward and the verification.
-            pure: whether all that it computed were newest tokens and drafts.
+            pure: whether it computed newest tokens and drafts and nothing else, in the model and in the drafter.
         """
         self.draft_seconds += draft_seconds
         if longest and pure:

@@ -113,17 +113,19 @@ def test_costs_are_medians_and_lines_between_them() -> None:
     costs.note_step(4, 500.0)
     assert costs.step(4) == pytest.approx(1.3)
     costs.note_step(4, 2.0)
-    assert [costs.step(rows) for rows in (2, 3, 4, 5)] == pytest.approx([1.0, 1.5, 2.0, 2.5])
+    assert [costs.step(rows) for rows in (2, 3, 4, 5)] == pytest.approx([1.0, 1.5, 2.0, 2.25])
     for seconds in (500.0, 1.9):
         costs.note_step(10, seconds)  # within the noise of 4: more rows do not cost less
     assert [costs.step(rows) for rows in (4, 7, 20)] == pytest.approx([2.0, 2.0, 2.0])
     costs.note_draft(longest=4, backlog=9, seconds=500)
-    assert costs.draft_step == costs.backlog(9) == 0
+    assert costs.draft_step == 0
     costs.note_draft(longest=4, backlog=0, seconds=0.4)
     assert costs.draft_step == pytest.approx(0.1)
-    assert costs.backlog(8) == pytest.approx(0.2)
+    assert costs.backlog(8, plain=1.0) == pytest.approx(1.0)
+    costs.note_prompt(rows=100, seconds=3.0)
+    assert costs.backlog(8, plain=1.0) == pytest.approx(0.24)
     costs.note_draft(longest=2, backlog=100, seconds=1.2)
-    assert costs.backlog(50) == pytest.approx(0.5)
+    assert costs.backlog(50, plain=1.0) == pytest.approx(0.5)
     assert costs.rounds(2, 1) == pytest.approx([1.0, 2.1])
     # Old times are forgotten.
     for _ in range(7):
@@ -211,6 +213,12 @@ def test_a_first_step_that_compiles_does_not_end_speculation() -> None:
     assert lengths.count(MOST_DRAFTED) > len(lengths) / 2
 
 
+def test_a_dear_second_row_does_not_hide_cheap_ones_behind_it() -> None:
+    # Twice as dear for one more row, and nothing for the others: only long drafts pay.
+    lengths = run(AdaptiveLength(), always, 600, lambda rows: PLAIN if rows == 1 else 2 * PLAIN).lengths
+    assert lengths.count(MOST_DRAFTED) > len(lengths) / 2
+
+
 def test_costs_that_change_are_noticed() -> None:
     policy, text = AdaptiveLength(), sequence([0] * 4)
     cheap = run(policy, by_chance(0.6), 300, linear(0.05), text=text)
@@ -227,6 +235,20 @@ def test_a_backlog_is_caught_up_on_only_if_the_rest_of_the_text_is_long_enough()
     assert policy.length(short, 1, backlog=500) == 0
     assert policy.length(long, 1, backlog=500) > 0
     assert policy.length(short, 1, backlog=1) > 0
+
+
+def test_catching_up_with_a_prompt_is_not_charged_to_the_drafts_that_follow() -> None:
+    policy, text = AdaptiveLength(), sequence([0] * 100)
+    for _ in range(4):
+        policy.note_step(1, 1, 0, 0, 1, (0.0, PLAIN))
+    text.limit = 200
+    assert policy.length(text, 1, backlog=100) == 0  # 98 tokens, an eighth of a step each, for 2% of 100
+    text.limit = 1000
+    length = policy.length(text, 1, backlog=100)
+    assert length > 0
+    policy.note_draft(text, 1, length, length)
+    policy.note_step(1, 1 + length, length, 98, 1 + length, (20 * PLAIN, PLAIN))
+    assert policy.length(text, 1, backlog=1) > 0
 
 
 def test_a_preempted_request_keeps_its_record_and_a_finished_one_does_not() -> None:
