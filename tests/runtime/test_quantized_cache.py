@@ -166,4 +166,6 @@ def test_what_cannot_be_is_refused_by_name(llama: Path) -> None:
             cache_format(name, torch.float32, [LayerShape(1, 33, 32)], CPU)
     with pytest.raises(ResourceError, match="does not hold a block of 32 tokens beside"):
         open_model(llama, CPU, CacheOptions(dtype="int4", memory=100_000))
+    with pytest.raises(ResourceError, match=r"--kv-dtype bf16: on a GPU a torch.float16 model's plain cache"):
+        cache_format("bf16", torch.float16, [], torch.device("cuda"))
     assert set(QUANTIZED) < set(KV_DTYPES)
