@@ -101,6 +101,16 @@ def plain(dtype: torch.dtype) -> CacheFormat:
     return CacheFormat(str(dtype).removeprefix("torch."), dtype)
 
 
+def check_name(name: str | torch.dtype) -> None:
+    """Find out before a model is loaded that there is no such format.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    if isinstance(name, str) and name not in KV_DTYPES:
+        raise ResourceError(f"--kv-dtype {name}: there is no such type; choose from {', '.join(KV_DTYPES)}")
+
+
 def cache_format(
     name: str | torch.dtype, declared: torch.dtype, layers: Sequence[LayerShape], device: torch.device
 ) -> CacheFormat:
@@ -115,10 +125,9 @@ def cache_format(
     Raises:
         ResourceError: there is no such format, or this device or these heads cannot have it.
     """
+    check_name(name)
     if isinstance(name, torch.dtype):
         return plain(name)
-    if name not in KV_DTYPES:
-        raise ResourceError(f"--kv-dtype {name}: there is no such type; choose from {', '.join(KV_DTYPES)}")
     if name == "auto":
         return plain(declared)
     if name == "bf16":

@@ -19,7 +19,7 @@ from quantkit.runtime.attention import Paged
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.graphs import DecodeGraphs
 from quantkit.runtime.kv_cache import KVCache, blocks_for
-from quantkit.runtime.kv_format import CacheFormat, cache_format
+from quantkit.runtime.kv_format import CacheFormat, cache_format, check_name
 from quantkit.runtime.load import Definition, load_definition
 from quantkit.runtime.native_build import native_decoder
 from quantkit.runtime.open_pages import pages_needed
@@ -40,6 +40,9 @@ class CacheOptions:
         step_tokens: new tokens in a step at most.
         block_size: tokens in a block; None takes the format's own.
         dtype: of keys and values: a name of `kv_format.KV_DTYPES`, or a type of plain numbers.
+
+    Raises:
+        ResourceError: there is no such type.
     """
 
     memory: int | None = None
@@ -48,6 +51,9 @@ class CacheOptions:
     step_tokens: int = 512
     block_size: int | None = None
     dtype: str | torch.dtype = "auto"
+
+    def __post_init__(self) -> None:
+        check_name(self.dtype)
 
 
 class PagedModel:
