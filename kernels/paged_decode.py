@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantkit.kernels.kv_store import Cache
 from quantkit.kernels.paged_launch import MIN_TILES, Device, Scores, Tile, number_of_splits
-from quantkit.kernels.paged_stored import PLAIN, attend_stored, cache_arguments, form
+from quantkit.kernels.paged_stored import FP8, PLAIN, attend_stored, cache_arguments, form
 from quantkit.kernels.paged_tile import LOG2E, attend, empty_state, load_query, normalise, widen
 
 #: Most new tokens of a sequence that the decode kernel takes.
@@ -212,6 +212,8 @@ def paged_decode(
     all_rows = longest * ratio
     # Two programs share a multiprocessor: while one waits for its first tile, the other reads.
     tile = Tile.of(query, value_dim, triton.next_power_of_2(all_rows), MOST_ROWS, 64, 128, device.shared_memory // 2)
+    kind = form(key_cache)
+    tile = tile if kind == PLAIN.value else tile.narrow(64, 32 if kind == FP8.value else 64)
     readers = heads * triton.cdiv(all_rows, tile.rows)
     visible = min(width * block_size, scores.window + longest - 1)
     splits = number_of_splits(sequences * readers, visible, tile.tokens, device.processors)
@@ -227,7 +229,7 @@ def paged_decode(
         part_acc, part_peak, part_total,
         query.stride(0), query.stride(1), block_table.stride(0), scores.scale, scores.cap, scores.window,
         ROWS=tile.rows, BLOCK_SIZE=block_size, D=dim, D_PAD=tile.dim, CAPPED=scores.cap > 0, DIRECT=splits == 1,
-        FORM=form(key_cache), WIDEN=widen(query), num_warps=warps, num_stages=tile.stages, **shared,
+        FORM=kind, WIDEN=widen(query), num_warps=warps, num_stages=tile.stages, **shared,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(all_rows * heads, sequences)](

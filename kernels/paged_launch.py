@@ -87,6 +87,11 @@ class Tile:
         needed = buffers * tokens * token + rows * (dim + tokens) * size
         return cls(rows, tokens, dim, value_dim, 5 if needed <= shared_memory else 3)
 
+    def narrow(self, rows: int, tokens: int) -> "Tile":
+        """The tile for a quantized cache, of which codes, parameters and numbers are in registers at once: at most so many
+        rows and tokens, one tile in flight."""
+        return Tile(min(self.rows, rows), min(self.tokens, tokens), self.dim, self.value_dim, 2)
+
 
 def check(
     query: Tensor,
@@ -106,8 +111,7 @@ def check(
     for cache in (key_cache, value_cache):
         planes = cache.planes if isinstance(cache, Store) else (cache,)
         assert all(plane.is_contiguous() for plane in planes)
-        stored = cache.open if isinstance(cache, Store) else cache
-        assert stored is None or stored.dtype in (query.dtype, torch.float8_e4m3fn), (query.dtype, stored.dtype)
+        assert isinstance(cache, Store) or cache.dtype in (query.dtype, torch.float8_e4m3fn), (query.dtype, cache.dtype)
     assert all(x.stride(-1) == 1 for x in (query, block_table, query_start, seq_lens))
     assert (len(query_start), len(seq_lens)) == (sequences + 1, sequences)
     assert block_table.dtype == query_start.dtype == seq_lens.dtype == torch.int32

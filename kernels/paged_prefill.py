@@ -140,6 +140,7 @@ def paged_prefill(
     (sequences, _), (_, block_size, heads, dim), value_dim = block_table.shape, key_cache.shape, value_cache.shape[3]
     ratio = query.shape[1] // heads
     tile = Tile.of(query, value_dim, triton.next_power_of_2(longest * ratio), MOST_ROWS, 16, 64, device.shared_memory)
+    tile = tile if form(key_cache) == PLAIN.value else tile.narrow(64 if device.capability >= 90 else 32, 32)
     prefill_kernel[(triton.cdiv(longest * ratio, tile.rows), heads, sequences)](
         query, *cache_arguments(key_cache, value_cache, draft), block_table, query_start, seq_lens, sinks, out,
         query.stride(0), query.stride(1), block_table.stride(0), scores.scale, scores.cap, scores.window,

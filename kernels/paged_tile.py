@@ -76,21 +76,10 @@ def _load(pointers, inside, wide, MASKED: tl.constexpr, PADDED: tl.constexpr):  
 
 
 @triton.jit
-def weigh(  # type: ignore[no-untyped-def]
-    acc,
-    peak,
-    total,
-    query,
-    keys,
-    values,
-    visible,
-    scale,
-    cap,
-    CAPPED: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """The state after a tile of keys [D_PAD, TILE] and values [TILE, DV_PAD], of which the rows see what is `visible`."""
-    scores = tl.dot(query, keys, input_precision="ieee") * scale
+def soften(peak, total, scores, visible, scale, cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Softmax weights [ROWS, TILE] of raw scores, of which the rows see what is `visible`; what the state so far is multiplied
+    by, [ROWS]; and the new peak and total."""
+    scores *= scale
     if CAPPED:
         scores = cap - 2.0 * cap / (1.0 + tl.exp2(scores))
     if MASKED:
@@ -98,9 +87,7 @@ def weigh(  # type: ignore[no-untyped-def]
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     weights = tl.exp2(scores - new_peak[:, None])
     fade = tl.exp2(peak - new_peak)
-    total = total * fade + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
-    return acc, new_peak, total
+    return weights, fade, new_peak, total * fade + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -151,7 +138,9 @@ def attend(  # type: ignore[no-untyped-def]
 
     distance = positions[:, None] - tokens[None, :]
     visible = (distance >= 0) & (distance < window)
-    return weigh(acc, peak, total, query, keys, values, visible, scale, cap, CAPPED, MASKED)
+    scores = tl.dot(query, keys, input_precision="ieee")
+    weights, fade, peak, total = soften(peak, total, scores, visible, scale, cap, CAPPED, MASKED)
+    return tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee"), peak, total
 
 
 @triton.jit

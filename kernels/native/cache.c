@@ -2,27 +2,20 @@
 #include "attention.h"
 #include "vec.h"
 
-typedef uint8_t vb __attribute__((vector_size(LANES)));
-typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
-
-
-/* `count` bytes, or LANES where there are more; the rest is 0. */
-INLINE vu load_bytes(const uint8_t *from, int64_t count) {
-    vb bytes = {0};
-    uint8_t part[LANES] = {0};
-    if (count >= LANES) memcpy(&bytes, from, sizeof bytes);
-    else if (count > 0) memcpy(part, from, count), memcpy(&bytes, part, sizeof bytes);
-    return __builtin_convertvector(bytes, vu);
-}
-
-INLINE vf to_floats(vu codes) { return __builtin_convertvector((vi)codes, vf); }
+/* Loops over bytes are left to the compiler, which widens them in one instruction where they may not alias what is written. */
 
 /* The same way as half_to_float, from a byte of 4 exponent and 3 mantissa bits; NaN reads as 480. */
 #define E4M3_REBIAS 1.329227995784916e36f /* 2^120 */
 
-INLINE vf e4m3_to_float(vu bytes) {
-    vf magnitude = (vf)((bytes & 0x7fu) << 20) * E4M3_REBIAS;
-    return (vf)((vu)magnitude | (bytes & 0x80u) << 24);
+static void read_e4m3(const uint8_t *restrict row, int64_t dim, float *restrict out) {
+    for (int64_t d = 0; d < dim; d++) {
+        const float magnitude = bits_to_float((row[d] & 0x7fu) << 20) * E4M3_REBIAS;
+        out[d] = bits_to_float(float_to_bits(magnitude) | (row[d] & 0x80u) << 24);
+    }
+}
+
+static void read_codes(const uint8_t *restrict row, int64_t dim, float scale, float minimum, float *restrict out) {
+    for (int64_t d = 0; d < dim; d++) out[d] = (float)(int32_t)row[d] * scale + minimum;
 }
 
 INLINE void gather_as(int type, const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {
@@ -43,19 +36,20 @@ INLINE void gather_as(int type, const Side *side, int64_t head, int64_t heads, c
     }
 }
 
-INLINE void gather_bytes(int type, const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {
-    const int64_t dim = side->dim, width = padded(dim);
+/* The floats of a row behind its last number, which nobody reads for their value, but which a NaN would spoil. */
+INLINE void clear_end(float *row, int64_t dim) { memset(row + dim, 0, sizeof(float) * (padded(dim) - dim)); }
+
+static void gather_bytes(const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {
+    const int64_t dim = side->dim;
     for (int64_t i = 0; i < keys->count; i++) {
         const int64_t first = keys->slots[i] * side->kv_heads + head;
         for (int64_t h = 0; h < heads; h++) {
             const uint8_t *row = (const uint8_t *)side->store->data + (first + h) * dim;
             const uint16_t *params = side->store->params + (first + h) * 2;
-            const float scale = type == I8 ? from_half(params[0]) : 0, minimum = type == I8 ? from_half(params[1]) : 0;
-            float *out = to + (h * CHUNK + i) * width;
-            for (int64_t d = 0; d < width; d += LANES) {
-                const vu bytes = load_bytes(row + d, dim - d);
-                store(out + d, type == I8 ? to_floats(bytes) * scale + minimum : e4m3_to_float(bytes));
-            }
+            float *out = to + (h * CHUNK + i) * padded(dim);
+            clear_end(out, dim);
+            if (side->type == I8) read_codes(row, dim, from_half(params[0]), from_half(params[1]), out);
+            else read_e4m3(row, dim, out);
         }
     }
 }
@@ -70,43 +64,41 @@ static void fetch_channels(const Side *side, int64_t block, int64_t head, float 
     }
 }
 
-/* One row of codes, those of the lower plane beside them where there is one; scales and minima of each channel, or one of
-   all. The second half of the elements is written over the end of the first; what is written behind the last is finite. */
-INLINE void unpack(int by_channel, const uint8_t *upper, const uint8_t *lower, int64_t half, const float *scales,
-                   const float *minima, float *out) {
-    for (int high = 0; high < 2; high++)
-        for (int64_t d = 0; d < half; d += LANES) {
-            const int64_t at = high * half + d;
-            vu code = load_bytes(upper + d, half - d) >> 4 * high & 15u;
-            if (lower) code = (code << 4) + (load_bytes(lower + d, half - d) >> 4 * high & 15u) - 8u;
-            const vf scale = by_channel ? load_some(scales + at, half - d) : splat(*scales);
-            store(out + at, to_floats(code) * scale + (by_channel ? load_some(minima + at, half - d) : splat(*minima)));
-        }
+/* Half a row of codes: those in the upper halves of bytes (`shift` 4) or in the lower ones; with the lower plane's beside
+   them where there is one; scales and minima of each channel, or one of all. */
+INLINE void unpack(int by_channel, int shift, const uint8_t *restrict upper, const uint8_t *restrict lower, int64_t half,
+                   const float *restrict scales, const float *restrict minima, float *restrict out) {
+    for (int64_t d = 0; d < half; d++) {
+        int32_t code = upper[d] >> shift & 15;
+        if (lower) code = code * 16 + (lower[d] >> shift & 15) - 8;
+        out[d] = (float)code * scales[by_channel ? d : 0] + minima[by_channel ? d : 0];
+    }
+}
+
+INLINE void unpack_halves(int by_channel, const uint8_t *upper, const uint8_t *lower, int64_t half, const float *scales,
+                          const float *minima, float *out) {
+    const int64_t next = by_channel ? half : 0;
+    unpack(by_channel, 0, upper, lower, half, scales, minima, out);
+    unpack(by_channel, 4, upper, lower, half, scales + next, minima + next, out + half);
 }
 
 /* One head's row in a slot. */
-INLINE void unpack_row(const Side *side, int64_t row, const uint8_t *lower, const float *scales, const float *minima,
+static void unpack_row(const Side *side, int64_t row, const uint8_t *lower, const float *scales, const float *minima,
                        float *out) {
     const int64_t half = side->dim / 2;
     const uint8_t *upper = (const uint8_t *)side->store->data + row * half;
     const uint16_t *params = side->store->params + row * 2;
     const float scale = side->by_channel ? 0 : from_half(params[0]) * (lower ? 1.0f / 16 : 1);
     const float minimum = side->by_channel ? 0 : from_half(params[1]);
-    if (side->by_channel && lower) unpack(1, upper, lower + row * half, half, scales, minima, out);
-    else if (side->by_channel) unpack(1, upper, NULL, half, scales, minima, out);
-    else if (lower) unpack(0, upper, lower + row * half, half, &scale, &minimum, out);
-    else unpack(0, upper, NULL, half, &scale, &minimum, out);
+    if (side->by_channel && lower) unpack_halves(1, upper, lower + row * half, half, scales, minima, out);
+    else if (side->by_channel) unpack_halves(1, upper, NULL, half, scales, minima, out);
+    else if (lower) unpack_halves(0, upper, lower + row * half, half, &scale, &minimum, out);
+    else unpack_halves(0, upper, NULL, half, &scale, &minimum, out);
 }
 
 /* One head's row of an open page. */
-INLINE void widen_row(const uint16_t *row, int64_t dim, float *out) {
-    for (int64_t d = 0; d < dim; d += LANES) {
-        vh words = {0};
-        if (dim - d >= LANES) memcpy(&words, row + d, sizeof words);
-        else
-            for (int64_t i = 0; i < dim - d; i++) words[i] = row[d + i];
-        store(out + d, (vf)(__builtin_convertvector(words, vu) << 16));
-    }
+static void widen_row(const uint16_t *restrict row, int64_t dim, float *restrict out) {
+    for (int64_t d = 0; d < dim; d++) out[d] = bits_to_float((uint32_t)row[d] << 16);
 }
 
 static void gather_pages(const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {
@@ -122,7 +114,7 @@ static void gather_pages(const Side *side, int64_t head, int64_t heads, const Ke
         block = in;
         for (int64_t h = 0; h < heads; h++) {
             float *out = to + (h * CHUNK + i) * width;
-            memset(out + width - 2 * LANES, 0, sizeof(float) * 2 * LANES); /* whatever stays behind the row's end */
+            clear_end(out, dim);
             if (i < keys->settled) unpack_row(side, row + h, lower, scales + h * dim, minima + h * dim, out);
             else widen_row(side->store->open + (row + h) * dim, dim, out);
         }
@@ -134,8 +126,7 @@ void gather(const Side *side, int64_t head, int64_t heads, const Keys *keys, flo
     case F32: gather_as(F32, side, head, heads, keys, to); break;
     case BF16: gather_as(BF16, side, head, heads, keys, to); break;
     case F16: gather_as(F16, side, head, heads, keys, to); break;
-    case F8: gather_bytes(F8, side, head, heads, keys, to); break;
-    case I8: gather_bytes(I8, side, head, heads, keys, to); break;
+    case F8: case I8: gather_bytes(side, head, heads, keys, to); break;
     default: gather_pages(side, head, heads, keys, to);
     }
 }

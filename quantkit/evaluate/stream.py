@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantkit.artifact import dense_source
 from quantkit.blocks import BlockModel
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.definition import realise_buffers
+from quantkit.definition import read_config, realise_buffers
 from quantkit.errors import NumericsError
 from quantkit.runtime import attention
 from quantkit.runtime.batch import Batch
@@ -93,7 +93,7 @@ def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, len
     Raises:
         QuantkitError: it cannot be read, or cannot have such a cache.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.float32 if device.type == "cpu" else read_config(checkpoint).dtype or torch.bfloat16
     model = CachedBlockModel(checkpoint, dense_source(checkpoint), dtype, device)
     model.use_cache(kv_dtype, length)
     return model

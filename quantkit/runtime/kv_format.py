@@ -101,6 +101,16 @@ def plain(dtype: torch.dtype) -> CacheFormat:
     return CacheFormat(str(dtype).removeprefix("torch."), dtype)
 
 
+def check_name(name: str | torch.dtype) -> None:
+    """Find out before a model is loaded that there is no such format.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    if isinstance(name, str) and name not in KV_DTYPES:
+        raise ResourceError(f"--kv-dtype {name}: there is no such type; choose from {', '.join(KV_DTYPES)}")
+
+
 def cache_format(
     name: str | torch.dtype, declared: torch.dtype, layers: Sequence[LayerShape], device: torch.device
 ) -> CacheFormat:
@@ -115,18 +125,19 @@ def cache_format(
     Raises:
         ResourceError: there is no such format, or this device or these heads cannot have it.
     """
+    check_name(name)
     if isinstance(name, torch.dtype):
         return plain(name)
-    if name not in KV_DTYPES:
-        raise ResourceError(f"--kv-dtype {name}: there is no such type; choose from {', '.join(KV_DTYPES)}")
     if name == "auto":
         return plain(declared)
     if name == "bf16":
+        if device.type == "cuda" and declared != torch.bfloat16:
+            raise ResourceError(f"--kv-dtype bf16: on a GPU a {declared} model's plain cache has that type; use auto")
         return CacheFormat(name, torch.bfloat16)
     if name == "fp8":
         return CacheFormat(name, torch.float8_e4m3fn)
     odd = next((width for layer in layers for width in (layer.key_width, layer.value_width) if width % 2), None)
     if name != "int8" and odd is not None:
         raise ResourceError(f"--kv-dtype {name}: packs two numbers a byte, the model's heads have {odd}; use int8")
-    # A GPU's kernels multiply in the activations' type; a CPU's in float32.
+    # Open pages: on a GPU activations have the declared type, so nothing is lost; a CPU's kernels know bfloat16.
     return CacheFormat(name, declared if device.type == "cuda" and declared.itemsize == 2 else torch.bfloat16)

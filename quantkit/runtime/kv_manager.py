@@ -63,13 +63,16 @@ class KVManager:
         taken = sum(self.pool.references[block] == 0 for block in held)
         if taken + self._blocks(start + num_tokens) - len(held) + reserve > self.pool.num_free:
             return 0
-        if self._attach(sequence, nodes) < start:
-            # Fewer came back from the store than it had.
+        whole = self._attach(sequence, nodes) == start
+        if not whole:
             start = sequence.num_computed
             num_tokens = min(len(sequence.tokens) - start, budget, self.capacity - start)
-        fits = self.extend(sequence, num_tokens)
-        assert fits
-        return num_tokens
+        if self.extend(sequence, num_tokens):
+            return num_tokens
+        # Fewer blocks came back from the store than it had, and those behind them were shared with others.
+        assert not whole
+        self.release(sequence)
+        return 0
 
     def make_way(self, sequence: Sequence) -> int:
         """Drop blocks of a sequence that has filled its budget; how many tokens it may compute before it is full again."""

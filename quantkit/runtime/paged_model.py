@@ -20,7 +20,7 @@ from quantkit.runtime.batch import Batch
 from quantkit.runtime.eviction import Budget
 from quantkit.runtime.graphs import DecodeGraphs
 from quantkit.runtime.kv_cache import KVCache, blocks_for
-from quantkit.runtime.kv_format import CacheFormat, cache_format
+from quantkit.runtime.kv_format import CacheFormat, cache_format, check_name
 from quantkit.runtime.linear import packed, rounding
 from quantkit.runtime.load import Definition, load_definition
 from quantkit.runtime.native_build import native_decoder
@@ -46,6 +46,9 @@ class CacheOptions:
         block_size: tokens in a block; None takes the format's own.
         dtype: of keys and values: a name of `kv_format.KV_DTYPES`, or a type of plain numbers.
         budget: what a sequence keeps of its past; memory must hold as much.
+
+    Raises:
+        ResourceError: there is no such type.
     """
 
     memory: int | None = None
@@ -55,6 +58,9 @@ class CacheOptions:
     block_size: int | None = None
     dtype: str | torch.dtype = "auto"
     budget: Budget = field(default_factory=Budget)
+
+    def __post_init__(self) -> None:
+        check_name(self.dtype)
 
 
 class PagedModel:

@@ -43,6 +43,17 @@ def test_steps(scheme: str, step: str) -> None:
     _assert_right(_float32(make_quantized(scheme, [90, 70], STEPS[step], Heads())))
 
 
+@pytest.mark.parametrize("step", ["verify", "prefill"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_float16_queries(scheme: str, step: str) -> None:
+    """Keys err by 2^-11, scores by 16 products of such, times 0.3: a weight by half a percent, a sum of values by 0.02."""
+    case = make_quantized(scheme, [90, 70], STEPS[step], Heads())
+    query, *rest = case.tensors
+    found = paged_attention(query.half(), *rest, scale=SCALE)  # type: ignore[arg-type,attr-defined]
+    wanted = reference.paged_attention(query.double(), *rest, scale=SCALE)  # type: ignore[arg-type,attr-defined]
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-2)
+
+
 @pytest.mark.parametrize("block_size", [16, 64, 128])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_block_sizes_windows_and_sinks(scheme: str, block_size: int) -> None:

@@ -160,10 +160,12 @@ def test_a_draft_is_worth_less_than_a_verification(llama: Path) -> None:
 
 def test_what_cannot_be_is_refused_by_name(llama: Path) -> None:
     with pytest.raises(ResourceError, match="--kv-dtype int5: there is no such type; choose from auto, bf16"):
-        open_model(llama, CPU, CacheOptions(dtype="int5"))
+        CacheOptions(dtype="int5")
     for name in ("int4", "int4+4"):
         with pytest.raises(ResourceError, match=rf"--kv-dtype {name.replace('+', '.')}: packs two .* 33; use int8"):
             cache_format(name, torch.float32, [LayerShape(1, 33, 32)], CPU)
     with pytest.raises(ResourceError, match="does not hold a block of 32 tokens beside"):
         open_model(llama, CPU, CacheOptions(dtype="int4", memory=100_000))
+    with pytest.raises(ResourceError, match=r"--kv-dtype bf16: on a GPU a torch.float16 model's plain cache"):
+        cache_format("bf16", torch.float16, [], torch.device("cuda"))
     assert set(QUANTIZED) < set(KV_DTYPES)
