@@ -54,11 +54,17 @@ class CpuWeight:
         """Bytes that a product with one row reads."""
         return sum(tensor.nbytes for tensor in (self.data, self.scales, self.zeros) if tensor is not None)
 
-    def matrix(self, bias: Tensor | None = None) -> structs.Matrix:
-        """What the native kernels take. It borrows: the caller keeps the weight and `bias` (float32 [N]) alive."""
+    def matrix(self, bias: Tensor | None = None, activation_bits: int = 0) -> structs.Matrix:
+        """What the native kernels take. It borrows: the caller keeps the weight and `bias` (float32 [N]) alive.
+
+        Args:
+            activation_bits: 4 or 8 rounds inputs to as many (see `reference.quantized_matmul`), for "tiles" only; 0 does not.
+        """
         assert self.layout in ("dense", "tiles"), self.layout
+        assert self.layout == "tiles" or not activation_bits
         arrays = (structs.address(tensor) for tensor in (self.data, self.scales, self.zeros, bias))
-        return structs.Matrix(*arrays, *self.shape, self.group_size, self.bits, structs.TYPES.get(self.data.dtype, 0))
+        kind = structs.TYPES.get(self.data.dtype, 0)
+        return structs.Matrix(*arrays, *self.shape, self.group_size, self.bits, kind, activation_bits)
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int) -> CpuWeight:
@@ -146,7 +152,7 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     library = native.library()
     if library is not None and weight.layout in ("dense", "tiles"):
         if native_is_best(x.shape[0]):
-            return _native_matmul(library, x, weight, bias)
+            return native_matmul(library, x, weight, bias)
         out = _panel_matmul(x, weight)
     elif weight.layout == "int4":
         out = _int4_matmul(x, weight)
@@ -157,9 +163,11 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     return out.to(x.dtype) if bias is None else (out + bias).to(x.dtype)
 
 
-def _native_matmul(library: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | None) -> Tensor:
+def native_matmul(library: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | None, activation_bits: int = 0) -> Tensor:
+    """`matmul` by the native kernels, for the layouts "dense" and "tiles"; activation_bits as for `CpuWeight.matrix`."""
     wide = x.float().contiguous()
-    matrix = byref(weight.matrix(bias := None if bias is None else bias.float().contiguous()))
+    bias = None if bias is None else bias.float().contiguous()
+    matrix = byref(weight.matrix(bias, activation_bits))
     prepared = torch.empty(len(wide) * library.quantkit_prepared_floats(matrix))
     out = torch.empty(len(wide), weight.shape[0])
     pointers = (c_void_p(tensor.data_ptr()) for tensor in (prepared, out))

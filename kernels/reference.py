@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.kv_store import Cache, Store
-
-#: Largest finite number of float8 e4m3; the cache saturates there.
-FP8_MAX = 448.0
+from quantkit.kernels.reference_store import seen, write
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
@@ -43,6 +41,46 @@ def matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: 
     return out if bias is None else out + bias.float()
 
 
+def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symmetric integers for every row: q = round(x * m / max|x|), m = 2^(bits-1) - 1, so that x is about q * scale.
+
+    Ties go to the even integer; a row of zeros has scale 0.
+
+    Args:
+        x: floating [M, K], finite.
+        bits: 4 or 8; integers lie in -7 .. 7 or -127 .. 127.
+
+    Returns:
+        int8 [M, K] and float32 [M], max|x| / m.
+    """
+    most = float(2 ** (bits - 1) - 1)
+    largest = x.float().abs().amax(-1)
+    # Not most / largest, which is a reciprocal and a product, rounded twice.
+    inverse = torch.where(largest > 0, torch.full_like(largest, most) / largest, 0.0)
+    return (x.float() * inverse[:, None]).round().to(torch.int8), largest / most
+
+
+def quantized_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, activation_bits: int, bias: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias with x rounded to integers q times a scale s_x a row, the draft pass of QSpec (arXiv 2410.11305):
+
+        s_x * sum over groups g of s_g * (sum of q_x * q_w - z_g * sum of q_x) + bias
+
+    The inner sums are integers. Arguments as for `matmul`, x [M, K]; activation_bits as `bits` of `quantize_rows`.
+
+    Returns:
+        float32 [M, N].
+    """
+    inputs, input_scales = quantize_rows(x, activation_bits)
+    width = x.shape[1] if group_size == -1 else group_size
+    grouped, weights = (matrix.double().unflatten(1, (-1, width)) for matrix in (inputs, codes))
+    # Sums of integers are exact in float64.
+    sums = torch.einsum("mgk,ngk->mng", grouped, weights) - zeros.double() * grouped.sum(-1)[:, None]
+    out: Tensor = (input_scales.double()[:, None] * (sums * scales.double()).sum(-1)).float()
+    return out if bias is None else out + bias.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467, equation 4).
 
@@ -58,22 +96,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
 
 
-def quantize(x: Tensor, levels: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and minima, such that scale * code + minimum is about x: scale = (max - min) / levels over `dim`.
-
-    Scale and minimum are rounded to float16 first and the codes chosen for what they became, so that an error is at most
-    scale / 2 + 2^-11 (|min| + 2 |max - min|), and where float16 underflows 2^-25 (levels + 1) more.
-
-    Returns:
-        float32 codes 0 .. levels shaped like x, float16 scale and minimum shaped like x but for 1 in `dim`.
-    """
-    wide = x.float()
-    low, high = wide.amin(dim, keepdim=True), wide.amax(dim, keepdim=True)
-    scale, minimum = ((high - low) / levels).half(), low.half()
-    codes = ((wide - minimum.float()) / scale.float()).round().clamp(0, levels)
-    return codes.where(scale > 0, torch.zeros_like(codes)), scale, minimum
-
-
 def kv_write(key: Tensor, value: Tensor, key_cache: Cache, value_cache: Cache, slot_mapping: Tensor) -> None:
     """Store new keys and values, as the caches hold them, in their slots of the paged caches, in place.
 
@@ -86,78 +108,7 @@ def kv_write(key: Tensor, value: Tensor, key_cache: Cache, value_cache: Cache, s
     """
     real = slot_mapping >= 0
     for new, cache in ((key, key_cache), (value, value_cache)):
-        _write(new[real], cache, slot_mapping[real])
-
-
-def _write(new: Tensor, cache: Cache, slots: Tensor) -> None:
-    if isinstance(cache, Tensor):
-        if cache.dtype == torch.float8_e4m3fn:  # Indexing wants a type that is known to it.
-            new = new.float().clamp(-FP8_MAX, FP8_MAX).to(cache.dtype).view(torch.uint8)
-            cache = cache.view(torch.uint8)
-        cache.flatten(0, 1)[slots] = new.to(cache.dtype)
-    elif cache.open is None:
-        codes, scale, minimum = quantize(new, 255, -1)
-        cache.codes.flatten(0, 1)[slots] = codes.to(torch.uint8)
-        cache.params.flatten(0, 1)[slots] = torch.cat([scale, minimum], -1)
-    else:
-        assert cache.open_pages is not None
-        block_size = cache.open.shape[1]
-        blocks, offsets = slots // block_size, slots % block_size
-        cache.open[cache.open_pages[blocks].long(), offsets] = new.to(cache.open.dtype)
-        settle(cache, blocks[offsets == block_size - 1])
-
-
-def settle(store: Store, blocks: Tensor) -> None:
-    """Quantize full pages, int64 [n], from their open pages."""
-    assert store.open is not None
-    assert store.open_pages is not None
-    pages = store.open[store.open_pages[blocks].long()].float()
-    codes, scale, minimum = quantize(pages, 15, 1 if store.by_channel else -1)
-    params = torch.stack([scale[:, 0], minimum[:, 0]], 2) if store.by_channel else torch.cat([scale, minimum], -1)
-    store.codes[blocks], store.params[blocks] = _pack(codes), params
-    if store.lower is not None:
-        step = scale.float() / 16
-        rest = ((pages - (scale.float() * codes + minimum.float())) / step).round().clamp(-8, 7)
-        store.lower[blocks] = _pack(rest.where(step > 0, torch.zeros_like(rest)) + 8)
-
-
-def _pack(codes: Tensor) -> Tensor:
-    """Two codes a byte: the first half of the last dimension below, the second above."""
-    low, high = codes.to(torch.uint8).chunk(2, -1)
-    return low | high << 4
-
-
-def _unpack(packed: Tensor) -> Tensor:
-    return torch.cat([packed & 15, packed >> 4], -1).float()
-
-
-def stored(cache: Cache, blocks: Tensor, draft: bool = False) -> Tensor:
-    """What blocks hold, int64 [n], as floating [n, block_size, H, D]; float32 where it is quantized.
-
-    Args:
-        cache: keys or values of a layer.
-        blocks: which; of pages, full ones.
-        draft: of 4+4 bit, read the upper plane only.
-    """
-    if isinstance(cache, Tensor):
-        return cache.view(torch.uint8)[blocks].view(cache.dtype) if cache.dtype == torch.float8_e4m3fn else cache[blocks]
-    codes, params = cache.codes[blocks], cache.params[blocks].float()
-    scale, minimum = params[:, None].unbind(3) if cache.by_channel else (params[..., :1], params[..., 1:])
-    if cache.open is None:
-        return scale * codes.float() + minimum
-    if cache.lower is None or draft:
-        return scale * _unpack(codes) + minimum
-    return scale / 16 * (16 * _unpack(codes) + _unpack(cache.lower[blocks]) - 8) + minimum
-
-
-def _seen(cache: Cache, blocks: Tensor, position: int, draft: bool) -> Tensor:
-    """What a query at `position` sees of the tokens in `blocks`, its own page the last: [tokens, H, D]."""
-    if isinstance(cache, Tensor) or cache.open is None:
-        return stored(cache, blocks).flatten(0, 1)
-    assert cache.open_pages is not None
-    own = position // cache.open.shape[1]
-    before = stored(cache, blocks[:own], draft)
-    return torch.cat([before, cache.open[cache.open_pages[blocks[own:]].long()].to(before.dtype)]).flatten(0, 1)
+        write(new[real], cache, slot_mapping[real])
 
 
 def paged_attention(
@@ -207,7 +158,7 @@ def paged_attention(
             last = min(stop, row + block_size - position % block_size) if paged else stop
             end = length - (stop - last)
             blocks = block_table[sequence, : -(-max(end, 0) // block_size)].long()
-            keys, values = (_seen(c, blocks, position, draft)[: max(end, 0)].to(wide) for c in (key_cache, value_cache))
+            keys, values = (seen(c, blocks, position, draft)[: max(end, 0)].to(wide) for c in (key_cache, value_cache))
             positions = torch.arange(position, end, device=query.device)
             part = slice(row, last)
             out[part] = _attention(query[part].to(wide), keys, values, positions, scale, window, softcap, sinks).to(out.dtype)

@@ -21,7 +21,7 @@ import torch
 _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _SOURCES = (
-    *("matmul.c", "packed.c", "dense.c", "pack.c"),
+    *("matmul.c", "packed.c", "rounded.c", "dense.c", "pack.c"),
     *("paging.c", "cache.c", "cache_write.c", "attention.c", "decoder.c", "team.c"),
 )
 _HEADERS = ("vec.h", "team.h", "matmul.h", "attention.h")

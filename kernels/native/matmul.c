@@ -28,6 +28,10 @@ void prepare(const Matrix *w, const float *x, float *prepared) {
         else to_order(BF16, x, w->columns, 1, prepared);
         return;
     }
+    if (w->input_bits) {
+        prepare_rounded(w, x, prepared);
+        return;
+    }
     const int64_t fields = 32 / w->bits, padded = padded_group(w), all = groups(w);
     float factor[16], *sums = prepared + padded_columns(w);
     for (int i = 0; i < 16; i++) factor[i] = i % fields == fields - 1 ? 1.0f : 1.0f / (float)(1u << i % fields * w->bits);
@@ -37,7 +41,8 @@ void prepare(const Matrix *w, const float *x, float *prepared) {
 }
 
 void matmul_share(const Matrix *w, const float *prepared, int64_t m, float *out) {
-    if (w->bits) packed_share(w, prepared, m, out);
+    if (w->input_bits) rounded_share(w, prepared, m, out);
+    else if (w->bits) packed_share(w, prepared, m, out);
     else dense_share(w, prepared, m, out);
 }
 

@@ -9,9 +9,6 @@
 /* Rows of x that are multiplied at a time: 6 x 2 accumulators, 2 weights and 1 input fit 16 vector registers. */
 #define BLOCK 6
 
-/* Words that are asked for ahead of their use. */
-#define PREFETCH 1024
-
 /* Rows of x that one unpacked panel serves. */
 #define PANEL_ROWS 96
 
@@ -19,13 +16,6 @@
 INLINE vf field(vu word, int bits, int j) {
     if (j == 32 / bits - 1) return __builtin_convertvector((vi)(word >> (32 - bits)), vf);
     return __builtin_convertvector((vi)(word & (((1u << bits) - 1) << (bits * j))), vf);
-}
-
-/* Weights are read once, in order, and faster than a processor's own prefetching brings them (measured: 7 instead of 14 GB/s
-   a thread). Far enough for memory, near enough for the first cache; reading past the end only asks in vain. */
-INLINE void prefetch_words(const uint32_t *words) {
-    __builtin_prefetch(words + PREFETCH);
-    __builtin_prefetch(words + PREFETCH + TILE / 2);
 }
 
 /* Sums of fields times x over `steps` words of columns (bits 0: over `steps` columns already unpacked, [steps, TILE] floats)
@@ -82,14 +72,9 @@ static RunSums *const RUN_SUMS[5][BLOCK + 1] = {
 };
 
 /* total += scale * (sum - zero * sum of x) for LANES weight rows and one run. */
-INLINE void add_scaled(vf sum, vf scale, vf zero, float x_sum, float *total) {
-    vf difference = sum - zero * x_sum;
+INLINE void add_scaled(vf sum, vf scale, vi zero, float x_sum, float *total) {
+    vf difference = sum - __builtin_convertvector(zero, vf) * x_sum;
     store(total, load(total) + scale * difference);
-}
-
-/* Zero points of group g from the words of a tile. */
-INLINE vf zeros_of(const uint32_t *zeros, int64_t g) {
-    return __builtin_convertvector((vi)(load_words(zeros + g / 4 * TILE) >> (uint32_t)(g % 4 * 8) & 0xffu), vf);
 }
 
 /* What one tile of a weight and some prepared rows of x are, with the counts that its loops need. */
@@ -106,7 +91,8 @@ typedef struct {
 /* `add_scaled` for TILE weight rows and several rows of x; sums and totals [rows, TILE]. */
 static void apply_scales(const Tile *t, int64_t g, int64_t rows, const float *sums, const float *x_sums, float *totals) {
     for (int v = 0; v < TILE; v += LANES) {
-        const vf scale = load(t->scales + g * TILE + v), zero = zeros_of(t->zeros + v, g);
+        const vf scale = load(t->scales + g * TILE + v);
+        const vi zero = zeros_of(t->zeros + v, g);
         for (int64_t m = 0; m < rows; m++)
             add_scaled(load(sums + m * TILE + v), scale, zero, x_sums[m * t->x_stride], totals + m * TILE + v);
     }

@@ -20,7 +20,7 @@ from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.sequence import Output
 from quantkit.runtime.session import Prompt, Session, read_prompts
 
-EXAMPLE = 'Example: quantkit generate demo-w4 --chat "Why is the sky blue?" --max-tokens 100'
+EXAMPLE = 'Example: quantkit generate demo-w4 --chat "Why is the sky blue?" --max-tokens 100 --spec ngram'
 
 
 def generate(
@@ -50,6 +50,11 @@ def generate(
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence; default: the model's context.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.")] = 32,
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens a step; longer prompts come in pieces.")] = 512,
+    spec: Annotated[
+        str, typer.Option(metavar="off|ngram|draft:MODEL|qspec", help="Who drafts tokens that the model then checks at once.")
+    ] = "off",
+    draft_len: Annotated[str, typer.Option(metavar="N|auto", help="Tokens of a draft; auto: what pays.")] = "auto",
+    draft_act_bits: Annotated[int, typer.Option(help="Bits of qspec's activations, 4 or 8.")] = 8,
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -80,7 +85,9 @@ def generate(
         locate(model),
         options.device(device),
         CacheOptions(memory, max_model_len, max_batch, step_tokens=token_budget, dtype=kv_dtype),
-        EngineConfig(max_batch=max_batch, token_budget=token_budget),
+        EngineConfig(max_batch=max_batch, token_budget=token_budget, draft_len=options.draft_length(draft_len)),
+        spec,
+        draft_act_bits,
     )
     requests = [session.request(text, params, chat=chat) for text in texts]
     machine = str(json_file) == "-"
@@ -95,6 +102,8 @@ def generate(
         _print_all(texts, outputs)
     if not quiet:
         typer.echo(tables.generated(summary), err=True)
+        if summary.speculation is not None:
+            typer.echo(tables.speculated(summary.speculation), err=True)
     options.write_json(json_file, {"completions": [_completion(output) for output in outputs], "summary": summary.to_json()})
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from quantkit.errors import QuantkitError, RecipeError, ResourceError
+from quantkit.runtime.draft_length import MOST_DRAFTED
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, Hub id, or 'demo' (SmolLM2-135M-Instruct).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -50,6 +51,19 @@ def byte_size(text: str, option: str) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise RecipeError(f"{option} {text}: not a size; write for example 8GiB or 500MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def draft_length(text: str) -> int | None:
+    """The number in `--draft-len`; None for "auto".
+
+    Raises:
+        RecipeError: it is neither, or out of bounds.
+    """
+    if text == "auto":
+        return None
+    if not (text.isdecimal() and 1 <= int(text) <= MOST_DRAFTED):
+        raise RecipeError(f"--draft-len {text}: write a number from 1 to {MOST_DRAFTED}, or auto")
+    return int(text)
 
 
 def fraction(text: str | None, option: str) -> float | None:

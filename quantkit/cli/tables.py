@@ -14,6 +14,7 @@ from quantkit.formats import Engine
 from quantkit.plan import PlanReport
 from quantkit.report import RunReport
 from quantkit.runtime.session import Summary
+from quantkit.runtime.tally import SpeculationStats
 
 
 def size(count: int) -> str:
@@ -166,6 +167,17 @@ def generated(summary: Summary) -> str:
         f"{summary.output_tps:.1f} tokens/s in all, first token after {1000 * summary.ttft_seconds:.0f} ms{decode}; "
         f"loaded in {summary.load_seconds:.2f} s, peak memory {size(summary.peak_memory_bytes)}, "
         f"KV cache {size(summary.kv_memory_bytes)} for {summary.kv_tokens:,} tokens"
+    )
+
+
+def speculated(stats: SpeculationStats) -> str:
+    """One line about a run's drafts."""
+    if stats.acceptance_rate is None or stats.mean_accepted_length is None:
+        return "speculation: nothing was drafted"
+    cost = "" if stats.cost_ratio is None else f"; a draft step costs {stats.cost_ratio:.3f} of a verifying one"
+    return (
+        f"speculation: {stats.accepted} of {stats.drafted} drafted tokens accepted ({stats.acceptance_rate:.0%}), "
+        f"{stats.mean_accepted_length:.2f} tokens a draft, the one behind it included{cost}"
     )
 
 

@@ -50,9 +50,10 @@ def build_batch(scheduled: Sequence[Scheduled], block_size: int) -> Batch:
     """
     tokens, positions, slots, rows = array("q"), array("q"), array("q"), array("q")
     starts, lengths = array("i", [0]), array("i")
-    for sequence, num_tokens, num_logits in scheduled:
+    for sequence, num_tokens, num_logits, draft in scheduled:
         first, stop, blocks = sequence.num_computed, sequence.num_computed + num_tokens, sequence.blocks
         tokens.extend(sequence.tokens[first:stop])
+        tokens.extend(draft.tokens)
         positions.extend(range(first, stop))
         slots.extend([blocks[p // block_size] * block_size + p % block_size for p in range(first, stop)])
         rows.extend(range(len(tokens) - num_logits, len(tokens)))

@@ -1,4 +1,4 @@
-"""Many requests, one model: schedule, forward, sample, hand out.
+"""Many requests, one model: schedule, draft, forward, verify, hand out.
 
 The engine runs in one thread, and all its methods are called from that thread.
 """
@@ -13,14 +13,16 @@ from random import Random
 from quantkit.errors import RequestError
 from quantkit.runtime.accept import accept, ended, joined
 from quantkit.runtime.admission import check_request, length_limit
-from quantkit.runtime.batch import build_batch
 from quantkit.runtime.detokenize import Decode, TextStream
+from quantkit.runtime.draft_length import MOST_DRAFTED
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.model import Model
+from quantkit.runtime.proposer import Proposer
 from quantkit.runtime.request import Request
-from quantkit.runtime.sampler import sample
 from quantkit.runtime.scheduler import Scheduler
-from quantkit.runtime.sequence import FinishReason, Output, Sample, Scheduled, Sequence, Stats, Timing
+from quantkit.runtime.sequence import FinishReason, Output, Sequence, Stats, Timing
+from quantkit.runtime.speculation import Speculation
+from quantkit.runtime.step import Stepper
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,25 @@ class EngineConfig:
         max_batch: running sequences at most.
         token_budget: new tokens in a step at most. Fewer bound how long a prompt's chunk holds up the others' tokens.
         prefix_caching: whether finished blocks are kept for prompts that start alike.
+        draft_len: tokens of a draft, where there is a proposer; None: as many as pay, down to none.
 
     Raises:
-        RequestError: the budget does not cover one token for each running sequence.
+        RequestError: the budget does not cover one token for each running sequence, or drafts are too long.
     """
 
     max_batch: int = 64
     token_budget: int = 512
     prefix_caching: bool = True
+    draft_len: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch <= self.token_budget:
             found = f"max_batch is {self.max_batch} and token_budget {self.token_budget}"
             raise RequestError(f"{found}; max_batch must be at least 1 and token_budget at least max_batch")
+        if self.draft_len is not None and not 1 <= self.draft_len <= MOST_DRAFTED:
+            raise RequestError(
+                f"draft_len is {self.draft_len}, it must be between 1 and {MOST_DRAFTED}; or let it adapt itself"
+            )
 
 
 class Engine:
@@ -60,6 +68,7 @@ class Engine:
         *,
         decode: Decode | None = None,
         eos_token_ids: Collection[int] = (),
+        proposer: Proposer | None = None,
     ) -> None:
         """
         Args:
@@ -67,13 +76,17 @@ class Engine:
             config: how much runs at a time.
             decode: token ids to text; without it every text is empty.
             eos_token_ids: end a sequence unless its request ignores them.
+            proposer: guesses tokens, so that a step gives several; without it every step gives one.
         """
         self.model = model
         self._config = config or EngineConfig()
         self._decode = decode
         self._eos = frozenset(eos_token_ids)
         self._kv = KVManager(model.num_blocks, model.block_size, self._config.prefix_caching)
-        self._scheduler = Scheduler(self._kv, self._config.max_batch, self._config.token_budget)
+        budget = self._config.token_budget
+        self._speculation = Speculation(proposer, self._config.draft_len, self._kv, budget)
+        self._scheduler = Scheduler(self._kv, self._config.max_batch, budget, self._speculation.released)
+        self._stepper = Stepper(model, self._kv, self._scheduler, self._speculation)
         self._ids = count()
         self._steps = 0
         #: Request id -> its sequences that have not ended.
@@ -99,6 +112,7 @@ class Engine:
             prefix_hits=scheduler.prefix_hits,
             preemptions=scheduler.preemptions,
             steps=self._steps,
+            speculation=self._speculation.stats,
         )
 
     def add(self, request: Request) -> int:
@@ -132,14 +146,16 @@ class Engine:
         if scheduled:
             self._steps += 1
             try:
-                chosen = self._run(scheduled)
+                chosen = self._stepper.run(scheduled)
             except Exception as error:  # noqa: BLE001 (whatever it is, the other requests go on)
                 failed = dict.fromkeys(entry.sequence.request_id for entry in scheduled)
                 return outputs + [output for each in failed for output in self._end(each, FinishReason.ERROR, error)]
             now = time.monotonic()
-            for sequence, token in chosen:
-                outputs.append(accept(sequence, [token], now))
-                if outputs[-1].finish_reason is not None:
+            for sequence, samples in chosen:
+                outputs.append(output := accept(sequence, samples, now))
+                # All samples but the last are of the draft; what ends the sequence may stand before them all.
+                self._speculation.settle(sequence, min(len(samples) - 1, len(output.token_ids)))
+                if output.finish_reason is not None:
                     self._forget(sequence)
         return outputs
 
@@ -194,24 +210,6 @@ class Engine:
             random=Random() if params.seed is None else Random(f"{params.seed}:{index}"),
             timing=timing,
         )
-
-    def _run(self, scheduled: list[Scheduled]) -> list[tuple[Sequence, Sample]]:
-        """Forward and sample: the sequences whose tokens are all computed, each with its next one."""
-        copies, self._kv.copies = self._kv.copies, []
-        if copies:
-            self.model.copy_blocks(copies)
-        logits = self.model.forward(build_batch(scheduled, self.model.block_size))
-        for sequence, num_tokens, _ in scheduled:
-            self._kv.commit(sequence, num_tokens)
-        followed = [entry.sequence for entry in scheduled if entry.num_logits]
-        # A prompt's logits serve all samples of its request.
-        pairs = [(row, each) for row, one in enumerate(followed) for each in (one, *self._scheduler.fork(one))]
-        if not pairs:
-            return []
-        if len(pairs) > len(followed):
-            logits = logits[[row for row, _ in pairs]]
-        sequences = [sequence for _, sequence in pairs]
-        return list(zip(sequences, sample(logits, sequences), strict=True))
 
     def _end(self, request_id: int, reason: FinishReason, error: Exception | None = None) -> list[Output]:
         """End from outside what is left of a request."""

@@ -83,6 +83,11 @@ class KVManager:
             sequence.chain = self.cache.publish(sequence.chain, tokens, sequence.blocks[i])
             sequence.num_published += 1
 
+    def trim(self, sequence: Sequence, num_tokens: int = 0) -> None:
+        """Give back the blocks behind the next `num_tokens` tokens: what was reserved for drafts and is not needed."""
+        while len(sequence.blocks) > self._blocks(sequence.num_computed + num_tokens):
+            self.pool.release(sequence.blocks.pop(), keep=False)
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child`, which has the same tokens and no blocks, share all of `parent`'s."""
         for block in parent.blocks:

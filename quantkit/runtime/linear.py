@@ -3,12 +3,14 @@
 Which kernel serves a weight follows from where it lies and whether it is packed; nothing else in the runtime asks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.kernels import cpu
+from quantkit.kernels.cpu_rounded import rounded_matmul
 from quantkit.kernels.planes import PlaneWeight, fits, to_planes
 from quantkit.methods.grid import QuantizedWeight
 
@@ -36,18 +38,38 @@ def ready(weight: QuantizedWeight | Tensor, device: torch.device, dtype: torch.d
     return to_planes(codes.to(device), scales.to(device), zeros.to(device), bits, group_size, dtype)
 
 
-def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """x W^T + bias for x [..., K]; the result is [..., N] in x's dtype."""
+def packed(weight: Weight) -> bool:
+    """Whether the weight is quantized."""
+    return isinstance(weight, PlaneWeight) or (isinstance(weight, cpu.CpuWeight) and weight.layout != "dense")
+
+
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation_bits: int = 0) -> Tensor:
+    """x W^T + bias for x [..., K]; the result is [..., N] in x's dtype.
+
+    Args:
+        activation_bits: 4 or 8 rounds x to as many (see `reference.quantized_matmul`), for packed weights only; 0 does not.
+    """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Tensor):
         out = nn.functional.linear(rows, weight, bias)
     elif isinstance(weight, PlaneWeight):
-        from quantkit.kernels.dequant_matmul import dequant_matmul  # Triton is slow to import, and only Linux has it.
-
-        out = dequant_matmul(rows, weight, bias)
+        out = _multiply_planes(rows, weight, bias, activation_bits)
+    elif activation_bits:
+        out = rounded_matmul(rows, weight, activation_bits, bias)
     else:
         out = cpu.matmul(rows, weight, bias)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _multiply_planes(x: Tensor, weight: PlaneWeight, bias: Tensor | None, activation_bits: int) -> Tensor:
+    """Triton is slow to import, and only Linux has it."""
+    if activation_bits:
+        from quantkit.kernels import rounded_gemm
+
+        return rounded_gemm.rounded_matmul(x, weight, activation_bits, bias)
+    from quantkit.kernels.dequant_matmul import dequant_matmul
+
+    return dequant_matmul(x, weight, bias)
 
 
 class Linear(nn.Module):
@@ -57,15 +79,37 @@ class Linear(nn.Module):
         kernel_weight: see `ready`.
         bias: [N] or None.
         order: int64 [K], the column of x that each column of W multiplies, where groups were formed on permuted columns.
+        activation_bits: what x is rounded to, see `multiply`; set by `rounding` while a draft is computed, otherwise 0.
     """
 
     def __init__(self, weight: Weight, bias: Tensor | None = None, order: Tensor | None = None) -> None:
         super().__init__()
         self.kernel_weight, self.bias, self.order = weight, bias, order
+        self.activation_bits = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        return multiply(x if self.order is None else x[..., self.order], self.kernel_weight, self.bias)
+        ordered = x if self.order is None else x[..., self.order]
+        return multiply(ordered, self.kernel_weight, self.bias, self.activation_bits)
+
+
+def head_bits(activation_bits: int) -> int:
+    """Bits of the head's inputs where those of other layers have `activation_bits` (0: unrounded): logits are not worth the
+    error of 4, which changes the likeliest token at once."""
+    return 8 if activation_bits else 0
+
+
+@contextmanager
+def rounding(linears: Iterable[Linear], head: nn.Module, activation_bits: int) -> Iterator[None]:
+    """Inside, layers whose weights are packed round their inputs, the head to `head_bits`."""
+    layers = [linear for linear in linears if packed(linear.kernel_weight)]
+    for linear in layers:
+        linear.activation_bits = head_bits(activation_bits) if linear is head else activation_bits
+    try:
+        yield
+    finally:
+        for linear in layers:
+            linear.activation_bits = 0
 
 
 class Member(nn.Module):

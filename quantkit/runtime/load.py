@@ -46,13 +46,16 @@ class Definition:
     dtype: torch.dtype
     device: torch.device
 
-    def weight_bytes(self) -> int:
-        """Bytes of weights that a decode step reads: all but the embedding's rows that are not looked up."""
+    def linears(self) -> set[Linear]:
+        """Every linear layer, merged ones once."""
         modules = list(self.module.modules())
         merged = {module.merged.linear for module in modules if isinstance(module, Member)}
-        layers = merged | {module for module in modules if isinstance(module, Linear)}
-        norms = sum(module.weight.nbytes for module in modules if isinstance(module, Norm))
-        return norms + sum(layer.kernel_weight.nbytes for layer in layers)
+        return merged | {module for module in modules if isinstance(module, Linear)}
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a decode step reads: all but the embedding's rows that are not looked up."""
+        norms = sum(module.weight.nbytes for module in self.module.modules() if isinstance(module, Norm))
+        return norms + sum(layer.kernel_weight.nbytes for layer in self.linears())
 
 
 class Source:

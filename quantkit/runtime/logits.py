@@ -26,12 +26,24 @@ class History:
     def update(self, tokens: "array[int]", num_prompt: int) -> None:
         """Add what a sequence has more than at the last call; its tokens only ever grow."""
         for i in range(self._length, len(tokens)):
-            place = self._places.setdefault(tokens[i], len(self.ids))
-            if place == len(self.ids):
-                self.ids.append(tokens[i])
-                self.counts.append(0)
-            self.counts[place] += i >= num_prompt
+            self._add(tokens[i], i >= num_prompt)
         self._length = len(tokens)
+
+    def extended(self, tokens: Sequence[int]) -> "History":
+        """A copy whose output is longer by `tokens`."""
+        copy = History()
+        copy.ids, copy.counts, copy._places = self.ids[:], self.counts[:], dict(self._places)
+        for token in tokens:
+            copy._add(token, in_output=True)
+        copy._length = self._length + len(tokens)
+        return copy
+
+    def _add(self, token: int, in_output: bool) -> None:
+        place = self._places.setdefault(token, len(self.ids))
+        if place == len(self.ids):
+            self.ids.append(token)
+            self.counts.append(0)
+        self.counts[place] += in_output
 
 
 class Penalty(NamedTuple):

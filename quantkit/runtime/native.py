@@ -17,6 +17,7 @@ from quantkit.kernels.cpu import CpuWeight
 from quantkit.kernels.kv_store import Cache
 from quantkit.kernels.native import structs
 from quantkit.runtime.batch import Batch
+from quantkit.runtime.linear import head_bits
 
 #: Activation of the MLP's gate -> its number in decoder.c.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
@@ -120,11 +121,18 @@ class DecoderModel:
 class NativeDecoder:
     """Runs batches against paged caches."""
 
-    def __init__(self, model: DecoderModel, key_caches: Sequence[Cache], value_caches: Sequence[Cache]) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        key_caches: Sequence[Cache],
+        value_caches: Sequence[Cache],
+        activation_bits: int = 0,
+    ) -> None:
         """
         Args:
             model: kept alive, as the caches are; needs native kernels (`native.library()` is not None).
             key_caches, value_caches: per layer, [num_blocks, block_size, kv_heads, head_dim], plain or quantized.
+            activation_bits: 4 or 8 rounds what packed weights multiply (see `linear.rounding`); 0 does not.
         """
         library = native.library()
         assert library is not None, "no native kernels"
@@ -132,13 +140,14 @@ class NativeDecoder:
         self._library, self._model, self._caches = library, model, (*key_caches, *value_caches)
         self._block_size, self._open_pages = key_caches[0].shape[1], structs.open_pages(key_caches[0])
         pairs = zip(model.layers, zip(key_caches, value_caches, strict=True), strict=True)
-        layers = [_layer(model, layer, keys, values) for layer, (keys, values) in pairs]
+        layers = [_layer(model, layer, keys, values, activation_bits) for layer, (keys, values) in pairs]
         self._layers = (structs.Layer * len(layers))(*layers)
         ropes = [structs.Rope(_floats(rope.frequencies), len(rope.frequencies), rope.scaling) for rope in model.ropes]
         self._ropes = (structs.Rope * len(ropes))(*ropes)
         hidden, inner = model.embedding.shape[1], model.layers[0].down.weight.shape[1]
         self._decoder = structs.Decoder(
-            *(ctypes.addressof(self._layers), ctypes.addressof(self._ropes), _floats(model.norm), _matrix(model.head)),
+            *(ctypes.addressof(self._layers), ctypes.addressof(self._ropes), _floats(model.norm)),
+            _matrix(model.head, head_bits(activation_bits)),
             *(len(layers), len(ropes), hidden, inner, ACTIVATIONS[model.activation], model.epsilon, model.residual_scale),
         )
 
@@ -164,7 +173,7 @@ class NativeDecoder:
         return logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap) if model.logit_softcap > 0 else logits
 
 
-def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache) -> structs.Layer:
+def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache, activation_bits: int) -> structs.Layer:
     queries, width = model.heads * model.head_dim, model.head_dim
     assert layer.qkv.weight.shape[0] == queries + 2 * model.kv_heads * width
     assert layer.out.weight.shape[1] == queries
@@ -176,16 +185,16 @@ def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache)
         *(_floats(layer.sinks), model.heads, model.kv_heads, width, width),
         *(layer.window, structs.kind(keys), layer.scale, layer.softcap),
     )
-    matrices = (_matrix(projection) for projection in (layer.qkv, layer.out, layer.gate_up, layer.down))
+    matrices = (_matrix(projection, activation_bits) for projection in (layer.qkv, layer.out, layer.gate_up, layer.down))
     norms = (layer.norm_attention, layer.norm_attention_out, layer.norm_mlp, layer.norm_mlp_out)
     vectors = (_floats(vector) for vector in (*norms, layer.norm_query, layer.norm_key))
     caches = structs.store(keys), structs.store(values)
     return structs.Layer(*matrices, *vectors, shape, all_heads, layer.rope, *caches)
 
 
-def _matrix(projection: Projection) -> structs.Matrix:
+def _matrix(projection: Projection, activation_bits: int) -> structs.Matrix:
     assert projection.bias is None or projection.bias.dtype == torch.float32
-    return projection.weight.matrix(projection.bias)
+    return projection.weight.matrix(projection.bias, activation_bits if projection.weight.layout == "tiles" else 0)
 
 
 def _floats(vector: Tensor | None) -> int | None:

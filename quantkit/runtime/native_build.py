@@ -26,12 +26,12 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 
 
-def native_decoder(definition: Definition, cache: KVCache) -> Callable[[Batch, bool], Tensor] | None:
-    """The native decoder's forward for a model on the CPU; None where there is none."""
+def native_decoder(definition: Definition, cache: KVCache, activation_bits: int = 0) -> Callable[[Batch, bool], Tensor] | None:
+    """The native decoder's forward for a model on the CPU, see `NativeDecoder`; None where there is none."""
     if native.library() is None:
         return None
     model = describe(definition)
-    return None if model is None else NativeDecoder(model, cache.keys, cache.values).forward
+    return None if model is None else NativeDecoder(model, cache.keys, cache.values, activation_bits).forward
 
 
 def describe(definition: Definition) -> DecoderModel | None:

@@ -6,20 +6,21 @@ transformers' definition. On a GPU decode steps replay CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.errors import ResourceError
+from quantkit.errors import RequestError, ResourceError
 from quantkit.kernels import cpu
 from quantkit.runtime.attention import Paged
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.graphs import DecodeGraphs
 from quantkit.runtime.kv_cache import KVCache, blocks_for
 from quantkit.runtime.kv_format import CacheFormat, cache_format, check_name
+from quantkit.runtime.linear import packed, rounding
 from quantkit.runtime.load import Definition, load_definition
 from quantkit.runtime.native_build import native_decoder
 from quantkit.runtime.open_pages import pages_needed
@@ -72,22 +73,25 @@ class PagedModel:
         """
         self.definition = definition
         self.vocab_size: int = definition.config.vocab_size
-        form = cache_format(options.dtype, _declared(definition), definition.layers, definition.device)
+        form = _format(definition, options)
         self.block_size = options.block_size or form.block_size
-        memory = int(_CACHE_SHARE * _free(definition.device) if options.memory is None else options.memory)
-        pages = pages_needed(self.block_size, options.max_batch, options.step_tokens) if form.paged else 0
+        memory = _memory(options, definition.device)
+        pages = _pages(form, self.block_size, options)
         apart = pages * form.page_bytes(definition.layers, self.block_size)
         self.max_model_len = _length(definition, options, form, self.block_size, memory, apart)
         sizes = memory, self.max_model_len, options.max_batch, pages
         self.num_blocks = blocks_for(definition.layers, self.block_size, form, *sizes)
         self.cache = KVCache(definition.layers, self.num_blocks, self.block_size, form, definition.device, pages)
-        self._small_step = self._small_steps(options.max_batch)
+        self._max_batch = options.max_batch
+        self._small_step = self._small_steps(self._run, 0)
 
-    def _small_steps(self, max_batch: int) -> Callable[[Batch, bool], Tensor | None]:
-        """A faster way for the batches that allow it; it answers None for others."""
+    def _small_steps(
+        self, run: Callable[[Batch, bool], Tensor], activation_bits: int
+    ) -> Callable[[Batch, bool], Tensor | None]:
+        """A faster way than `run` for the batches that allow it; it answers None for others."""
         if self.definition.device.type == "cuda":
-            return DecodeGraphs(self._run, self.cache, self.max_model_len, max_batch).forward
-        decoder = native_decoder(self.definition, self.cache)
+            return DecodeGraphs(run, self.cache, self.max_model_len, self._max_batch).forward
+        decoder = native_decoder(self.definition, self.cache, activation_bits)
         if decoder is None:
             return lambda batch, draft: None
         return lambda batch, draft: decoder(batch, draft) if cpu.native_is_best(len(batch.token_ids)) else None
@@ -103,6 +107,33 @@ class PagedModel:
         batch = batch.to(self.definition.device)
         out = self._small_step(batch, draft)
         return self._run(batch, draft) if out is None else out
+
+    def rounded(self, activation_bits: int) -> Callable[[Batch], Tensor]:
+        """`forward` with inputs of packed weights rounded to 4 or 8 bits: the draft pass of QSpec (arXiv 2410.11305).
+
+        It reads the same weights and writes its keys and values to the same cache, where those of `forward` belong.
+
+        Raises:
+            RequestError: no weight is packed, so that nothing would be rounded.
+        """
+        if not any(packed(linear.kernel_weight) for linear in self.definition.linears()):
+            raise RequestError("--spec qspec: drafts with packed weights, and this model has none; quantize it first")
+        linears, head = self.definition.linears(), self.definition.module.get_output_embeddings()
+
+        def run(batch: Batch, draft: bool) -> Tensor:
+            with rounding(linears, head, activation_bits):
+                return self._run(batch, draft)
+
+        small_step = self._small_steps(run, activation_bits)
+
+        @torch.inference_mode()
+        def forward(batch: Batch) -> Tensor:
+            self.cache.prepare(batch, draft=True)
+            batch = batch.to(self.definition.device)
+            out = small_step(batch, False)
+            return run(batch, False) if out is None else out
+
+        return forward
 
     def _run(self, batch: Batch, draft: bool) -> Tensor:
         module, tokens, positions = self.definition.module, batch.token_ids[None], batch.positions[None]
@@ -129,6 +160,46 @@ def open_model(folder: Path, device: torch.device, options: CacheOptions) -> Pag
     trim_memory()  # what loading left
     keep_freed_memory()  # every forward takes the same sizes again
     return model
+
+
+def open_with_draft(folder: Path, draft: Path, device: torch.device, options: CacheOptions) -> tuple[PagedModel, PagedModel]:
+    """Load a model and a smaller one that drafts for it. The memory is shared out so that both caches hold as many tokens.
+
+    The drafter's cache has no pages: its tokens are tentative, and it does not say which. Instead of int4 it gets int8.
+
+    Raises:
+        QuantkitError: one of them cannot be loaded or the memory is too small.
+    """
+    main, small = (load_definition(Checkpoint(each), device) for each in (folder, draft))
+    trim_memory()
+    memory, form = _memory(options, device), _format(main, options)
+    block_size = options.block_size or form.block_size
+    apart = _pages(form, block_size, options) * form.page_bytes(main.layers, block_size)
+    small_options = replace(options, dtype="int8", block_size=block_size) if form.paged else options
+    sizes = [
+        _format(one, choice).block_bytes(one.layers, block_size) for one, choice in ((main, options), (small, small_options))
+    ]
+    share = apart + max(0, memory - apart) * sizes[0] // sum(sizes)
+    model = PagedModel(main, replace(options, memory=share))
+    left = memory - share
+    longest = min(model.max_model_len, small.config.max_position_embeddings, left // sizes[1] * block_size)
+    drafter = PagedModel(small, replace(small_options, memory=left, max_model_len=longest or None))
+    keep_freed_memory()
+    return model, drafter
+
+
+def _format(definition: Definition, options: CacheOptions) -> CacheFormat:
+    return cache_format(options.dtype, _declared(definition), definition.layers, definition.device)
+
+
+def _pages(form: CacheFormat, block_size: int, options: CacheOptions) -> int:
+    """Open pages."""
+    return pages_needed(block_size, options.max_batch, options.step_tokens) if form.paged else 0
+
+
+def _memory(options: CacheOptions, device: torch.device) -> int:
+    """Bytes for the cache."""
+    return int(_CACHE_SHARE * _free(device)) if options.memory is None else options.memory
 
 
 def _declared(definition: Definition) -> torch.dtype:

@@ -8,6 +8,7 @@ A row's token depends on its logits, its parameters and its own random numbers, 
 are ordered by token id, and it takes the same path however many tokens had to be selected.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -24,26 +25,24 @@ _WIDTHS = (256, 1024, 4096)
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
+def sample(logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[SequenceOf[int]] | None = None) -> list[Sample]:
     """One token for every row.
 
     Args:
         logits: float32 [R, V], the model's; changed by penalties.
         sequences: the R sequences that the rows follow. Those that are not greedy spend one random number each.
+        ahead: tokens between each sequence's own and its row; none by default.
 
     Raises:
         NumericsError: a row has NaN, positive Inf, or nothing but negative Inf.
     """
     params = [sequence.params for sequence in sequences]
-    if not bool(logits.amax(-1).isfinite().all()):
-        raise NumericsError("the model's logits are NaN or Inf, so no token can be chosen; run its weights in a wider type")
+    check_finite(logits)
     if all(each.bare for each in params):
         return [Sample(token) for token in argmax(logits).tolist()]
     asked = [row for row, each in enumerate(params) if each.logprobs is not None]
     raw = logits[asked] if asked else None
-    penalties = [_penalty(row, sequence) for row, sequence in enumerate(sequences) if sequence.params.penalised]
-    if penalties:
-        penalise(logits, penalties)
+    apply_penalties(logits, sequences, ahead)
     tokens = draw(logits, params, [0.0 if each.params.greedy else each.random.random() for each in sequences])
     samples = [Sample(token) for token in tokens]
     if raw is not None:
@@ -54,9 +53,29 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
     return samples
 
 
-def _penalty(row: int, sequence: Sequence) -> Penalty:
+def check_finite(logits: Tensor) -> None:
+    """
+    Raises:
+        NumericsError: a row of [R, V] has NaN, positive Inf, or nothing but negative Inf.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise NumericsError("the model's logits are NaN or Inf, so no token can be chosen; run its weights in a wider type")
+
+
+def apply_penalties(logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[SequenceOf[int]] | None = None) -> None:
+    """Penalise, in place, the tokens that each row's sequence has had; see `sample`."""
+    tokens = ahead or [()] * len(sequences)
+    rows = enumerate(zip(sequences, tokens, strict=True))
+    penalties = [_penalty(row, sequence, each) for row, (sequence, each) in rows if sequence.params.penalised]
+    if penalties:
+        penalise(logits, penalties)
+
+
+def _penalty(row: int, sequence: Sequence, ahead: SequenceOf[int]) -> Penalty:
     params, history = sequence.params, sequence.history
     history.update(sequence.tokens, sequence.num_prompt)
+    if ahead:
+        history = history.extended(ahead)
     return Penalty(row, history, params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
 
 
@@ -79,6 +98,39 @@ def draw(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceO
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 tokens[row] = token
     return tokens
+
+
+def distribution(logits: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
+    """What `draw` draws from.
+
+    Args:
+        logits: float32 [R, V], penalised.
+        params: of every row; a greedy one has all its mass on one token.
+
+    Returns:
+        Probabilities, float32 [R, V].
+    """
+    out = torch.zeros_like(logits)
+    for row, each in enumerate(params):
+        if each.greedy:
+            out[row, argmax(logits[row : row + 1])] = 1
+        elif not each.filtered:
+            out[row] = torch.softmax(logits[row] / each.temperature, dim=-1)
+    filtered = [row for row, each in enumerate(params) if not each.greedy and each.filtered]
+    if filtered:
+        for rows, ids, weights, kept in _ranked(logits[filtered], [params[row] for row in filtered]):
+            inside = torch.arange(weights.shape[1], device=weights.device) < kept
+            weights = weights.where(inside, 0)
+            out[[filtered[row] for row in rows]] = torch.zeros(len(rows), logits.shape[1], device=logits.device).scatter_(
+                1, ids, weights / weights.sum(-1, keepdim=True)
+            )
+    return out
+
+
+def invert(probabilities: Tensor, uniform: float) -> int:
+    """The token that a number from [0, 1) gives. `probabilities`: float32 [V], not normalised, not all 0."""
+    cumulated = probabilities.cumsum(-1)[None]
+    return int(_invert(cumulated, cumulated[:, -1:], [uniform]))
 
 
 def _likeliest(logits: Tensor, _params: SequenceOf[SamplingParams], _uniforms: SequenceOf[float]) -> Tensor:
@@ -107,21 +159,35 @@ def _invert(cumulated: Tensor, mass: Tensor, uniforms: SequenceOf[float]) -> Ten
 
 def _draw_filtered(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
     """From what top-k, top-p and min-p keep, in falling order of probability. Returns int64 [R]."""
-    vocab, total = logits.shape[1], _total(logits, params)
     chosen = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    for rows, ids, weights, kept in _ranked(logits, params):
+        cumulated = weights.cumsum(-1)
+        places = _invert(cumulated, cumulated.gather(1, kept - 1), [uniforms[row] for row in rows])
+        chosen[rows] = ids.gather(1, places[:, None])[:, 0]
+    return chosen
+
+
+def _ranked(logits: Tensor, params: SequenceOf[SamplingParams]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """The likeliest tokens, as many as it takes for every kept prefix to be inside.
+
+    Yields:
+        Some r of the rows; ids of their k likeliest tokens, int64 [r, k]; weights relative to the first, [r, k]; how many of
+        them are kept, int64 [r, 1]. Every row comes once.
+    """
+    vocab, total = logits.shape[1], _total(logits, params)
     rows = list(range(len(params)))
     for width in (*(width for width in _WIDTHS if width < vocab), vocab):
         values, ids = largest(logits if len(rows) == len(params) else logits[rows], width)
         left = [params[row] for row in rows]
         weights = ((values - values[:, :1]) / _column([each.temperature for each in left], values)).exp_()
         kept, settled = _kept(weights, total[rows], vocab, left)
-        cumulated = weights.cumsum(-1)
-        places = _invert(cumulated, cumulated.gather(1, kept - 1), [uniforms[row] for row in rows])
-        chosen[rows] = ids.gather(1, places[:, None])[:, 0]
-        rows = [row for row, done in zip(rows, settled.tolist(), strict=True) if not done]
-        if not rows:
-            break
-    return chosen
+        done = settled.tolist()
+        if all(done):
+            yield rows, ids, weights, kept
+            return
+        if any(done):
+            yield [row for row, each in zip(rows, done, strict=True) if each], ids[settled], weights[settled], kept[settled]
+        rows = [row for row, each in zip(rows, done, strict=True) if not each]
 
 
 def _total(logits: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:

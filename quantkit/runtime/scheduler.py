@@ -12,7 +12,7 @@ arrives), so it advances in every step until it ends, and then the next one is t
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 
 from quantkit.runtime.kv_manager import KVManager
@@ -28,15 +28,16 @@ class Scheduler:
         preemptions, prefix_queries, prefix_hits: counts since the start; the latter two of prompt tokens.
     """
 
-    def __init__(self, kv: KVManager, max_batch: int, token_budget: int) -> None:
+    def __init__(self, kv: KVManager, max_batch: int, token_budget: int, released: Callable[[Sequence], None]) -> None:
         """
         Args:
             kv: the blocks.
             max_batch: running sequences at most.
             token_budget: new tokens in a step at most, no fewer than `max_batch`.
+            released: told of every sequence that loses its blocks, because it waits again or is finished.
         """
         assert 1 <= max_batch <= token_budget
-        self._kv, self._max_batch, self._token_budget = kv, max_batch, token_budget
+        self._kv, self._max_batch, self._token_budget, self._released = kv, max_batch, token_budget, released
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
@@ -77,6 +78,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
         self._kv.release(sequence)
+        self._released(sequence)
 
     def check(self) -> None:
         """Assert the invariants of the queues and of all blocks."""
@@ -96,6 +98,7 @@ class Scheduler:
             youngest = self.running.pop()
             self._kv.release(youngest)
             youngest.status = Status.WAITING
+            self._released(youngest)
             self.waiting.appendleft(youngest)
             self.preemptions += 1
         return True

@@ -5,14 +5,18 @@ step converts a list that grows with the context.
 """
 
 from array import array
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from random import Random
 from typing import NamedTuple
 
+from torch import Tensor
+
 from quantkit.runtime.detokenize import TextStream
 from quantkit.runtime.logits import History
 from quantkit.runtime.request import SamplingParams
+from quantkit.runtime.tally import SpeculationStats
 
 
 class Status(Enum):
@@ -51,6 +55,19 @@ class Sample(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
+class Draft(NamedTuple):
+    """Tokens that may follow a sequence. They are no part of it until they are accepted.
+
+    Attributes:
+        tokens: k of them, in order; none is a draft too.
+        probabilities: float32 [k, V], the distribution that each was drawn from; None where nothing was drawn: the drafter
+            would propose the same tokens again.
+    """
+
+    tokens: SequenceOf[int] = ()
+    probabilities: Tensor | None = None
+
+
 class Usage(NamedTuple):
     """Tokens of the prompt, of these found in the prefix cache, and tokens generated so far."""
 
@@ -80,7 +97,8 @@ class Sequence:
         limit: length at which it ends.
         stop_tokens: token ids that end it.
         text: turns its tokens into text.
-        random: its own source of uniform numbers, one a token, so that no other request has a say.
+        random: its own source of uniform numbers, so that no other request has a say; one a token, unless a drafter that
+            draws its tokens takes more.
         timing: see `Timing`.
         forks: the request's other samples, until they split off with the first token.
         status: see `Status`.
@@ -122,6 +140,11 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def decodes(self) -> bool:
+        """Whether nothing but its newest token is left to compute, so that drafts may follow."""
+        return self.num_pending == 1 and len(self.tokens) > self.num_prompt
+
+    @property
     def num_slots(self) -> int:
         """Running sequences that it is or will be."""
         return 1 + len(self.forks)
@@ -133,11 +156,15 @@ class Sequence:
 
 
 class Scheduled(NamedTuple):
-    """A sequence's part in a step: its next `num_tokens` tokens, the last `num_logits` of which are to be followed."""
+    """A sequence's part in a step: its next `num_tokens` tokens, the last `num_logits` of which are to be followed.
+
+    The last tokens are those of `draft`, which the sequence does not have: each of them and the one before it need logits.
+    """
 
     sequence: Sequence
     num_tokens: int
     num_logits: int
+    draft: Draft = Draft()
 
 
 @dataclass
@@ -178,6 +205,7 @@ class Stats:
         used_blocks, num_blocks: KV blocks that sequences hold, and all there are.
         prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found, since the start.
         preemptions, steps: since the start.
+        speculation: what became of drafts since the start; None without a proposer.
     """
 
     running: int
@@ -188,3 +216,4 @@ class Stats:
     prefix_hits: int
     preemptions: int
     steps: int
+    speculation: SpeculationStats | None

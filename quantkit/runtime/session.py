@@ -14,9 +14,11 @@ from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.corpus import load_tokenizer
 from quantkit.errors import CheckpointError, RequestError
 from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+from quantkit.runtime.paged_model import CacheOptions
 from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.sequence import Output
+from quantkit.runtime.speculate import open_speculating
+from quantkit.runtime.tally import SpeculationStats
 from quantkit.usage import peak_memory
 
 #: A prompt as text, or as chat messages (`role`, `content`).
@@ -36,6 +38,7 @@ class Summary:
         decode_tps: mean over samples of (n - 1) / (end - first token); None where no sample has two tokens.
         peak_memory_bytes: largest resident set.
         kv_memory_bytes, kv_tokens, kv_dtype: the KV cache as it is allocated, the tokens it holds, and how.
+        speculation: what became of drafts; None where there were none.
     """
 
     load_seconds: float
@@ -50,6 +53,7 @@ class Summary:
     kv_memory_bytes: int
     kv_tokens: int
     kv_dtype: str
+    speculation: SpeculationStats | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
@@ -66,18 +70,32 @@ class Session:
         load_seconds: how long it took to load.
     """
 
-    def __init__(self, folder: Path, device: torch.device, cache: CacheOptions, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        cache: CacheOptions,
+        config: EngineConfig,
+        speculation: str = "off",
+        draft_act_bits: int = 8,
+    ) -> None:
         """
+        Args:
+            folder: of the model.
+            device: where it runs.
+            cache, config: how much it may hold and run at a time.
+            speculation, draft_act_bits: who drafts, see `open_speculating`.
+
         Raises:
-            QuantkitError: the model cannot be loaded, or its cache is too small.
+            QuantkitError: a model cannot be loaded or does not fit the other, or the cache is too small.
         """
         started = time.monotonic()
-        self.model: PagedModel = open_model(folder, device, cache)
+        self.model, proposer = open_speculating(folder, device, cache, speculation, draft_act_bits)
         self.load_seconds = time.monotonic() - started
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)
         eos = _eos_token_ids(checkpoint, self.tokenizer)
-        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos)
+        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, proposer=proposer)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -133,6 +151,7 @@ class Session:
             kv_memory_bytes=self.model.cache.nbytes,
             kv_tokens=self.model.cache.num_tokens,
             kv_dtype=self.model.cache.format.name,
+            speculation=self.engine.stats.speculation,
         )
 
 

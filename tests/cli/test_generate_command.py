@@ -92,9 +92,67 @@ def test_a_stop_string_ends_the_text(llama: Path) -> None:
     assert (cut["finish_reason"], cut["stop"]) == ("stop", stop)
 
 
+@pytest.mark.parametrize("length", ["auto", 3])
+def test_speculation_changes_no_text_and_says_what_it_did(llama: Path, length: object) -> None:
+    (plain,) = completions(llama, "Hello", *LENGTH)
+    for spec in ("ngram", f"draft:{llama}"):
+        done = quantkit("generate", llama, "Hello", *LENGTH, "--spec", spec, "--draft-len", length, "--json", "-")
+        found = json.loads(done.out)
+        assert found["completions"][0]["token_ids"] == plain["token_ids"]
+        assert "speculation: " in done.err
+        stats = found["summary"]["speculation"]
+        assert stats["accepted"] <= stats["drafted"]
+        if spec != "ngram" and length == 3:
+            # The model drafts for itself: 11 tokens behind the first in twice 3 + 1, then two drafts for the last three.
+            assert (stats["drafts"], stats["drafted"], stats["accepted"]) == (3, 8, 8)
+            assert stats["acceptance_by_position"] == [1, 1, 1]
+            assert "8 of 8 drafted tokens accepted (100%), 3.67 tokens a draft" in done.err
+    done = quantkit("generate", llama, "Hello", *LENGTH, "--json", "-")
+    assert json.loads(done.out)["summary"]["speculation"] is None
+    assert "speculation" not in done.err
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_drafts_for_itself_with_rounded_activations(llama: Path, tmp_path: Path, bits: int) -> None:
+    options = ("--method", "rtn", "--bits", 4, "--group-size", 16)
+    assert quantkit("quantize", llama, "-o", tmp_path / "out", *options, "-q").status == 0
+    (plain,) = completions(tmp_path / "out", "Hello", *LENGTH)
+    spec = ("--spec", "qspec", "--draft-len", 3, "--draft-act-bits", bits, "--json", "-")
+    found = json.loads(quantkit("generate", tmp_path / "out", "Hello", *LENGTH, *spec).out)
+    assert found["completions"][0]["token_ids"] == plain["token_ids"]
+    assert found["summary"]["speculation"]["drafted"] >= 8
+
+
+def test_a_draft_model_shares_the_memory(llama: Path) -> None:
+    # Both models store as much a token: of 64 KiB each cache gets a half, which is 42 tokens, so two blocks of 16.
+    (found,) = completions(llama, "Hello", *LENGTH, "--spec", f"draft:{llama}", "--kv-memory", "64KiB")
+    assert found["finish_reason"] == "length"
+    line = refused("generate", llama, "x" * 40, *LENGTH, "--spec", f"draft:{llama}", "--kv-memory", "64KiB")
+    assert "the prompt has 40 tokens and the context is 32" in line
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
+    for path in llama.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[20:22]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    line = refused("generate", llama, "Hello", "--spec", f"draft:{tmp_path}")
+    assert "its tokenizer has other tokens; draft with a model of the same family" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("x", "--spec", "fast"), "--spec fast: no such speculation; use off, ngram, draft:MODEL or qspec"),
+        (("x", "--spec", "qspec"), "--spec qspec: drafts with packed weights, and this model has none; quantize it first"),
+        (("x", "--spec", "qspec", "--draft-act-bits", "5"), "--draft-act-bits 5: activations are rounded to 4 or 8 bits"),
+        (("x", "--spec", "draft:"), "--spec draft:: no such speculation"),
+        (("x", "--spec", "draft:nowhere"), "nowhere: no such folder"),
+        (("x", "--spec", "ngram", "--draft-len", "0"), "--draft-len 0: write a number from 1 to 15, or auto"),
+        (("x", "--spec", "ngram", "--draft-len", "many"), "--draft-len many: write a number"),
         ((), "name either a prompt or a file of prompts"),
         (("x", "--prompts", "y.txt"), "not both"),
         (("",), "the prompt has no tokens"),
@@ -145,3 +203,12 @@ def test_a_quantized_cache_holds_more_tokens_in_the_same_memory(llama: Path, dty
         assert summary["kv_memory_bytes"] <= 400_000
         tokens[name] = summary["kv_tokens"]
     assert tokens[dtype] > tokens["auto"]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int4+4"])
+@pytest.mark.parametrize("spec", ["ngram", "draft"])
+def test_drafts_change_nothing_under_a_quantized_cache(llama: Path, dtype: str, spec: str) -> None:
+    arguments = (llama, "abcabcabcabcabcabcabcabcabcabc", "--max-tokens", 60, "--ignore-eos", "--kv-dtype", dtype)
+    (plain,) = completions(*arguments)
+    (drafted,) = completions(*arguments, "--spec", f"draft:{llama}" if spec == "draft" else spec, "--draft-len", 5)
+    assert drafted["token_ids"] == plain["token_ids"]

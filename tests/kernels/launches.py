@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_TYPES |= {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
+_TYPES |= {torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
+
+#: What a launch may say beside its kernel's arguments, other than warps and stages.
+_OPTIONS = {"enable_fp_fusion"}
 
 
 def jobs(module: ModuleType, kernels: tuple[str, ...], launch: Callable[[], None], capability: int) -> list[aot.Job]:
@@ -36,6 +39,7 @@ class _Recorder:
 
     def _launch(self, *positional: Any, num_warps: int = 4, num_stages: int = 3, **named: Any) -> None:
         given = dict(zip(self.arguments, positional, strict=False))
+        named = {name: value for name, value in named.items() if name not in _OPTIONS}
         signature = {name: _type(value) for name, value in given.items() if value is not None}
         divisible = tuple(name for name, value in given.items() if isinstance(value, int) and value % 16 == 0)
         absent = {name: None for name, value in given.items() if value is None}

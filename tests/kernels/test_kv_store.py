@@ -5,7 +5,7 @@ import torch
 from quantized_samples import make_store
 from torch import Tensor
 
-from quantkit.kernels import cpu_attention, native, reference
+from quantkit.kernels import cpu_attention, native, reference, reference_store
 from quantkit.kernels.kv_store import Store
 
 BLOCKS, SIZE, HEADS, DIM = 3, 8, 2, 12
@@ -20,7 +20,7 @@ def _round_trip(scheme: str, rows: Tensor, *, keys: bool, draft: bool = False) -
     one, other = (make_store(scheme, BLOCKS, SIZE, HEADS, DIM, keys=k, pages=pages) for k in (keys, not keys))
     flat, slots = rows.flatten(0, 1), torch.arange(BLOCKS * SIZE)
     reference.kv_write(*((flat, flat, one, other) if keys else (flat, flat, other, one)), slots)
-    return reference.stored(one, torch.arange(BLOCKS), draft)
+    return reference_store.stored(one, torch.arange(BLOCKS), draft)
 
 
 def _rows() -> Tensor:
@@ -87,7 +87,7 @@ def test_a_query_sees_its_own_page_in_16_bit(scheme: str) -> None:
         half = values[seen, 0].bfloat16().float()
         assert torch.equal(out, half) != quantized
         if quantized:
-            assert torch.equal(out, reference.stored(stores[1], torch.arange(3)).flatten(0, 1)[seen, 0])
+            assert torch.equal(out, reference_store.stored(stores[1], torch.arange(3)).flatten(0, 1)[seen, 0])
 
 
 def test_a_page_can_be_settled_again() -> None:

@@ -10,8 +10,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from quantkit.runtime.draft_model import DraftModel
 from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.paged_model import CacheOptions, open_model
+from quantkit.runtime.ngram import NgramProposer
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+from quantkit.runtime.proposer import Proposer
 from quantkit.runtime.request import Request, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
@@ -35,10 +38,21 @@ def alone(folder: Path) -> list[list[int]]:
     return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
 
 
-def engine(folder: Path, config: EngineConfig, tokens: int = 4096) -> Engine:
+def engine(folder: Path, config: EngineConfig, tokens: int = 4096, proposer: Proposer | None = None) -> Engine:
+    return Engine(small_model(folder, tokens), config, proposer=proposer)
+
+
+def small_model(folder: Path, tokens: int = 4096) -> PagedModel:
     per_token = 3 * 2 * 2 * 16 * 4
     options = CacheOptions(memory=tokens * per_token, block_size=4, dtype=torch.float32)
-    return Engine(open_model(folder, torch.device("cpu"), options), config)
+    return open_model(folder, torch.device("cpu"), options)
+
+
+def proposer_of(name: str, folder: Path, almost: Path) -> Proposer:
+    """Prompt lookup, a draft model that is the model itself, or one that is often right."""
+    if name == "ngram":
+        return NgramProposer()
+    return DraftModel(small_model(folder if name == "itself" else almost), tiny.VOCAB)
 
 
 def generated(engine: Engine, order: list[int]) -> dict[int, list[int]]:
@@ -75,6 +89,44 @@ def test_preemption(folder: Path, alone: list[list[int]]) -> None:
     found = generated(tight, [3, 2, 4, 1, 0, 5])
     assert [found[index] for index in range(len(PROMPTS))] == alone
     assert tight.stats.preemptions > 0
+
+
+@pytest.fixture(scope="module")
+def almost(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with its weights shaken, so that it agrees with the model on some tokens and not on others."""
+    out = tmp_path_factory.mktemp("almost") / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.03 * parameter.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0
+    model.save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("name", ["ngram", "itself", "almost"])
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (EngineConfig(max_batch=1, draft_len=4), 4096),
+        (EngineConfig(max_batch=6, draft_len=7), 4096),
+        (EngineConfig(max_batch=3, token_budget=11, draft_len=3), 4096),
+        (EngineConfig(max_batch=6, prefix_caching=False, draft_len=4), 260),
+        (EngineConfig(max_batch=6), 4096),
+    ],
+    ids=["alone", "batch", "chunks", "preemption", "auto"],
+)
+def test_speculation(folder: Path, almost: Path, alone: list[list[int]], name: str, config: EngineConfig, tokens: int) -> None:
+    """Cold, and again with a warm prefix cache."""
+    running = engine(folder, config, tokens, proposer_of(name, folder, almost))
+    for order in ([4, 0, 5, 2, 1, 3], [3, 2, 5, 4, 0, 1]):
+        found = generated(running, order)
+        assert [found[index] for index in range(len(PROMPTS))] == alone
+    stats = running.stats.speculation
+    assert stats is not None
+    if config.draft_len is not None:
+        assert stats.drafted > 0
+        assert name != "itself" or stats.accepted == stats.drafted
 
 
 def test_samples_share_the_prompt_and_part_where_they_differ(folder: Path) -> None:

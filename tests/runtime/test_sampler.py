@@ -7,13 +7,14 @@ from random import Random
 
 import pytest
 import torch
+from exact import kept, probabilities
 from sequences import sequence
 from torch import Tensor
 
 from quantkit.errors import NumericsError, RequestError
 from quantkit.runtime.logits import History, Penalty, likeliest, penalise
 from quantkit.runtime.request import SamplingParams
-from quantkit.runtime.sampler import draw, sample
+from quantkit.runtime.sampler import distribution, draw, sample
 from quantkit.runtime.selection import argmax, largest
 
 #: Wider than the first selection, so that all paths are taken.
@@ -44,23 +45,9 @@ def _logits(rows: int, spread: float, seed: int = 0, vocab: int = VOCAB) -> Tens
     return spread * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-def _kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Ids in falling order of probability, equal ones by id, and their probabilities after all filters, float64."""
-    probabilities = torch.softmax(logits.double() / params.temperature, -1)
-    values, ids = probabilities.sort(descending=True, stable=True)
-    if params.top_k:
-        values, ids = values[: params.top_k], ids[: params.top_k]
-    values = values / values.sum()
-    before = values.cumsum(0) - values
-    keep = before < params.top_p if params.top_p < 1 else torch.ones_like(values, dtype=torch.bool)
-    values, ids = values[keep], ids[keep]
-    keep = values >= params.min_p * values[0]
-    return ids[keep], values[keep] / values[keep].sum()
-
-
 def _interval(logits: Tensor, params: SamplingParams, token: int) -> tuple[float, float]:
     """The uniform numbers that give `token`."""
-    ids, values = _kept(logits, params)
+    ids, values = kept(logits, params)
     if not params.filtered:
         ids, order = ids.sort()
         values = values[order]
@@ -81,6 +68,20 @@ def test_tokens_are_those_of_the_inverted_distribution(filters: dict[str, float]
         low, high = _interval(logits[0], params, token)
         # float32 sums of 9600 probabilities: the bounds of an interval move by some 1e-6.
         assert low - 1e-5 <= uniform <= high + 1e-5
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_the_distribution_is_what_is_drawn_from(spread: float) -> None:
+    params = [SamplingParams(temperature=0.8, **filters) for filters in FILTERS]  # type: ignore[arg-type]
+    logits = _logits(len(params), spread)
+    found = distribution(logits.clone(), params)
+    for row, each in enumerate(params):
+        # float32 sums of 9600 probabilities; where a filter cuts, the token at the edge may fall on either side.
+        gap = (found[row] - probabilities(logits[row], each)).abs()
+        assert float(gap.sum()) < 2e-4
+        assert float(found[row].sum()) == pytest.approx(1, abs=1e-5)
+    greedy = distribution(logits[:2].clone(), [SamplingParams(temperature=0), params[0]])
+    assert greedy[0].nonzero().flatten().tolist() == [int(logits[0].argmax())]
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -122,12 +123,12 @@ def test_frequencies_are_the_probabilities(filters: dict[str, float]) -> None:
     params, count, draws = SamplingParams(temperature=1.3, **filters), 20000, Random(1)  # type: ignore[arg-type]
     logits = _logits(1, 1.5, vocab=40)
     tokens = draw(logits.expand(count, -1), [params] * count, [draws.random() for _ in range(count)])
-    ids, probabilities = _kept(logits[0], params)
+    ids, values = kept(logits[0], params)
     found = torch.bincount(torch.tensor(tokens), minlength=40)
     assert int(found.sum()) == int(found[ids].sum()) == count
     # Five standard deviations of a binomial count, for one of 40 tokens: once in 40,000 seeds, and the seed is fixed.
-    deviation = (count * probabilities * (1 - probabilities)).sqrt()
-    assert bool(((found[ids] - count * probabilities).abs() <= 5 * deviation + 1).all())
+    deviation = (count * values * (1 - values)).sqrt()
+    assert bool(((found[ids] - count * values).abs() <= 5 * deviation + 1).all())
 
 
 def _penalised(logits: list[float], prompt: list[int], output: list[int], params: SamplingParams) -> list[float]:

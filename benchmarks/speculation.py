@@ -1,0 +1,161 @@
+"""Speculative generation against none, on texts that suit it and texts that do not: one request at a time, one process.
+
+    tok/s       (tokens - 1) / (end - first token), the median of the repeats
+    speed-up    tok/s over that of `off`
+    accepted    drafted tokens that were accepted
+    tokens/draft  tokens that a verified draft gave, the one behind it included
+    cost        seconds of a draft step / seconds of a step that verifies
+
+Modes run in turn, repeat by repeat, so that a machine that slows down slows all of them; every run starts with an engine that
+has learned nothing. `same` says whether the tokens are those of `off`. With a sampling draft model they need not be.
+
+Texts: `repetitive` continues a table, `ordinary` continues prose, both greedily; `random` goes on with random digits, sampled
+from the ten likeliest tokens, so that every pair of tokens has occurred before and says nothing about the next.
+
+usage: python -m benchmarks.speculation [--model demo] [--draft MODEL | --qspec 4|8] [--tokens 128] [--repeats 3] [--json FILE]
+
+Without --draft: prompt lookup. A draft model is any artifact with the model's tokenizer. With --qspec the model, an artifact,
+drafts for itself with activations of so many bits.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+
+from quantkit.checkpoint.locate import locate
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.corpus import load_tokenizer
+from quantkit.runtime.draft_model import DraftModel
+from quantkit.runtime.engine import Engine, EngineConfig
+from quantkit.runtime.ngram import NgramProposer
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model, open_with_draft
+from quantkit.runtime.proposer import Proposer
+from quantkit.runtime.qspec import QSpecProposer
+from quantkit.runtime.request import Request, SamplingParams
+from quantkit.runtime.tally import SpeculationStats
+
+#: Name -> draft length; None is auto, 0 is off.
+MODES: dict[str, int | None] = {"off": 0, "fixed 4": 4, "auto": None}
+
+TABLE = "".join(
+    f"| {number} | sensor-{number % 4} | status: nominal | temperature: 21.5 C | humidity: 40% |\n" for number in range(1, 9)
+)
+PROSE = (
+    "The lighthouse keeper had lived on the island for eleven years before the letter came. It was brought by the supply "
+    "boat, between a sack of flour and a crate of lamp oil, and it was addressed in a hand that he had not seen since he "
+    "was a boy. He put it on the table, made tea, and looked at it for a long time. Outside the wind had turned to the "
+    "north, and the first gulls of the spring were"
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One mode on one text."""
+
+    text: str
+    mode: str
+    rate: float
+    speed_up: float
+    same: bool
+    speculation: SpeculationStats | None
+
+    def row(self) -> str:
+        """A line of the table."""
+        stats = self.speculation
+        if stats is None or stats.acceptance_rate is None or stats.mean_accepted_length is None:
+            cells = ["", "", ""]
+        else:
+            cost = "" if stats.cost_ratio is None else f"{stats.cost_ratio:.3f}"
+            cells = [f"{stats.acceptance_rate:.0%}", f"{stats.mean_accepted_length:.2f}", cost]
+        same = "" if self.same else "no"
+        return " | ".join([self.text, self.mode, f"{self.rate:.1f}", f"{self.speed_up:.2f}", *cells, same])
+
+
+def run(model: PagedModel, drafter: Callable[[], Proposer], mode: str, request: Request) -> tuple[float, list[int], Engine]:
+    """Tokens/s, the tokens, and the engine that made them."""
+    config = EngineConfig(max_batch=1, prefix_caching=False, draft_len=MODES[mode] or None)
+    engine = Engine(model, config, proposer=None if mode == "off" else drafter())
+    (output,) = engine.generate([request])
+    first, finished = output.timing.first_token, output.timing.finished
+    assert first is not None
+    assert finished is not None
+    return (len(output.token_ids) - 1) / (finished - first), output.token_ids, engine
+
+
+def measure(model: PagedModel, drafter: Callable[[], Proposer], text: str, request: Request, repeats: int) -> list[Measured]:
+    """All modes on one text; the first run of all warms up."""
+    run(model, drafter, "fixed 4", request)
+    runs: dict[str, list[tuple[float, list[int], Engine]]] = {mode: [] for mode in MODES}
+    for _ in range(repeats):
+        for mode in MODES:
+            runs[mode].append(run(model, drafter, mode, request))
+    plain = statistics.median(rate for rate, _, _ in runs["off"])
+    measured = []
+    for mode, found in runs.items():
+        rate = statistics.median(each for each, _, _ in found)
+        same = all(tokens == runs["off"][0][1] for _, tokens, _ in found)
+        middle = min(found, key=lambda each: abs(each[0] - rate))
+        measured.append(Measured(text, mode, rate, rate / plain, same, middle[2].stats.speculation))
+    return measured
+
+
+def requests(folder: Path, tokens: int) -> dict[str, Request]:
+    """The three texts."""
+    encode = load_tokenizer(Checkpoint(folder))
+    greedy = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    hot = SamplingParams(max_tokens=tokens, temperature=1.5, top_k=10, seed=1, ignore_eos=True)
+    return {
+        "repetitive": Request(encode(TABLE)["input_ids"], greedy),
+        "ordinary": Request(encode(PROSE)["input_ids"], greedy),
+        "random": Request(encode("".join(Random(1).choices("0123456789", k=128)))["input_ids"], hot),
+    }
+
+
+def opened(
+    folder: Path, device: torch.device, cache: CacheOptions, draft: str | None, activation_bits: int | None
+) -> tuple[PagedModel, Callable[[], Proposer]]:
+    """The model, and what makes a new proposer."""
+    if draft:
+        model, small = open_with_draft(folder, locate(draft), device, cache)
+        return model, lambda: DraftModel(small, model.vocab_size)
+    model = open_model(folder, device, cache)
+    if activation_bits:
+        forward = model.rounded(activation_bits)
+        return model, lambda: QSpecProposer(forward, model.block_size)
+    return model, NgramProposer
+
+
+def main() -> None:
+    """Print a row a mode and text, then everything as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    drafters = parser.add_mutually_exclusive_group()
+    drafters.add_argument("--draft")
+    drafters.add_argument("--qspec", type=int, choices=[4, 8])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    folder, device = locate(options.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cache = CacheOptions(max_batch=1, max_model_len=1024, memory=256 << 20)
+    model, drafter = opened(folder, device, cache, options.draft, options.qspec)
+    print("text | mode | tok/s | speed-up | accepted | tokens/draft | cost | same")
+    measured: list[Measured] = []
+    for text, request in requests(folder, options.tokens).items():
+        found = measure(model, drafter, text, request, options.repeats)
+        measured += found
+        print("\n".join(each.row() for each in found), flush=True)
+    result = json.dumps([asdict(each) for each in measured], indent=2)
+    print(result)
+    if options.json:
+        options.json.write_text(result + "\n")
+
+
+if __name__ == "__main__":
+    main()

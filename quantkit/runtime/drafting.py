@@ -1,0 +1,55 @@
+"""Drafts by a model, one token after another, for all sequences at a time."""
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from quantkit.runtime.sampler import apply_penalties, check_finite, distribution, invert
+from quantkit.runtime.selection import argmax
+from quantkit.runtime.sequence import Draft, Sequence
+
+#: Computes the newest token of some drafts, each given in full: logits behind it, float32 [S, V], which may be changed.
+Extend = Callable[[SequenceOf[tuple[Sequence, list[int]]]], Tensor]
+
+
+@torch.inference_mode()
+def draft(lengths: Mapping[Sequence, int], logits: Tensor, extend: Extend) -> dict[Sequence, Draft]:
+    """Draft as each sequence samples: the likeliest tokens for a greedy one, drawn ones and their distributions for others.
+
+    Args:
+        lengths: tokens of each draft, at least 1.
+        logits: float32 [S, V], behind the sequences in this order; changed.
+        extend: called while a draft is not complete.
+
+    Raises:
+        NumericsError: logits are NaN or Inf.
+    """
+    tokens: dict[Sequence, list[int]] = {sequence: [] for sequence in lengths}
+    drawn: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in lengths}
+    left = list(lengths)
+    while True:
+        _choose(logits, left, tokens, drawn)
+        left = [sequence for sequence in left if len(tokens[sequence]) < lengths[sequence]]
+        if not left:
+            break
+        logits = extend([(sequence, tokens[sequence]) for sequence in left])
+    return {each: Draft(tokens[each], torch.stack(drawn[each]) if drawn[each] else None) for each in lengths}
+
+
+def _choose(
+    logits: Tensor, sequences: SequenceOf[Sequence], tokens: dict[Sequence, list[int]], drawn: dict[Sequence, list[Tensor]]
+) -> None:
+    """Append the next token of every draft, and what it was drawn from where it was drawn."""
+    check_finite(logits)
+    apply_penalties(logits, sequences, [tokens[sequence] for sequence in sequences])
+    for sequence, token in zip(sequences, argmax(logits).tolist(), strict=True):
+        tokens[sequence].append(token)
+    drawing = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
+    if drawing:
+        found = distribution(logits[drawing], [sequences[row].params for row in drawing])
+        for row, probabilities in zip(drawing, found, strict=True):
+            sequence = sequences[row]
+            tokens[sequence][-1] = invert(probabilities, sequence.random.random())
+            drawn[sequence].append(probabilities)

@@ -1,0 +1,59 @@
+"""From the words of `--spec` to a model and who drafts for it."""
+
+from pathlib import Path
+
+import torch
+
+from quantkit.checkpoint.locate import locate
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.corpus import load_tokenizer
+from quantkit.errors import RequestError
+from quantkit.runtime.draft_model import DraftModel
+from quantkit.runtime.ngram import NgramProposer
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model, open_with_draft
+from quantkit.runtime.proposer import Proposer
+from quantkit.runtime.qspec import QSpecProposer
+
+
+def open_speculating(
+    folder: Path, device: torch.device, cache: CacheOptions, speculation: str, draft_act_bits: int = 8
+) -> tuple[PagedModel, Proposer | None]:
+    """Load a model, and what drafts for it.
+
+    Args:
+        folder: of the model.
+        device: where it runs.
+        cache: how much it holds, a draft model's cache included.
+        speculation: "off"; "ngram", from the text itself; "draft:MODEL", a smaller model with the same tokenizer; "qspec",
+            the model itself with rounded activations.
+        draft_act_bits: bits of these, 4 or 8.
+
+    Raises:
+        RequestError: there is no such speculation, the draft model's tokenizer is another, or nothing can be rounded.
+        QuantkitError: a model cannot be loaded or the cache is too small.
+    """
+    kind, _, name = speculation.partition(":")
+    if kind == "draft" and name:
+        draft = locate(name)
+        _check_tokenizers(folder, draft, speculation)
+        model, drafter = open_with_draft(folder, draft, device, cache)
+        return model, DraftModel(drafter, model.vocab_size)
+    if speculation == "qspec":
+        if draft_act_bits not in (4, 8):
+            raise RequestError(f"--draft-act-bits {draft_act_bits}: activations are rounded to 4 or 8 bits")
+        model = open_model(folder, device, cache)
+        return model, QSpecProposer(model.rounded(draft_act_bits), model.block_size)
+    if speculation not in ("off", "ngram"):
+        raise RequestError(f"--spec {speculation}: no such speculation; use off, ngram, draft:MODEL or qspec")
+    return open_model(folder, device, cache), NgramProposer() if speculation == "ngram" else None
+
+
+def _check_tokenizers(folder: Path, draft: Path, speculation: str) -> None:
+    """
+    Raises:
+        RequestError: the same text is not the same tokens for both.
+    """
+    ours, theirs = (load_tokenizer(Checkpoint(each)).get_vocab() for each in (folder, draft))
+    if ours != theirs:
+        counts = f"{len(theirs):,} tokens, the model's {len(ours):,}" if len(ours) != len(theirs) else "other tokens"
+        raise RequestError(f"--spec {speculation}: its tokenizer has {counts}; draft with a model of the same family")

@@ -1,0 +1,127 @@
+"""Drafts in a step: who gets how many tokens, in which blocks, and what became of them.
+
+Drafts take what is left: of the step's token budget, and of the free blocks. Nobody is preempted and no prompt waits for one;
+a draft is shortened instead, and after the step every block that it did not fill is free again.
+"""
+
+from collections.abc import Sequence as SequenceOf
+
+from quantkit.runtime.costs import ORDINARY_BACKLOG
+from quantkit.runtime.draft_length import AdaptiveLength
+from quantkit.runtime.kv_manager import KVManager
+from quantkit.runtime.proposer import Proposer
+from quantkit.runtime.sequence import Draft, Sample, Scheduled, Sequence
+from quantkit.runtime.tally import SpeculationStats, Tally
+
+
+class Speculation:
+    """A proposer's place in the engine."""
+
+    def __init__(self, proposer: Proposer | None, draft_len: int | None, kv: KVManager, token_budget: int) -> None:
+        """
+        Args:
+            proposer: None: no drafts.
+            draft_len: tokens of a draft at most; None: what pays.
+            kv: the target's blocks.
+            token_budget: new tokens in a step at most.
+        """
+        self._proposer, self._draft_len, self._kv, self._token_budget = proposer, draft_len, kv, token_budget
+        self._adaptive = AdaptiveLength() if draft_len is None else None
+        #: This step's drafts that are not empty, and what their proposers caught up on beyond the ordinary, in tokens.
+        self._drafts: dict[Sequence, Draft] = {}
+        self._backlog = 0
+        self._tally = Tally()
+
+    @property
+    def stats(self) -> SpeculationStats | None:
+        """What became of the drafts so far; None without a proposer."""
+        return None if self._proposer is None else self._tally.stats()
+
+    def reserve(self, scheduled: SequenceOf[Scheduled]) -> dict[Sequence, int]:
+        """Room for drafts behind the sequences that decode, and how long each may be."""
+        self._drafts, self._backlog = {}, 0
+        if self._proposer is None:
+            return {}
+        lengths: dict[Sequence, int] = {}
+        spare = self._token_budget - sum(entry.num_tokens for entry in scheduled)
+        decoding = [entry.sequence for entry in scheduled if entry.sequence.decodes]
+        for sequence in decoding:
+            backlog = self._proposer.backlog(sequence)
+            # A step adds one token more than it accepts: the last one before the limit needs no draft.
+            most = min(spare, sequence.limit - len(sequence.tokens) - 1)
+            length = min(self._wanted(sequence, len(decoding), backlog), most)
+            while length > 0 and not self._kv.extend(sequence, 1 + length):
+                length -= 1
+            if length > 0:
+                lengths[sequence] = length
+                spare -= length
+                self._backlog += max(backlog - ORDINARY_BACKLOG, 0)
+        return lengths
+
+    def propose(self, scheduled: list[Scheduled], lengths: dict[Sequence, int]) -> list[Scheduled]:
+        """The step with drafts."""
+        if self._proposer is None or not lengths:
+            return scheduled
+        proposed = zip(lengths, self._proposer.propose(list(lengths.items())), strict=True)
+        self._drafts = {sequence: draft for sequence, draft in proposed if draft.tokens}
+        assert all(len(draft.tokens) <= lengths[sequence] for sequence, draft in self._drafts.items()), "a draft is too long"
+        for sequence in lengths:
+            self._kv.trim(sequence, 1 + len(self._drafts.get(sequence, Draft()).tokens))
+        return [_with_draft(entry, self._drafts.get(entry.sequence, Draft())) for entry in scheduled]
+
+    def verified(
+        self,
+        scheduled: SequenceOf[Scheduled],
+        chosen: SequenceOf[tuple[Sequence, list[Sample]]],
+        draft_seconds: float,
+        seconds: float,
+    ) -> None:
+        """Note what came of a step.
+
+        Args:
+            scheduled: the step.
+            chosen: sequences, and what follows each.
+            draft_seconds, seconds: time of proposing, and of the forward and the verification.
+        """
+        if self._proposer is None:
+            return
+        pure = all(entry.num_tokens == entry.num_logits == 1 + len(entry.draft.tokens) for entry in scheduled)
+        longest = max((len(draft.tokens) for draft in self._drafts.values()), default=0)
+        self._tally.time(longest, draft_seconds, seconds, pure=pure)
+        drafted = [(each, len(self._drafts[each].tokens), len(got) - 1) for each, got in chosen if each in self._drafts]
+        for _, length, accepted in drafted:
+            self._tally.count(length, accepted)
+        if self._adaptive is None:
+            return
+        running = len(scheduled)
+        for sequence, length, accepted in drafted:
+            self._adaptive.note_draft(sequence, running, length, accepted)
+        if pure:
+            rows, tokens = sum(entry.num_tokens for entry in scheduled), sum(len(got) for _, got in chosen)
+            self._adaptive.note_step(running, rows, longest, self._backlog, tokens, (draft_seconds, seconds))
+
+    def settle(self, sequence: Sequence, accepted: int) -> None:
+        """A sequence has the first tokens of its draft for good: they are computed, and room for the others is given back."""
+        self._kv.commit(sequence, accepted)
+        self._kv.trim(sequence)
+        if sequence in self._drafts:
+            assert self._proposer is not None
+            self._proposer.accepted(sequence, accepted)
+
+    def released(self, sequence: Sequence) -> None:
+        """A sequence lost its blocks."""
+        if self._proposer is not None:
+            self._proposer.released(sequence)
+        if self._adaptive is not None:
+            self._adaptive.released(sequence)
+
+    def _wanted(self, sequence: Sequence, running: int, backlog: int) -> int:
+        if self._adaptive is None:
+            assert self._draft_len is not None
+            return self._draft_len
+        return self._adaptive.length(sequence, running, backlog)
+
+
+def _with_draft(entry: Scheduled, draft: Draft) -> Scheduled:
+    count = len(draft.tokens)
+    return Scheduled(entry.sequence, entry.num_tokens + count, entry.num_logits + count, draft)

@@ -1,0 +1,87 @@
+"""What became of the drafts of a run, in numbers."""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SpeculationStats:
+    """Speculation so far; ratios are None where there is nothing to divide by.
+
+    Attributes:
+        drafts: drafts that were verified, the empty ones left out.
+        drafted, accepted: tokens of these.
+        acceptance_rate: accepted / drafted.
+        mean_accepted_length: tokens that a verified draft gave, the one behind the accepted ones included.
+        acceptance_by_position: of the drafts that reach a position, the share whose token there was accepted.
+        draft_seconds: spent on proposing, in all.
+        cost_ratio: seconds of a draft step (one token more for all sequences) / seconds of a step that verifies; steps that
+            compute prompts are left out.
+    """
+
+    drafts: int
+    drafted: int
+    accepted: int
+    acceptance_rate: float | None
+    mean_accepted_length: float | None
+    acceptance_by_position: list[float]
+    draft_seconds: float
+    cost_ratio: float | None
+
+
+@dataclass
+class Tally:
+    """Counts and times as they come in; see `SpeculationStats`."""
+
+    drafts: int = 0
+    reached: list[int] = field(default_factory=list)
+    passed: list[int] = field(default_factory=list)
+    draft_seconds: float = 0.0
+    _pure_draft_seconds: float = 0.0
+    _pure_verify_seconds: float = 0.0
+    _draft_steps: int = 0
+    _verify_steps: int = 0
+
+    def count(self, drafted: int, accepted: int) -> None:
+        """Add a draft of `drafted` tokens, at least one, of which the first `accepted` were accepted."""
+        self.drafts += 1
+        missing = drafted - len(self.reached)
+        self.reached.extend([0] * missing)
+        self.passed.extend([0] * missing)
+        for position in range(drafted):
+            self.reached[position] += 1
+            self.passed[position] += position < accepted
+
+    def time(self, longest: int, draft_seconds: float, verify_seconds: float, *, pure: bool) -> None:
+        """Add a step's times.
+
+        Args:
+            longest: tokens of its longest draft.
+            draft_seconds, verify_seconds: of proposing, and of the forward and the verification.
+            pure: whether all that it computed were newest tokens and drafts.
+        """
+        self.draft_seconds += draft_seconds
+        if longest and pure:
+            self._pure_draft_seconds += draft_seconds
+            self._pure_verify_seconds += verify_seconds
+            self._draft_steps += longest
+            self._verify_steps += 1
+
+    def stats(self) -> SpeculationStats:
+        """The numbers so far."""
+        drafted, accepted = sum(self.reached), sum(self.passed)
+        verify = self._pure_verify_seconds / max(self._verify_steps, 1)
+        return SpeculationStats(
+            drafts=self.drafts,
+            drafted=drafted,
+            accepted=accepted,
+            acceptance_rate=accepted / drafted if drafted else None,
+            mean_accepted_length=1 + accepted / self.drafts if self.drafts else None,
+            acceptance_by_position=_shares(self.passed, self.reached),
+            draft_seconds=self.draft_seconds,
+            cost_ratio=self._pure_draft_seconds / self._draft_steps / verify if verify else None,
+        )
+
+
+def _shares(parts: SequenceOf[int], wholes: SequenceOf[int]) -> list[float]:
+    return [part / whole for part, whole in zip(parts, wholes, strict=True)]

@@ -1,0 +1,90 @@
+"""What the kernels with rounded activations become on sm_80 and sm_90: no spills, and few instructions a weight.
+
+A float kernel needs 2.1 of them at 4 bits (see test_dequant_matmul_aot); bytes need no conversion.
+"""
+
+from typing import Any
+
+import aot
+import launches
+import pytest
+import torch
+
+from quantkit.kernels import round_rows, rounded_gemm
+from quantkit.kernels.gemm_plan import candidates
+from quantkit.kernels.planes import PlaneWeight
+
+#: (bits, rows) -> most instructions a weight, groups of 128. Reached: within 5% of it.
+LEAN = {(2, 8): 1.75, (3, 8): 2.0, (4, 8): 1.7, (8, 8): 1.7}
+
+N, K, GROUP = 4096, 6144, 128
+
+
+def _weight(bits: int, group: int) -> PlaneWeight:
+    """Shapes and types, no data."""
+    words = torch.empty(N, K // 16 * (2 if bits == 3 else bits), dtype=torch.int16, device="meta")
+    third = torch.empty(N, K // 16, dtype=torch.int16, device="meta") if bits == 3 else None
+    grids = torch.empty(K // group, N, dtype=torch.int32, device="meta")
+    return PlaneWeight(words, third, grids, torch.bfloat16, bits, group, (N, K))
+
+
+def _gemm(bits: int, rows: int, group: int, capability: int) -> aot.Job:
+    """The kernel for the config that is tried first, with partial sums."""
+    config = {**candidates(bits, group, (N, K), rows, torch.device("cpu"))[0], "splits": 2}
+    padded = torch.empty(rows, K, dtype=torch.int8, device="meta")
+    sums = torch.empty(K // group, rows, dtype=torch.int32, device="meta")
+    x = round_rows.RoundedRows(padded, sums, torch.empty(rows, device="meta"))
+    kernels = ("rounded_gemm_kernel", "reduce_kernel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounded_gemm, "compiled", lambda: True)
+        job, _ = launches.jobs(
+            rounded_gemm,
+            kernels,
+            lambda: rounded_gemm.rounded_gemm(x, _weight(bits, group), None, torch.bfloat16, config),
+            capability,
+        )
+    return job
+
+
+def _rounding(bits: int, group: int, capability: int) -> aot.Job:
+    x = torch.empty(4, K, dtype=torch.bfloat16, device="meta")
+    [job] = launches.jobs(round_rows, ("round_kernel",), lambda: round_rows.round_rows(x, 8, bits, group), capability)
+    return job
+
+
+def _weights(job: aot.Job) -> int:
+    """Weights that one step of a program takes."""
+    given: dict[str, Any] = job.constexprs
+    fields = {2: 4, 3: 8, 4: 2, 8: 1}[given["BITS"]]
+    return int(given["BYTES"] * fields * given["LOADS"] * given["BLOCK_N"])
+
+
+GEMMS = {
+    **{(bits, rows, GROUP, 90): _gemm(bits, rows, GROUP, 90) for bits, rows in LEAN},
+    (4, 8, GROUP, 80): _gemm(4, 8, GROUP, 80),
+    # Groups that share a block, and rows for other sizes of block.
+    (4, 8, 32, 90): _gemm(4, 8, 32, 90),
+    **{(4, rows, 64, 90): _gemm(4, rows, 64, 90) for rows in (16, 128)},
+}
+ROUNDINGS = {(bits, group, arch): _rounding(bits, group, arch) for bits, group, arch in [(4, 64, 80), (3, 96, 90)]}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[int, ...], aot.Compiled]:
+    """Every job's outcome, under the job's key."""
+    jobs = {**GEMMS, **ROUNDINGS}
+    return dict(zip(jobs, aot.compile_all(list(jobs.values())), strict=True))
+
+
+@pytest.mark.parametrize("key", [*GEMMS, *ROUNDINGS], ids=str)
+def test_nothing_spills(compiled: dict[tuple[int, ...], aot.Compiled], key: tuple[int, ...]) -> None:
+    assert compiled[key].stack == 0
+    assert compiled[key].shared <= 99 * 1024
+
+
+@pytest.mark.parametrize("key", [key for key in GEMMS if key[2] == GROUP], ids=str)
+def test_gemm_is_lean(compiled: dict[tuple[int, ...], aot.Compiled], key: tuple[int, ...]) -> None:
+    job, found = GEMMS[key], compiled[key]
+    # A matrix instruction of a warp takes 16 x 32 weights and 8 rows of x: the loop is one step, and multiplies bytes.
+    assert found.count("IMMA") * 512 * found.threads // 32 == _weights(job)
+    assert found.per_element(_weights(job)) <= LEAN[key[:2]]

@@ -1,0 +1,236 @@
+"""QSpec: a forward with rounded activations, and drafts from it that share the target's weights and cache."""
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from exact import chi_square, probabilities
+from fake_model import FakeModel, expected, logits_after
+from test_greedy import GREEDY, PROMPTS
+from test_load import TOKENS, paged_logits, reference_logits
+from torch import Tensor
+from typer.testing import CliRunner
+
+from quantkit.cli import app
+from quantkit.errors import RequestError
+from quantkit.kernels import native, reference
+from quantkit.runtime import paged_model
+from quantkit.runtime.batch import Batch
+from quantkit.runtime.engine import Engine, EngineConfig
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+from quantkit.runtime.qspec import QSpecProposer
+from quantkit.runtime.request import Request, SamplingParams
+from quantkit.runtime.tally import SpeculationStats
+
+CPU = torch.device("cpu")
+#: What is not packed is not rounded: in "mixed" the head and the down projection.
+RECIPES = {
+    "whole": "{method: rtn, bits: 4, group_size: 16, rules: [{match: lm_head, bits: 8}]}",
+    "mixed": "{method: rtn, bits: 4, group_size: 16, rules: [{match: down_proj$, skip: true}]}",
+}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A model of a family, quantized by a recipe, made once."""
+    folder = tmp_path_factory.mktemp("qspec")
+
+    def get(family: str, recipe: str) -> Path:
+        model, out = folder / family, folder / f"{family}-{recipe}"
+        if not model.exists():
+            tiny.make_model(model, family)
+        if not out.exists():
+            (folder / "recipe.yaml").write_text(RECIPES[recipe])
+            options = ["--recipe", str(folder / "recipe.yaml"), "-q"]
+            done = CliRunner().invoke(app, ["quantize", str(model), "-o", str(out), *options])
+            assert done.exit_code == 0, done.output
+        return out
+
+    return get
+
+
+def opened(folder: Path, tokens: int = 4096) -> PagedModel:
+    per_token = 3 * 2 * 2 * 16 * 4
+    return open_model(folder, CPU, CacheOptions(memory=tokens * per_token, block_size=4, dtype=torch.float32))
+
+
+class Rounded:
+    """The draft pass in the model's place."""
+
+    def __init__(self, model: PagedModel, activation_bits: int) -> None:
+        self.num_blocks, self.block_size = model.num_blocks, model.block_size
+        self.forward = model.rounded(activation_bits)
+
+
+def rounded_reference(folder: Path, tokens: Tensor, bits: int, recipe: str, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """transformers' logits where every layer with packed weights rounds its input first, the head to 8 bits."""
+
+    def forward(self: torch.nn.Linear, x: Tensor) -> Tensor:
+        head, down = self.out_features == tiny.VOCAB, self.in_features == 128
+        if recipe == "whole" or not (head or down):
+            codes, scales = reference.quantize_rows(x.flatten(0, -2), 8 if head else bits)
+            x = (codes * scales[:, None]).view_as(x)
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", forward)
+        return reference_logits(folder, tokens)
+
+
+@pytest.mark.parametrize("way", ["decoder", "definition", "torch"])
+@pytest.mark.parametrize(("bits", "recipe", "count"), [(4, "whole", 90), (4, "mixed", 90), (8, "whole", 8), (8, "mixed", 8)])
+def test_the_draft_pass(
+    artifact: Callable[[str, str], Path],
+    bits: int,
+    recipe: str,
+    count: int,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounded where the oracle rounds. Sums differ in their order, by a millionth; where that flips an integer next to a tie,
+    all that follows is as far off as rounding itself moves it. Of 8 bits, whose steps are small, a few tokens meet no tie."""
+    folder, tokens, pieces = artifact("llama", recipe), TOKENS[:count], [count - 3, 1, 2]
+    if way == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    if way == "definition":
+        monkeypatch.setattr(paged_model, "native_decoder", lambda *_: None)
+    model = opened(folder)
+    exact, found = (paged_logits(each, tokens, pieces) for each in (model, Rounded(model, bits)))
+    wanted = rounded_reference(folder, tokens, bits, recipe, monkeypatch)
+    assert (found - wanted).abs().max() <= 0.01 * (exact - wanted).abs().max()
+    # The model itself is what it was.
+    assert torch.equal(paged_logits(model, tokens, pieces), exact)
+
+
+def test_nothing_to_round(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="quantize it first"):
+        opened(tiny.make_model(tmp_path / "model")).rounded(8)
+
+
+def engine(model: PagedModel, activation_bits: int | None, config: EngineConfig) -> Engine:
+    proposer = None if activation_bits is None else QSpecProposer(model.rounded(activation_bits), model.block_size)
+    return Engine(model, config, proposer=proposer)
+
+
+def generated(running: Engine, params: SamplingParams = GREEDY) -> list[list[int]]:
+    """The outputs for all prompts, which come in an order in which a small cache throws some out again."""
+    outputs = running.generate([Request(PROMPTS[index], params) for index in (3, 2, 4, 1, 0, 5)])
+    running.check()
+    return [output.token_ids for output in outputs]
+
+
+def speculation(running: Engine) -> SpeculationStats:
+    found = running.stats.speculation
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(("bits", "least"), [(8, 0.8), (4, 0.05)])
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (EngineConfig(max_batch=1, draft_len=3), 4096),
+        (EngineConfig(max_batch=6, token_budget=40, draft_len=5, prefix_caching=False), 4096),
+        (EngineConfig(max_batch=6, draft_len=2, prefix_caching=False), 200),
+    ],
+    ids=["alone", "batch", "preemption"],
+)
+def test_greedy_output_is_the_models(
+    artifact: Callable[[str, str], Path], family: str, bits: int, least: float, config: EngineConfig, tokens: int
+) -> None:
+    """To the token, whatever the drafts are worth; of random models with flat logits they are worth little at 4 bits."""
+    folder = artifact(family, "whole")
+    alone = generated(engine(opened(folder), None, EngineConfig(max_batch=1)))
+    running = engine(opened(folder, tokens), bits, config)
+    assert generated(running) == alone
+    stats = speculation(running)
+    assert stats.drafted > 50
+    assert stats.accepted >= least * stats.drafted
+    assert (running.stats.preemptions > 0) == (tokens == 200)
+
+
+def test_a_seed_gives_the_same_samples(artifact: Callable[[str, str], Path]) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=5, n=3, ignore_eos=True)
+    model = opened(artifact("llama", "whole"))
+    found = [generated(engine(model, 8, EngineConfig(max_batch=each, draft_len=3)), params) for each in (6, 3)]
+    assert found[0] == found[1]
+
+
+class Doubtful:
+    """A fake model's draft pass, in the same slots: right in two of three places."""
+
+    def __init__(self, model: FakeModel) -> None:
+        self._model = model
+
+    def __call__(self, batch: Batch) -> Tensor:
+        logits = self._model.forward(batch)
+        wrong = logits.argmax(-1) % 3 == 0
+        logits[wrong] = logits[wrong].roll(1, -1)
+        return logits
+
+
+@pytest.mark.parametrize(("num_blocks", "max_batch"), [(64, 1), (64, 8), (13, 8)], ids=["alone", "batch", "preemption"])
+def test_drafts_stand_where_their_tokens_belong(num_blocks: int, max_batch: int) -> None:
+    """A model that reads every slot back: what a draft wrote is never read as anything else."""
+    model = FakeModel(num_blocks)
+    running = Engine(
+        model, EngineConfig(max_batch, 64, draft_len=4), proposer=QSpecProposer(Doubtful(model), model.block_size)
+    )
+    prompts = [[(7 * i + j) % 97 for j in range(3 + 4 * i)] for i in range(6)]
+    outputs = running.generate([Request(prompt, SamplingParams(temperature=0, max_tokens=15)) for prompt in prompts])
+    running.check()
+    assert [output.token_ids for output in outputs] == [expected(prompt, 15) for prompt in prompts]
+    stats = speculation(running)
+    assert 0.2 < stats.accepted / stats.drafted < 0.9
+
+
+def test_samples_are_distributed_as_without_drafts() -> None:
+    """Drafts are drawn from another distribution over four tokens; all outputs of three are counted."""
+    vocab, count, prompt = 4, 1500, [2, 1]
+    params = SamplingParams(max_tokens=3, temperature=3.0, top_p=0.9)
+    model = FakeModel(256, 4, vocab_size=vocab)
+
+    def forward(batch: Batch) -> Tensor:
+        logits = model.forward(batch)
+        return 0.6 * logits + 0.4 * logits.roll(1, -1)
+
+    exact: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        after = {text: probabilities(logits_after([*prompt, *text], vocab), params).tolist() for text in exact}
+        exact = {(*text, token): exact[text] * after[text][token] for text in exact for token in range(vocab)}
+    running = Engine(model, EngineConfig(32, 256, draft_len=2), proposer=QSpecProposer(forward, 4))
+    outputs = running.generate([Request(prompt, replace(params, seed=seed)) for seed in range(count)])
+    found: Counter[Hashable] = Counter(tuple(output.token_ids) for output in outputs)
+    statistic, bound = chi_square(found, {**exact})
+    assert statistic < bound
+    stats = speculation(running)
+    assert 0.3 < stats.accepted / stats.drafted < 0.95
+
+
+@pytest.mark.slow
+def test_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text with drafts of either kind. Nearly all of 8 bits is accepted; of 4 bits, without rotation, little."""
+    # The demo model is made once for a machine, not once for a test run.
+    monkeypatch.delenv("QUANTKIT_CACHE")
+    (tmp_path / "recipe.yaml").write_text("{method: rtn, bits: 4, group_size: 64, rules: [{match: ^lm_head$, bits: 8}]}")
+    options = ["--recipe", str(tmp_path / "recipe.yaml"), "-q"]
+    done = CliRunner().invoke(app, ["quantize", "demo", "-o", str(tmp_path / "out"), *options])
+    assert done.exit_code == 0, done.output
+    model = open_model(tmp_path / "out", CPU, CacheOptions(memory=1 << 26))
+    prompt = list(b"The history of the city begins in the twelfth century, when")
+    texts, accepted = [], []
+    for bits in (None, 8, 4):
+        running = engine(model, bits, EngineConfig(max_batch=1, draft_len=3, prefix_caching=False))
+        params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+        texts.append(running.generate([Request(prompt, params)])[0].token_ids)
+        if bits is not None:
+            stats = speculation(running)
+            accepted.append(stats.accepted / stats.drafted)
+    assert texts[0] == texts[1] == texts[2]
+    assert accepted[0] > 0.8
+    assert accepted[0] > accepted[1]
