@@ -66,6 +66,8 @@ class LlamaCpp:
         import llama_cpp
 
         self._lib = llama_cpp
+        self._silent = llama_cpp.llama_log_callback(lambda *_: None)  # kept alive: it is called from C
+        llama_cpp.llama_log_set(self._silent, None)
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         options = llama_cpp.llama_context_default_params()
