@@ -20,8 +20,8 @@ from safetensors import safe_open
 from quantkit.checkpoint.files import Json, disk_errors, sync, write_json, write_tensors
 from quantkit.errors import ArtifactError, QuantkitError, ResourceError
 
-#: Shards of the finished artifact are joined up to this many bytes; it bounds the memory that joining takes.
-SHARD_BYTES = 500_000_000
+#: Shards of the finished artifact are joined up to this many bytes: all the memory that joining takes, whatever the model.
+SHARD_BYTES = 200_000_000
 
 
 def _looks_like_a_model(folder: Path) -> bool:
