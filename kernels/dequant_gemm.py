@@ -11,6 +11,8 @@ K is split over programs until the GPU is full. Each then writes float32 partial
 fixed order: the same input gives the same bits.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,17 @@ from quantkit.kernels.autotune import Config
 from quantkit.kernels.gemm_plan import Steps, block_rows
 from quantkit.kernels.planes import PlaneWeight, block_columns
 from quantkit.kernels.unpack import compiled, plane_count, scale_and_zero, unpack, unpack_ptx
+
+
+@triton.jit
+def store_sums(acc, bias, out, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc [BLOCK_N, BLOCK_M] + bias as a program's block of out [splits, M, N]."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    at = (tl.program_id(1) * M + m)[None, :] * N + n[:, None]
+    tl.store(out + at, acc, mask=(n < N)[:, None] & (m < M)[None, :])
 
 
 @triton.jit
@@ -102,12 +115,7 @@ def gemm_kernel(  # type: ignore[no-untyped-def]
                         codes = unpack(low, high, zero, plane, BITS, TYPE)
                     part = tl.dot(codes, tl.trans(rows).to(TYPE), part, input_precision="ieee")
                 acc += part * scale
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    at = (tl.program_id(1) * M + m)[None, :] * N + n[:, None]
-    tl.store(out + at, acc, mask=(n < N)[:, None] & (m < M)[None, :])
+    store_sums(acc, bias, out, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -122,23 +130,55 @@ def reduce_kernel(partial, bias, out, N, SIZE, SPLITS: tl.constexpr, BLOCK: tl.c
     tl.store(out + at, total, mask=at < SIZE)
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a product writes to.
+
+    Attributes:
+        out: [M, N], the result.
+        partial: float32 [splits, M, N], the sums of each share of K; `out` itself where one program has all of K.
+        steps_per_split: of the main loop.
+    """
+
+    out: Tensor
+    partial: Tensor
+    steps_per_split: int
+
+    @classmethod
+    def of(cls, out: Tensor, steps: Steps, splits: int) -> "Output":
+        """For K cut into about `splits` shares of whole steps."""
+        per_split = triton.cdiv(steps.count, splits)
+        splits = triton.cdiv(steps.count, per_split)
+        return cls(out, out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32), per_split)
+
+    @property
+    def splits(self) -> int:
+        """Shares of K."""
+        return 1 if self.partial is self.out else len(self.partial)
+
+    def add_up(self, bias: Tensor | None) -> Tensor:
+        """`out`, once the sums of all shares are there; `bias` was added already where there is one share."""
+        if self.splits > 1:
+            size = self.out.numel()
+            blocks = triton.cdiv(size, 512)
+            reduce_kernel[blocks,](self.partial, bias, self.out, self.out.shape[1], size, SPLITS=self.splits, BLOCK=512)
+        return self.out
+
+
 def dequant_gemm(x: Tensor, weight: PlaneWeight, bias: Tensor | None, config: Config) -> Tensor:
     """x W^T + bias; arguments as for `dequant_matmul`, x in 16 bit, its rows contiguous; config as in `gemm_plan`."""
     (rows, columns), out_columns = x.shape, weight.shape[0]
     steps = Steps.of(weight.bits, weight.group_size, columns)
-    per_split = triton.cdiv(steps.count, config["splits"])
-    splits = triton.cdiv(steps.count, per_split)
-    out = x.new_empty(rows, out_columns)
-    partial = out if splits == 1 else out.new_empty(splits, rows, out_columns, dtype=torch.float32)
+    output = Output.of(x.new_empty(rows, out_columns), steps, config["splits"])
     third = weight.words if weight.third is None else weight.third
     block_m = block_rows(rows)
-    gemm_kernel[triton.cdiv(out_columns, config["block_n"]), splits, triton.cdiv(rows, block_m)](
+    gemm_kernel[triton.cdiv(out_columns, config["block_n"]), output.splits, triton.cdiv(rows, block_m)](
         x,
         weight.words,
         third,
         weight.grids,
-        bias if splits == 1 else None,
-        partial,
+        bias if output.splits == 1 else None,
+        output.partial,
         rows,
         out_columns,
         columns,
@@ -146,7 +186,7 @@ def dequant_gemm(x: Tensor, weight: PlaneWeight, bias: Tensor | None, config: Co
         weight.words.stride(0),
         third.stride(0),
         steps.count,
-        per_split,
+        output.steps_per_split,
         BITS=weight.bits,
         GROUP=weight.group_size,
         BRAIN_SCALES=weight.scale_type == torch.bfloat16,
@@ -160,7 +200,4 @@ def dequant_gemm(x: Tensor, weight: PlaneWeight, bias: Tensor | None, config: Co
         num_warps=config["warps"],
         num_stages=config["stages"],
     )
-    if splits > 1:
-        size = rows * out_columns
-        reduce_kernel[triton.cdiv(size, 512),](partial, bias, out, out_columns, size, SPLITS=splits, BLOCK=512)
-    return out
+    return output.add_up(bias)

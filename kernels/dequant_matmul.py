@@ -6,7 +6,7 @@ from torch import Tensor
 from quantkit.kernels.autotune import Config, tuner
 from quantkit.kernels.dequant_gemm import dequant_gemm
 from quantkit.kernels.dequantize import dequantize
-from quantkit.kernels.gemm_plan import DENSE, MANY_ROWS, candidates
+from quantkit.kernels.gemm_plan import DENSE, MANY_ROWS, candidates, padded_rows
 from quantkit.kernels.planes import PlaneWeight
 
 
@@ -37,7 +37,7 @@ def dequant_matmul(x: Tensor, weight: PlaneWeight, bias: Tensor | None = None) -
 
 def _choose(x: Tensor, weight: PlaneWeight, bias: Tensor | None) -> Config:
     """The best known config; numbers of rows share it up to the next power of two."""
-    rows = max(8, 1 << (x.shape[0] - 1).bit_length())
+    rows = padded_rows(x.shape[0])
     if rows > MANY_ROWS or x.dtype == torch.float32:
         return DENSE
     configs = candidates(weight.bits, weight.group_size, weight.shape, rows, x.device)

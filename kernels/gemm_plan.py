@@ -49,9 +49,14 @@ class Steps:
         return cls(16 * wide, loads, same, blocks // (wide * loads))
 
 
+def padded_rows(rows: int) -> int:
+    """Rows of x up to the next power of two, 8 at least: numbers of rows that are padded alike are tuned as one."""
+    return max(8, 1 << (rows - 1).bit_length())
+
+
 def block_rows(rows: int) -> int:
     """Rows of x that a program takes: a power of two, 8 to 128."""
-    return min(max(8, 1 << (rows - 1).bit_length()), 128)
+    return min(padded_rows(rows), 128)
 
 
 @cache

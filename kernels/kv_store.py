@@ -67,3 +67,8 @@ class Store:
 
 #: Keys or values of one layer: plain numbers [num_blocks, block_size, H, D], or quantized.
 Cache = Tensor | Store
+
+
+def planes(cache: Cache) -> tuple[Tensor, ...]:
+    """What is stored a block, of either kind."""
+    return cache.planes if isinstance(cache, Store) else (cache,)

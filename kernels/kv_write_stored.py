@@ -1,7 +1,4 @@
-"""Write into quantized caches: rows of codes at once, pages of codes once they are full.
-
-Rounding is to nearest even: a float32 below 2^22 plus 1.5 * 2^23 has no place for a fraction.
-"""
+"""Write into quantized caches: rows of codes at once, pages of codes once they are full."""
 
 import torch
 import triton
@@ -10,14 +7,13 @@ from torch import Tensor
 
 from quantkit.kernels.kv_store import Cache, Store
 from quantkit.kernels.paged_tile import interpreted
-
-_ROUND = tl.constexpr(12582912.0)
+from quantkit.kernels.round_rows import nearest
 
 
 @triton.jit
 def _codes(x, scale, minimum, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 codes of x; scale and minimum float32."""
-    code = ((x - minimum) / tl.where(scale > 0, scale, 1.0) + _ROUND) - _ROUND
+    code = nearest((x - minimum) / tl.where(scale > 0, scale, 1.0))
     return tl.where(scale > 0, tl.minimum(tl.maximum(code, 0.0), LEVELS), 0.0)
 
 
@@ -105,7 +101,7 @@ def _plane(low, high, minimum_low, minimum_high, scale_low, scale_high, target, 
 @triton.jit
 def _rest(x, code, scale, minimum):  # type: ignore[no-untyped-def]
     step = scale / 16.0
-    rest = ((x - (scale * code + minimum)) / tl.where(step > 0, step, 1.0) + _ROUND) - _ROUND
+    rest = nearest((x - (scale * code + minimum)) / tl.where(step > 0, step, 1.0))
     return (tl.where(step > 0, tl.minimum(tl.maximum(rest, -8.0), 7.0), 0.0) + 8.0).to(tl.uint8)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.kv_store import Cache, Store
+from quantkit.kernels.kv_store import Cache, Store, planes
 from quantkit.kernels.paged_tile import LOG2E
 
 #: Least tiles worth a program of its own: writing and merging a span costs about as much as reading a quarter of a tile.
@@ -109,8 +109,7 @@ def check(
     assert key_cache.shape[:3] == value_cache.shape[:3], (key_cache.shape, value_cache.shape)
     assert block_size & (block_size - 1) == 0, block_size
     for cache in (key_cache, value_cache):
-        planes = cache.planes if isinstance(cache, Store) else (cache,)
-        assert all(plane.is_contiguous() for plane in planes)
+        assert all(plane.is_contiguous() for plane in planes(cache))
         assert isinstance(cache, Store) or cache.dtype in (query.dtype, torch.float8_e4m3fn), (query.dtype, cache.dtype)
     assert all(x.stride(-1) == 1 for x in (query, block_table, query_start, seq_lens))
     assert (len(query_start), len(seq_lens)) == (sequences + 1, sequences)

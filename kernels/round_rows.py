@@ -48,10 +48,16 @@ def column_of(position, FIELDS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def nearest(x):  # type: ignore[no-untyped-def]
+    """The nearest whole number of a float32 below 2^22, of two the even one: with 1.5 * 2^23 added there is no place for a
+    fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def _integers(x, at, inside, inverse):  # type: ignore[no-untyped-def]
-    """Float32 whole numbers of x[at]; 0 outside. Adding 1.5 * 2^23 rounds to an integer, ties to the even one."""
-    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * inverse
-    return (values + 12582912.0) - 12582912.0
+    """Float32 whole numbers of x[at] * inverse; 0 outside."""
+    return nearest(tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * inverse)
 
 
 @triton.jit

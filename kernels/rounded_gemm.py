@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.autotune import Config, tuner
-from quantkit.kernels.dequant_gemm import reduce_kernel
-from quantkit.kernels.gemm_plan import DENSE, Steps, block_rows, candidates
+from quantkit.kernels.dequant_gemm import Output, store_sums
+from quantkit.kernels.gemm_plan import DENSE, Steps, block_rows, candidates, padded_rows
 from quantkit.kernels.planes import PlaneWeight
 from quantkit.kernels.round_rows import RoundedRows, byte_fields, column_of, round_rows
 from quantkit.kernels.unpack import compiled, scale_and_zero
@@ -143,13 +143,7 @@ def rounded_gemm_kernel(  # type: ignore[no-untyped-def]
                         begins = (group * GROUP >= start) & (group * GROUP < start + SPAN) & (group == known)
                         total = tl.where(begins, total, 0)
                     acc += scale * (dots.to(tl.float32) - zero * total.to(tl.float32)[None, :])
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc *= tl.load(x_scales + m)[None, :]
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    at = (tl.program_id(1) * M + m)[None, :] * N + n[:, None]
-    tl.store(out + at, acc, mask=(n < N)[:, None] & (m < M)[None, :])
+    store_sums(acc * tl.load(x_scales + m)[None, :], bias, out, M, N, BLOCK_M, BLOCK_N)
 
 
 def parts(group: int, span: int, columns: int) -> int:
@@ -162,24 +156,22 @@ def rounded_gemm(x: RoundedRows, weight: PlaneWeight, bias: Tensor | None, dtype
     """[M, N] in `dtype`; x was rounded for this weight, config as in `gemm_plan`."""
     rows, (out_columns, columns) = len(x.codes), weight.shape
     steps = Steps.of(weight.bits, weight.group_size, columns)
-    per_split = triton.cdiv(steps.count, config["splits"])
-    splits = triton.cdiv(steps.count, per_split)
     out = torch.empty(rows, out_columns, dtype=dtype, device=x.codes.device)
-    partial = out if splits == 1 else out.new_empty(splits, rows, out_columns, dtype=torch.float32)
+    output = Output.of(out, steps, config["splits"])
     words = weight.words.view(torch.int8)
     third = words if weight.third is None else weight.third.view(torch.int8)
     # Integer and float sums side by side: more rows than that would not fit the registers.
     block_m = min(block_rows(rows), 64)
     span = 2 * steps.words * byte_fields(weight.bits)
-    rounded_gemm_kernel[triton.cdiv(out_columns, config["block_n"]), splits, triton.cdiv(rows, block_m)](
+    rounded_gemm_kernel[triton.cdiv(out_columns, config["block_n"]), output.splits, triton.cdiv(rows, block_m)](
         x.codes,
         x.sums,
         x.scales,
         words,
         third,
         weight.grids,
-        bias if splits == 1 else None,
-        partial,
+        bias if output.splits == 1 else None,
+        output.partial,
         rows,
         out_columns,
         columns,
@@ -187,7 +179,7 @@ def rounded_gemm(x: RoundedRows, weight: PlaneWeight, bias: Tensor | None, dtype
         words.stride(0),
         third.stride(0),
         steps.count,
-        per_split,
+        output.steps_per_split,
         BITS=weight.bits,
         GROUP=weight.group_size,
         BRAIN_SCALES=weight.scale_type == torch.bfloat16,
@@ -200,10 +192,7 @@ def rounded_gemm(x: RoundedRows, weight: PlaneWeight, bias: Tensor | None, dtype
         num_warps=config["warps"],
         num_stages=config["stages"],
     )
-    if splits > 1:
-        size = rows * out_columns
-        reduce_kernel[triton.cdiv(size, 512),](partial, bias, out, out_columns, size, SPLITS=splits, BLOCK=512)
-    return out
+    return output.add_up(bias)
 
 
 def rounded_matmul(x: Tensor, weight: PlaneWeight, activation_bits: int, bias: Tensor | None = None) -> Tensor:
@@ -230,7 +219,7 @@ def rounded_matmul(x: Tensor, weight: PlaneWeight, activation_bits: int, bias: T
     def run(config: Config) -> Tensor:
         return rounded_gemm(rounded, weight, bias, x.dtype, config)
 
-    rows = max(8, 1 << (x.shape[0] - 1).bit_length())
+    rows = padded_rows(x.shape[0])
     configs = [each for each in candidates(weight.bits, weight.group_size, weight.shape, rows, x.device) if each != DENSE]
     problem = weight.bits, weight.group_size, *weight.shape, rows, x.dtype
     return run(tuner(x.device).best("rounded_matmul", problem, configs, run))

@@ -98,7 +98,7 @@ static void unpack_row(const Side *side, int64_t row, const uint8_t *lower, cons
 
 /* One head's row of an open page. */
 static void widen_row(const uint16_t *restrict row, int64_t dim, float *restrict out) {
-    for (int64_t d = 0; d < dim; d++) out[d] = bits_to_float((uint32_t)row[d] << 16);
+    for (int64_t d = 0; d < dim; d++) out[d] = from_bf16(row[d]);
 }
 
 static void gather_pages(const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {

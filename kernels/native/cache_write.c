@@ -119,7 +119,7 @@ static void settle_page(const Side *side, int64_t block) {
     for (int64_t h = 0; h < heads; h++) {
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t d = 0; d < dim; d++)
-                page[t * dim + d] = bits_to_float((uint32_t)open[(t * heads + h) * dim + d] << 16);
+                page[t * dim + d] = from_bf16(open[(t * heads + h) * dim + d]);
         if (side->by_channel)
             channel_params(page, tokens, dim, s->params + (block * heads + h) * 2 * dim, scales, minima);
         for (int64_t t = 0; t < tokens; t++) {

@@ -68,6 +68,8 @@ INLINE float from_half(uint16_t half) {
     return bits_to_float(float_to_bits(magnitude) | (half & 0x8000u) << 16);
 }
 
+INLINE float from_bf16(uint16_t bits) { return bits_to_float((uint32_t)bits << 16); }
+
 /* A word holds two neighbours of a 16-bit array: LANES words give the even elements, then the odd ones. Everything that
    meets such a vector is put into the same order beforehand; no unpacking instruction is needed then. */
 INLINE vf even_half(vu words, int type) { return type == BF16 ? (vf)(words << 16) : half_to_float(words & 0xffffu); }

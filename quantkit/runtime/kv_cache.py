@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ResourceError
-from quantkit.kernels.kv_store import Cache, Store
+from quantkit.kernels.kv_store import Cache, Store, planes
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.kv_format import CacheFormat, LayerShape
 from quantkit.runtime.open_pages import OpenPages
@@ -54,7 +54,7 @@ class KVCache:
         self._planes = [
             plane.view(torch.uint8)  # Whatever its type, it can be indexed so.
             for cache in (*self.keys, *self.values)
-            for plane in (cache.planes if isinstance(cache, Store) else (cache,))
+            for plane in planes(cache)
         ]
         self.block_bytes = sum(plane.nbytes for plane in self._planes) // num_blocks
 
@@ -110,24 +110,23 @@ def blocks_for(
     memory: int,
     longest: int,
     max_batch: int,
-    pages: int = 0,
-    option: str = "--max-model-len",
+    apart: int,
+    option: str,
 ) -> int:
-    """How many blocks to allocate: what `memory` bytes hold beside `pages` open pages, but no more than max_batch sequences
-    could use.
+    """How many blocks to allocate: what `memory` bytes hold, but no more than max_batch sequences could use.
 
     Args:
         layers, block_size, format: of the cache.
         memory: bytes.
         longest: tokens that one sequence holds at most.
         max_batch: sequences at a time.
-        pages: open pages.
+        apart: bytes of the memory that are not for blocks.
         option: what set `longest`.
 
     Raises:
         ResourceError: not even one sequence fits.
     """
-    size, apart = format.block_bytes(layers, block_size), pages * format.page_bytes(layers, block_size)
+    size = format.block_bytes(layers, block_size)
     one = -(-longest // block_size)
     count = min((memory - apart) // size, one * max_batch)
     if count < one:

@@ -86,7 +86,7 @@ class PagedModel:
         apart = pages * form.page_bytes(definition.layers, self.block_size)
         self.max_model_len = _length(definition, options, form, self.block_size, memory, apart)
         longest, of = min((self.max_model_len, "--max-model-len"), (options.budget.capacity(self.block_size), "--kv-budget"))
-        sizes = memory, longest, options.max_batch, pages, of
+        sizes = memory, longest, options.max_batch, apart, of
         self.num_blocks = blocks_for(definition.layers, self.block_size, form, *sizes)
         self.cache = KVCache(definition.layers, self.num_blocks, self.block_size, form, definition.device, pages)
         blocks = definition.module.get_submodule(definition.family.blocks)

@@ -1,6 +1,8 @@
 """Quantized caches for the tests of attention, with the same tokens as a plain one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from paged_samples import Batch, Heads, make_batch
@@ -11,6 +13,9 @@ from quantkit.kernels.kv_store import Store
 
 #: Names of the schemes; "int4+4" is the hierarchical one.
 SCHEMES = ("int8", "int4", "int4+4")
+
+#: Of scores.
+SCALE = 0.3
 
 
 def make_store(
@@ -64,6 +69,15 @@ def make_quantized(scheme: str, lengths: list[int], counts: list[int], heads: He
     tokens = (cache.flatten(0, 1)[slots] for cache in (batch.key_cache, batch.value_cache))
     reference.kv_write(*tokens, keys, values, slots)
     return Quantized(batch, keys, values)
+
+
+def assert_right(attention: Callable[..., Tensor], case: Quantized, **options: Any) -> None:
+    """`attention` computes in float32: dequantization is exact (codes of 8 bits times scales of 11), sums differ by order."""
+    found = attention(*case.tensors, scale=SCALE, **options)
+    query, *rest = case.tensors
+    wanted = reference.paged_attention(query.double(), *rest, scale=SCALE, **options)  # type: ignore[arg-type,attr-defined]
+    assert bool(wanted.isfinite().all())
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
 
 
 def slots_of(batch: Batch) -> Tensor:

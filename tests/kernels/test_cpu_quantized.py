@@ -1,47 +1,37 @@
 """Quantized caches on the CPU: natively the same codes as the oracle's to the bit, and its attention up to rounding."""
 
-from typing import Any
-
 import pytest
 import torch
 from native_cases import kernels, threads  # noqa: F401
 from paged_samples import Heads
-from quantized_samples import SCHEMES, Quantized, empty_like, make_quantized, slots_of
+from quantized_samples import SCALE, SCHEMES, assert_right, empty_like, make_quantized, slots_of
 
 from quantkit.kernels import cpu_attention, reference
 
-SCALE = 0.3
 STEPS = {"decode": [1, 1], "verify": [3, 8], "prefill": [33, 60], "mixed": [21, 1]}
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def _assert_right(case: Quantized, **options: Any) -> None:
-    """Dequantization is exact in float32 on both sides (codes of 8 bits times scales of 11); sums differ by their order."""
-    found = cpu_attention.paged_attention(*case.tensors, scale=SCALE, **options)  # type: ignore[arg-type]
-    query, *rest = case.tensors
-    wanted = reference.paged_attention(query.double(), *rest, scale=SCALE, **options)  # type: ignore[arg-type,attr-defined]
-    assert bool(wanted.isfinite().all())
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
-
-
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_steps(scheme: str, step: str) -> None:
-    _assert_right(make_quantized(scheme, [300, 70], STEPS[step], Heads()))
+    assert_right(cpu_attention.paged_attention, make_quantized(scheme, [300, 70], STEPS[step], Heads()))
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 129])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_lengths_at_the_edges_of_pages_and_chunks(scheme: str, length: int) -> None:
-    _assert_right(make_quantized(scheme, [length, length, 40], [1, min(length, 9), 40], Heads(1, 2)))
+    assert_right(
+        cpu_attention.paged_attention, make_quantized(scheme, [length, length, 40], [1, min(length, 9), 40], Heads(1, 2))
+    )
 
 
 @pytest.mark.parametrize("block_size", [2, 4, 32, 128])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_block_sizes(scheme: str, block_size: int) -> None:
-    _assert_right(make_quantized(scheme, [190, 70], [33, 1], Heads(), block_size))
-    _assert_right(make_quantized(scheme, [190, 70], [5, 3], Heads(), block_size))
+    assert_right(cpu_attention.paged_attention, make_quantized(scheme, [190, 70], [33, 1], Heads(), block_size))
+    assert_right(cpu_attention.paged_attention, make_quantized(scheme, [190, 70], [5, 3], Heads(), block_size))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +39,7 @@ def test_block_sizes(scheme: str, block_size: int) -> None:
 )
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_heads(scheme: str, heads: Heads) -> None:
-    _assert_right(make_quantized(scheme, [140, 75, 20], [1, 30, 2], heads))
+    assert_right(cpu_attention.paged_attention, make_quantized(scheme, [140, 75, 20], [1, 30, 2], heads))
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -57,15 +47,15 @@ def test_heads(scheme: str, heads: Heads) -> None:
 def test_windows_softcap_and_sinks(scheme: str, step: str) -> None:
     case = make_quantized(scheme, [200, 70], STEPS[step], Heads())
     for window in (1, 16, 65):
-        _assert_right(case, window=window)
-    _assert_right(case, softcap=5.0, window=40, sinks=torch.linspace(-2, 30, 4))
+        assert_right(cpu_attention.paged_attention, case, window=window)
+    assert_right(cpu_attention.paged_attention, case, softcap=5.0, window=40, sinks=torch.linspace(-2, 30, 4))
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_draft_reads_the_upper_plane(step: str) -> None:
     """And that is what an int4 cache of the same tokens gives."""
     both, upper = (make_quantized(scheme, [300, 70], STEPS[step], Heads()) for scheme in ("int4+4", "int4"))
-    _assert_right(both, draft=True)
+    assert_right(cpu_attention.paged_attention, both, draft=True)
     draft, four = (
         cpu_attention.paged_attention(*case.tensors, scale=SCALE, draft=draft)  # type: ignore[arg-type]
         for case, draft in ((both, True), (upper, False))

@@ -1,12 +1,11 @@
 """The Triton kernels on quantized caches against the oracles: interpreted without a GPU, compiled with one."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from paged_samples import DEVICE, Heads
-from quantized_samples import SCHEMES, Quantized, empty_like, make_quantized, slots_of
+from quantized_samples import SCALE, SCHEMES, Quantized, assert_right, empty_like, make_quantized, slots_of
 
 from quantkit.kernels import reference
 from quantkit.kernels.kv_write import kv_write
@@ -14,7 +13,6 @@ from quantkit.kernels.paged_attention import paged_attention
 from quantkit.kernels.paged_decode import paged_decode
 from quantkit.kernels.paged_launch import Device, Scores
 
-SCALE = 0.3
 #: New tokens of two sequences: both kernels, alone and together.
 STEPS = {"decode": [1, 1], "verify": [3, 8], "prefill": [33, 9], "mixed": [21, 1]}
 
@@ -28,19 +26,10 @@ def _float32(case: Quantized) -> Quantized:
     return replace(case, keys=keys, values=values)
 
 
-def _assert_right(case: Quantized, **options: Any) -> None:
-    """Everything is float32 here, so results differ by the order of sums only."""
-    found = paged_attention(*case.tensors, scale=SCALE, **options)  # type: ignore[arg-type]
-    query, *rest = case.tensors
-    wanted = reference.paged_attention(query.double(), *rest, scale=SCALE, **options)  # type: ignore[arg-type,attr-defined]
-    assert bool(wanted.isfinite().all())
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
-
-
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_steps(scheme: str, step: str) -> None:
-    _assert_right(_float32(make_quantized(scheme, [90, 70], STEPS[step], Heads())))
+    assert_right(paged_attention, _float32(make_quantized(scheme, [90, 70], STEPS[step], Heads())))
 
 
 @pytest.mark.parametrize("step", ["verify", "prefill"])
@@ -58,14 +47,14 @@ def test_float16_queries(scheme: str, step: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_block_sizes_windows_and_sinks(scheme: str, block_size: int) -> None:
     case = _float32(make_quantized(scheme, [140, 64], [21, 3], Heads(1, 2, 24, 40), block_size))
-    _assert_right(case)
-    _assert_right(case, window=40, softcap=5.0, sinks=torch.linspace(-2, 3, 2, device=DEVICE))
+    assert_right(paged_attention, case)
+    assert_right(paged_attention, case, window=40, softcap=5.0, sinks=torch.linspace(-2, 3, 2, device=DEVICE))
 
 
 @pytest.mark.parametrize("step", ["verify", "prefill"])
 def test_a_draft_reads_the_upper_plane(step: str) -> None:
     case = _float32(make_quantized("int4+4", [90, 70], STEPS[step], Heads()))
-    _assert_right(case, draft=True)
+    assert_right(paged_attention, case, draft=True)
     draft, both = (paged_attention(*case.tensors, scale=SCALE, draft=draft) for draft in (True, False))  # type: ignore[arg-type]
     assert not torch.equal(draft, both)
 
