@@ -23,7 +23,8 @@ import torch
 
 from quantkit.checkpoint.locate import locate
 from quantkit.evaluate.run import EvalRequest, evaluate
-from quantkit.evaluate.speed import lone_batch, prompt_tokens
+from quantkit.evaluate.speed import prompt_tokens
+from quantkit.runtime.batch import lone_batch
 from quantkit.runtime.kv_format import KV_DTYPES
 from quantkit.runtime.paged_model import CacheOptions, open_model
 
@@ -39,11 +40,11 @@ def decode_rates(folder: Path, dtype: str, contexts: list[int]) -> dict[int, flo
     rates, done = {}, 0
     for context in contexts:
         for start in range(done, context, CHUNK):
-            model.forward(lone_batch(model, tokens[start : min(start + CHUNK, context)], start))
+            model.forward(lone_batch(tokens[start : min(start + CHUNK, context)], start, model.block_size))
         seconds = []
         for position in range(context, context + NEW):
             started = time.perf_counter()
-            model.forward(lone_batch(model, tokens[position : position + 1], position))
+            model.forward(lone_batch(tokens[position : position + 1], position, model.block_size))
             seconds.append(time.perf_counter() - started)
         rates[context], done = 1 / statistics.median(seconds), context + NEW
     return rates

@@ -24,7 +24,6 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -33,13 +32,11 @@ import torch
 from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.corpus import load_tokenizer
-from quantkit.runtime.draft_model import DraftModel
 from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.ngram import NgramProposer
-from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model, open_with_draft
+from quantkit.runtime.paged_model import CacheOptions, PagedModel
 from quantkit.runtime.proposer import Proposer
 from quantkit.runtime.request import Request, SamplingParams
-from quantkit.runtime.self_draft import SelfDraft
+from quantkit.runtime.speculate import open_speculating
 from quantkit.runtime.tally import SpeculationStats
 
 #: Name -> draft length; None is auto, 0 is off.
@@ -119,20 +116,11 @@ def requests(folder: Path, tokens: int) -> dict[str, Request]:
     }
 
 
-def opened(
-    folder: Path, device: torch.device, cache: CacheOptions, draft: str | None, activation_bits: int | None
-) -> tuple[PagedModel, Callable[[], Proposer]]:
-    """The model, and what makes a new proposer."""
-    if draft:
-        model, small = open_with_draft(folder, locate(draft), device, cache)
-        return model, lambda: DraftModel(small, model.vocab_size)
-    model = open_model(folder, device, cache)
-    if activation_bits:
-        forward = model.rounded(activation_bits)
-        return model, lambda: SelfDraft(forward, model.block_size)
-    if cache.dtype == "int4+4":
-        return model, lambda: SelfDraft(partial(model.forward, draft=True), model.block_size)
-    return model, NgramProposer
+def speculation(options: argparse.Namespace) -> str:
+    """The words of `--spec`."""
+    if options.draft:
+        return f"draft:{options.draft}"
+    return "qspec" if options.qspec else "quantspec" if options.quantspec else "ngram"
 
 
 def main() -> None:
@@ -148,9 +136,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder, device = locate(options.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = "int4+4" if options.quantspec else "auto"
-    cache = CacheOptions(max_batch=1, max_model_len=1024, memory=256 << 20, dtype=dtype)
-    model, drafter = opened(folder, device, cache, options.draft, options.qspec)
+    cache = CacheOptions(max_batch=1, max_model_len=1024, memory=256 << 20)
+    model, drafter = open_speculating(folder, device, cache, speculation(options), options.qspec or 8)
+    assert drafter is not None
     print("text | mode | tok/s | speed-up | accepted | tokens/draft | cost | same")
     measured: list[Measured] = []
     for text, request in requests(folder, options.tokens).items():

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality import QUANTKIT
 from quantkit.checkpoint.locate import locate
 from quantkit.evaluate.speed import measure_apart
 
@@ -37,8 +38,7 @@ def quantized(model: Path, recipe: str, out: Path) -> Path:
     """An artifact by rounding to nearest."""
     file = out.with_suffix(".yaml")
     file.write_text(recipe)
-    command = [sys.executable, "-c", "from quantkit.cli import main; main()", "quantize", str(model), "-o", str(out), "-q"]
-    subprocess.run([*command, "--recipe", str(file)], check=True)
+    subprocess.run([*QUANTKIT, "quantize", str(model), "-o", str(out), "-q", "--recipe", str(file)], check=True)
     return out
 
 

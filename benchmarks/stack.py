@@ -17,14 +17,14 @@ usage: python -m benchmarks.stack [--model demo] [--requests 16] [--tokens 64] [
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-QUANTKIT = [sys.executable, "-c", "from quantkit.cli import main; main()"]
+from benchmarks.quality import QUANTKIT
+
 COLUMNS = ("layer", "ppl", "TTFT ms", "TPOT ms", "tokens/s", "peak MB")
 #: Layer -> what it adds to `generate`, and to `eval` where that changes what the model computes.
 LAYERS: dict[str, tuple[list[str], list[str]]] = {

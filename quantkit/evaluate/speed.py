@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.batch import Batch
+from quantkit.runtime.batch import lone_batch
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
 from quantkit.runtime.request import Request, SamplingParams
@@ -155,31 +155,13 @@ def _rate(model: PagedModel, tokens: int, run: Callable[[PagedModel, Tensor], No
 
 
 def _prefill(model: PagedModel, prompt: Tensor) -> None:
-    model.forward(lone_batch(model, prompt, 0))
+    model.forward(lone_batch(prompt, 0, model.block_size))
 
 
 def _decode(model: PagedModel, prompt: Tensor) -> None:
     token = prompt[:1]
     for position in range(len(prompt)):
-        token = model.forward(lone_batch(model, token, position)).argmax(-1).cpu()
-
-
-def lone_batch(model: PagedModel, tokens: Tensor, start: int) -> Batch:
-    """The next tokens of one sequence that owns the first blocks of the cache."""
-    stop, device = start + len(tokens), model.definition.device
-    positions = torch.arange(start, stop, device=device)
-    blocks = -(-stop // model.block_size)
-    return Batch(
-        token_ids=tokens.to(device),
-        positions=positions,
-        slot_mapping=positions,
-        block_table=torch.arange(blocks, dtype=torch.int32, device=device)[None],
-        query_start=torch.tensor([0, len(tokens)], dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([stop], dtype=torch.int32, device=device),
-        logit_rows=torch.tensor([len(tokens) - 1], device=device),
-        max_query_len=len(tokens),
-        max_seq_len=stop,
-    )
+        token = model.forward(lone_batch(token, position, model.block_size)).argmax(-1).cpu()
 
 
 def _requests(count: int, vocab: int) -> list[Request]:

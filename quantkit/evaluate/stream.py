@@ -14,7 +14,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.definition import read_config, realise_buffers
 from quantkit.errors import NumericsError
 from quantkit.runtime import attention
-from quantkit.runtime.batch import Batch
+from quantkit.runtime.batch import lone_batch
 from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.kv_format import LayerShape, cache_format
 from quantkit.runtime.load import Source, load_block
@@ -60,7 +60,7 @@ class CachedBlockModel(PackedBlockModel):
         form = cache_format(kv_dtype, self.config.dtype or self.dtype, layers, self.device)
         count = -(-length // form.block_size)
         self.cache = KVCache(layers, count, form.block_size, form, self.device, pages=count)
-        batch = _window(length, count)
+        batch = lone_batch(torch.arange(length), 0, form.block_size)  # The block walk brings the hidden states itself.
         self.cache.prepare(batch, draft=False)
         self._paged = attention.Paged(batch.to(self.device), self.cache)
 
@@ -69,22 +69,6 @@ class CachedBlockModel(PackedBlockModel):
         assert len(tokens) == 1
         hidden, kwargs = super().embed(tokens)
         return hidden, [each | {"paged": self._paged} for each in kwargs]
-
-
-def _window(length: int, blocks: int) -> Batch:
-    """A sequence that fills the first blocks of a cache in one step."""
-    tokens = torch.arange(length)
-    return Batch(
-        token_ids=tokens,  # The block walk brings the hidden states themselves.
-        positions=tokens,
-        slot_mapping=tokens,
-        block_table=torch.arange(blocks, dtype=torch.int32)[None],
-        query_start=torch.tensor([0, length], dtype=torch.int32),
-        seq_lens=torch.tensor([length], dtype=torch.int32),
-        logit_rows=tokens,
-        max_query_len=length,
-        max_seq_len=length,
-    )
 
 
 def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, length: int) -> CachedBlockModel:

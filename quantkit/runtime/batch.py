@@ -98,6 +98,29 @@ def build_batch(scheduled: Sequence[Scheduled], block_size: int, measured: Seque
     )
 
 
+def lone_batch(tokens: Tensor, start: int, block_size: int) -> Batch:
+    """The next tokens of one sequence that owns the first blocks of a cache, on the CPU; the last one has logits.
+
+    Args:
+        tokens: int64 [T], at positions start, start + 1, ...
+        start: tokens of the sequence that are in the cache.
+        block_size: of the cache.
+    """
+    stop = start + len(tokens)
+    positions = torch.arange(start, stop)
+    return Batch(
+        token_ids=tokens,
+        positions=positions,
+        slot_mapping=positions,
+        block_table=torch.arange(-(-stop // block_size), dtype=torch.int32)[None],
+        query_start=torch.tensor([0, len(tokens)], dtype=torch.int32),
+        seq_lens=torch.tensor([stop], dtype=torch.int32),
+        logit_rows=torch.tensor([len(tokens) - 1]),
+        max_query_len=len(tokens),
+        max_seq_len=stop,
+    )
+
+
 def _measured(places: Sequence[int], starts: "array[int]", width: int) -> Measured:
     rows = [starts[place + 1] - 1 for place in places]
     return Measured(torch.tensor(places), torch.tensor(rows), torch.zeros(len(places), width))

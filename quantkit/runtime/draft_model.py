@@ -16,7 +16,6 @@ from quantkit.runtime.batch import build_batch
 from quantkit.runtime.drafting import draft
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.model import Model
-from quantkit.runtime.prefix_cache import ROOT
 from quantkit.runtime.sequence import Draft, Scheduled, Sequence
 
 #: Tokens of a sequence that are computed at a time while it catches up.
@@ -79,8 +78,8 @@ class DraftModel:
         if length <= 0:
             return 0
         if shadow is None:
-            shadow = replace(sequence, forks=[], blocks=array("i"), num_computed=0, num_published=0, chain=ROOT)
-            shadow.num_evicted, shadow.evicted, shadow.scores, shadow.mass = 0, [], [], []
+            shadow = replace(sequence, forks=[], blocks=array("i"))
+            self._kv.release(shadow)  # It has no blocks yet: what speaks of the target's starts anew.
             if not self._kv.admit(shadow, budget=len(shadow.tokens), reserve=0):
                 return 0
             self._shadows[sequence] = shadow

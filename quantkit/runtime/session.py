@@ -100,13 +100,14 @@ class Session:
                 for offloaded blocks.
         """
         started = time.monotonic()
-        self.model, proposer = open_speculating(folder, device, cache, speculation, draft_act_bits)
+        self.model, new_proposer = open_speculating(folder, device, cache, speculation, draft_act_bits)
         self.load_seconds = time.monotonic() - started
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)
         eos = _eos_token_ids(checkpoint, self.tokenizer)
         store = None if offload is None else BlockStore(self.model.cache, offload)
         config = replace(config, eviction=cache.budget.eviction(self.model.block_size))
+        proposer = None if new_proposer is None else new_proposer()
         self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, store=store, proposer=proposer)
 
     def _decode(self, tokens: list[int]) -> str:

@@ -1,5 +1,6 @@
 """From the words of `--spec` to a model and who drafts for it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,8 @@ from quantkit.runtime.self_draft import SelfDraft
 
 def open_speculating(
     folder: Path, device: torch.device, cache: CacheOptions, speculation: str, draft_act_bits: int = 8
-) -> tuple[PagedModel, Proposer | None]:
-    """Load a model, and what drafts for it.
+) -> tuple[PagedModel, Callable[[], Proposer] | None]:
+    """Load a model, and what makes a new proposer for each engine that runs it; None: nothing drafts.
 
     Args:
         folder: of the model.
@@ -40,20 +41,21 @@ def open_speculating(
         draft = locate(name)
         _check_tokenizers(folder, draft, speculation)
         model, drafter = open_with_draft(folder, draft, device, cache)
-        return model, DraftModel(drafter, model.vocab_size)
+        return model, lambda: DraftModel(drafter, model.vocab_size)
     if speculation == "qspec":
         if draft_act_bits not in (4, 8):
             raise RequestError(f"--draft-act-bits {draft_act_bits}: activations are rounded to 4 or 8 bits")
         model = open_model(folder, device, cache)
-        return model, SelfDraft(model.rounded(draft_act_bits), model.block_size)
+        rounded = model.rounded(draft_act_bits)
+        return model, lambda: SelfDraft(rounded, model.block_size)
     if speculation == "quantspec":
         if cache.dtype not in ("auto", "int4+4"):
             raise RequestError(f"--spec quantspec: drafts from an int4+4 cache, and --kv-dtype is {cache.dtype}; leave it out")
         model = open_model(folder, device, replace(cache, dtype="int4+4"))
-        return model, SelfDraft(partial(model.forward, draft=True), model.block_size)
+        return model, lambda: SelfDraft(partial(model.forward, draft=True), model.block_size)
     if speculation not in ("off", "ngram"):
         raise RequestError(f"--spec {speculation}: no such speculation; use off, ngram, draft:MODEL, qspec or quantspec")
-    return open_model(folder, device, cache), NgramProposer() if speculation == "ngram" else None
+    return open_model(folder, device, cache), NgramProposer if speculation == "ngram" else None
 
 
 def _check_tokenizers(folder: Path, draft: Path, speculation: str) -> None:

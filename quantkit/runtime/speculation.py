@@ -103,12 +103,13 @@ class Speculation:
             self._adaptive.note_step(running, rows, longest, self._backlog, tokens, (draft_seconds, seconds))
 
     def settle(self, sequence: Sequence, accepted: int) -> None:
-        """A sequence has the first tokens of its draft for good: they are computed, and room for the others is given back."""
+        """A sequence has the first tokens of its draft for good, if it had one: room for the others is given back."""
+        if sequence not in self._drafts:
+            return
         self._kv.commit(sequence, accepted)
         self._kv.trim(sequence)
-        if sequence in self._drafts:
-            assert self._proposer is not None
-            self._proposer.accepted(sequence, accepted)
+        assert self._proposer is not None
+        self._proposer.accepted(sequence, accepted)
 
     def released(self, sequence: Sequence) -> None:
         """A sequence lost its blocks."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.evaluate.speed import lone_batch
 from quantkit.evaluate.stream import final_hidden, open_cached
+from quantkit.runtime.batch import lone_batch
 from quantkit.runtime.paged_model import CacheOptions, open_model
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def _engines(folder: Path, dtype: str, tokens: Tensor, step: int) -> Tensor:
     model = open_model(folder, CPU, CacheOptions(memory=1 << 25, max_batch=1, dtype=dtype))
     logits = []
     for start in range(0, len(tokens), step):
-        batch = lone_batch(model, tokens[start : start + step], start)
+        batch = lone_batch(tokens[start : start + step], start, model.block_size)
         logits.append(model.forward(replace(batch, logit_rows=torch.arange(len(batch.token_ids)))))
     return torch.cat(logits)
 
