@@ -58,13 +58,13 @@ class Family:
 
     Attributes:
         groups: one block's groups in run order.
-        attention: attention implementation; "eager" where the fast path would drop a soft cap.
+        soft_cap: whether attention logits are capped, which fast attention does not do.
         blocks: path of the list of decoder blocks.
         norms: of a block.
     """
 
     groups: tuple[Group, ...]
-    attention: str = "sdpa"
+    soft_cap: bool = False
     blocks: str = "model.layers"
     norms: Norms = _BEFORE
 
@@ -116,7 +116,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": LLAMA,
     "granite": LLAMA,
     "phi3": PHI3,
-    "gemma2": replace(GEMMA, attention="eager"),
+    "gemma2": replace(GEMMA, soft_cap=True),
     "gemma3_text": GEMMA,
     "olmo2": OLMO2,
 }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit import causal
 from quantkit.architecture import family_of
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.definition import read_config, realise_buffers, skeleton
@@ -45,7 +46,7 @@ class BlockModel:
         self._source = source
         self.family = family_of(checkpoint.config["model_type"], str(checkpoint.folder / "config.json"))
         self.config = read_config(checkpoint)
-        self._model = skeleton(self.config, self.family.attention, dtype)
+        self._model = skeleton(self.config, "eager" if self.family.soft_cap else causal.register(), dtype)
         self.count = len(self._blocks)
         realise_buffers(self._model, self._model, device, apart=self._blocks)
         self._outside = [name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks)]

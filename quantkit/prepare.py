@@ -23,8 +23,9 @@ from quantkit.methods.grid import Scheme
 from quantkit.methods.solve import Settings
 from quantkit.recipe import Recipe, resolved_json
 
-#: The original model walks beside the quantized one for one row in this many.
-REFERENCE_SHARE = 4
+#: The original model walks beside the quantized one for one row in this many. On the quality base a quarter of the rows gives
+#: a KL divergence of 0.085 and an eighth 0.086 for 14 CPU seconds less of 303; a sixteenth gives 0.098.
+REFERENCE_SHARE = 8
 
 #: What `group_size: auto` chooses from, largest first.
 _GROUP_SIZES = (128, 64, 32, 16)
