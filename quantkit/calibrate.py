@@ -106,6 +106,7 @@ class Walk:
                 for value in values:
                     team.broadcast(value, owner)
                 yield values
+            del mine, values  # no round outlives the next one's start
 
     def outputs(self) -> Iterator[tuple[Tensor, ...]]:
         """Per micro-batch, the block's output [B, T, D] in every stream that has it, after the last group."""

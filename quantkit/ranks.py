@@ -10,6 +10,7 @@ All processes of a team call its methods in the same order. The first one leads:
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -139,9 +140,11 @@ class Processes(Team):
                 if self._store.check(["error"]):
                     kind, text = json.loads(self._store.get("error"))
                     raise getattr(errors, kind)(text) from None
+            # "[file:line] what happened. What may have caused it."
+            reason = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split())).split(". ")[0]
             raise PeerError(
-                f"another of the {self.size} processes ended or no longer answers ({' '.join(str(error).split())[:150]}); the "
-                "same command goes on after the last finished block"
+                f"another of the {self.size} processes ended or no longer answers ({reason:.150}); the same command goes on "
+                "after the last finished block"
             ) from None
 
     def end(self, error: BaseException) -> None:
