@@ -13,9 +13,9 @@ from typing import Any
 import typer
 
 import quantkit
-from quantkit.block_loop import is_out_of_memory
 from quantkit.cli import calib, convert, eval, generate, inspect, quantize, recipes
 from quantkit.errors import QuantkitError
+from quantkit.memory import is_out_of_memory
 from quantkit.usage import return_freed_memory
 
 app = typer.Typer(
