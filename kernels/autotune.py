@@ -89,7 +89,7 @@ class Tuner:
 @cache
 def tuner(device: torch.device) -> Tuner:
     """The tuner of a device, whose file is $QUANTKIT_CACHE/kernels/<device>-triton-<version>.json."""
-    if device.type != "cuda":
+    if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return Tuner(Path(os.devnull), None)
     own, user = os.environ.get("QUANTKIT_CACHE"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(own) if own else Path(user) / "quantkit"

@@ -56,7 +56,7 @@ class Device:
     """What the shape of a launch depends on.
 
     Attributes:
-        capability: of the compute architecture, 80 for sm_80. From 90 on, matrix units take operands from shared memory.
+        capability: of the compute architecture, 80 for sm_80.
         processors: number of multiprocessors.
         shared_memory: bytes that one program may have.
     """
@@ -64,6 +64,11 @@ class Device:
     capability: int
     processors: int
     shared_memory: int
+
+    @property
+    def spares_registers(self) -> bool:
+        """Whether matrix units take operands from shared memory: data centre GPUs from Hopper on."""
+        return 90 <= self.capability < 120
 
 
 @cache
@@ -141,7 +146,7 @@ class Problem(NamedTuple):
         """Whether a config's accumulators and operands fit registers and shared memory: a rule that holds for what was
         compiled."""
         rows, tokens, threads = config["rows"], config["tokens"], 32 * config["warps"]
-        sums = 96 if device.capability >= 90 or config["warps"] > 4 else 80
+        sums = 96 if device.spares_registers or config["warps"] > 4 else 80
         in_registers = rows * (self.width + tokens) <= sums * threads and tokens * self.width <= 128 * threads
         return in_registers and self.shared(rows, tokens, config["stages"]) <= device.shared_memory
 
@@ -158,7 +163,7 @@ class Problem(NamedTuple):
 
 def padded(dim: int) -> int:
     """A head dimension as tiles have it: a power of two, 16 at least."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def number_of_splits(programs: int, tokens: int, tile: int, wanted: int) -> int:
@@ -186,8 +191,8 @@ def decode_configs(problem: Problem, device: Device) -> list[Config]:
     # Two programs share a multiprocessor: while one waits for its first tile, the other reads.
     most = (64, 128) if plain else (16, 32 if problem.form == FP8.value else 64)
     estimate = _estimate(problem, all_rows, DECODE_ROWS, most, device.shared_memory // 2, device.shared_memory)
-    # Four warps do it in half the instructions of eight, but before Hopper 64 rows spill their registers.
-    estimate["warps"] = 8 if estimate["rows"] == 64 and device.capability < 90 else 4
+    # Four warps do it in half the instructions of eight, but on most devices 64 rows would spill their registers.
+    estimate["warps"] = 8 if estimate["rows"] == 64 and not device.spares_registers else 4
     programs = problem.sequences * problem.heads * triton.cdiv(all_rows, estimate["rows"])
     others = _DECODE.get(max(64, problem.width), []) if plain else _DECODE_STORED
     found: list[Config] = []
@@ -202,7 +207,7 @@ def decode_configs(problem: Problem, device: Device) -> list[Config]:
 def prefill_configs(problem: Problem, device: Device) -> list[Config]:
     """Configs of the prefill kernel worth timing, the estimate first."""
     plain = problem.form == PLAIN.value
-    most_rows = PREFILL_ROWS if plain else 64 if device.capability >= 90 else 32
+    most_rows = PREFILL_ROWS if plain else 64 if device.spares_registers else 32
     shared = device.shared_memory
     estimate = _estimate(problem, problem.new * problem.ratio, most_rows, (16, 64 if plain else 32), shared, shared)
     others = _PREFILL.get(max(64, problem.width), []) if plain else _PREFILL_STORED

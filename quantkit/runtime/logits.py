@@ -74,39 +74,47 @@ def penalise(logits: Tensor, penalties: Sequence[Penalty]) -> None:
     frequency: as OpenAI's API defines them. Only the logits of tokens that were there are touched.
 
     Args:
-        logits: float32 [R, V].
+        logits: float32 [R, V], contiguous.
         penalties: at most one a row, with a history that is not empty.
     """
-    lengths = [len(each.history.ids) for each in penalties]
     ids = torch.cat([torch.frombuffer(each.history.ids, dtype=torch.int64) for each in penalties])
     counts = torch.cat([torch.frombuffer(each.history.counts, dtype=torch.float32) for each in penalties])
-    changed = [_penalised(logits, penalties, lengths, ids, counts)]
+    changed = [_penalised(logits, penalties, [len(each.history.ids) for each in penalties], ids, counts)]
     # The few tokens that are ahead are done over, rather than a history copied for each row.
     ahead = [Counter(each.ahead) for each in penalties]
     if any(ahead):
-        tokens = [
-            (token, each.history.count(token) + n)
+        pairs = [
+            (token, each.history.count(token) + count)
             for each, new in zip(penalties, ahead, strict=True)
-            for token, n in new.items()
+            for token, count in new.items()
         ]
-        ids, counts = torch.tensor([token for token, _ in tokens]), torch.tensor([count for _, count in tokens])
+        ids, counts = torch.tensor([token for token, _ in pairs]), torch.tensor([count for _, count in pairs])
         changed.append(_penalised(logits, penalties, [len(new) for new in ahead], ids, counts))
     for places, values in changed:
-        logits[places] = values
+        logits.view(-1)[places] = values
 
 
 def _penalised(
     logits: Tensor, penalties: Sequence[Penalty], lengths: Sequence[int], ids: Tensor, counts: Tensor
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """(rows, ids) and the new values of so many tokens of each penalty: int64 ids and float32 counts, all on the CPU."""
-    repeats, device = torch.tensor(lengths), logits.device
-    places = torch.tensor([each.row for each in penalties]).repeat_interleave(repeats).to(device), ids.to(device)
-    strengths = torch.tensor([each[3:] for each in penalties], dtype=torch.float32).repeat_interleave(repeats, dim=0)
-    (repetition, presence, frequency), counts = strengths.to(device).unbind(1), counts.to(device)
-    values = logits[places]
+) -> tuple[Tensor, Tensor]:
+    """Places in all of the logits, and the new values, of so many tokens of each penalty: int64 ids, float32 counts."""
+    device = logits.device
+    ids, counts = ids.to(device), counts.to(device)
+    which = torch.arange(len(penalties), device=device).repeat_interleave(
+        torch.tensor(lengths, device=device), output_size=len(ids)
+    )
+
+    def of_each(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=device)[which]
+
+    places = of_each([each.row * logits.shape[1] for each in penalties]) + ids
+    values, repetition = logits.view(-1)[places], of_each([each.repetition for each in penalties])
     values = torch.where(values > 0, values / repetition, values * repetition)
+    if any(each.presence or each.frequency for each in penalties):
+        values -= of_each([each.frequency for each in penalties]) * counts
+        values -= of_each([each.presence for each in penalties]) * (counts > 0)
     # However small `repetition` is, logits stay numbers.
-    return places, (values - frequency * counts - presence * (counts > 0)).clamp_(max=torch.finfo(values.dtype).max)
+    return places, values.clamp_(max=torch.finfo(values.dtype).max)
 
 
 def likeliest(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[tuple[float, list[tuple[int, float]]]]:

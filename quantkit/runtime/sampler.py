@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.runtime.logits import Penalty, likeliest, penalise
-from quantkit.runtime.nucleus import Nucleus
+from quantkit.runtime.nucleus import Nucleus, softmax
 from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.selection import argmax, largest
 from quantkit.runtime.sequence import Sample, Sequence, TokenLogprobs
@@ -104,7 +104,7 @@ def distribution(logits: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
         if each.greedy:
             out[row, argmax(logits[row : row + 1])] = 1
         elif not each.filtered:
-            out[row] = torch.softmax(logits[row] / each.temperature, dim=-1)
+            out[row] = softmax(logits[row : row + 1], [each.temperature])[0]
     filtered, nucleus = _filtered(params)
     if filtered:
         for rows, ids, weights, kept in _ranked(logits[filtered], [params[row] for row in filtered]):
@@ -115,7 +115,7 @@ def distribution(logits: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
             )
     if nucleus:
         found = _nucleus(logits[nucleus], [params[row] for row in nucleus])
-        out[nucleus] = found.weights.where(found.inside(), 0) / found.mass.float()
+        out[nucleus] = found.masses.where(found.inside(), 0) / found.kept.float()
     return out
 
 
@@ -142,8 +142,7 @@ def _column(values: SequenceOf[float], like: Tensor) -> Tensor:
 
 def _draw_whole(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
     """From the whole distribution, in order of token ids. Returns int64 [R]."""
-    relative = logits - logits.amax(-1, keepdim=True)
-    cumulated = relative.div_(_column([each.temperature for each in params], logits)).exp_().cumsum(-1)
+    cumulated = softmax(logits, [each.temperature for each in params]).cumsum(-1)
     return _invert(cumulated, cumulated[:, -1:], uniforms)
 
 

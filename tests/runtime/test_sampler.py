@@ -261,12 +261,12 @@ def test_impossible_values_are_refused(values: dict[str, float], wanted: str) ->
 def _by_sorting(logits: Tensor, params: SamplingParams, uniform: float) -> tuple[int, set[int]]:
     """The drawn and the kept tokens of a row, by a sort of the whole vocabulary."""
     order = logits.sort(descending=True, stable=True).indices
-    relative = (logits - logits.max())[None].div_(torch.tensor([[params.temperature]]))
-    mass = (relative.exp_().mul_(2.0**34).round_()[0, order]).double()
-    cumulated = mass.cumsum(0)
-    share = math.ceil(params.top_p * float(cumulated[-1]))
-    least = torch.tensor(params.min_p) * 2.0**34
-    kept = min(int((cumulated < share).sum()) + 1, int((mass >= least).sum()))
+    scaled = ((logits - logits.max()) / torch.tensor(params.temperature))[None]
+    mass = (torch.softmax(scaled, -1)[0] * 2.0**48).round()[order]
+    cumulated = mass.double().cumsum(0)
+    share = math.ceil(params.top_p * 2.0**48) if params.top_p < 1 else math.inf
+    least = torch.tensor(params.min_p) * mass[0]
+    kept = min(int((cumulated < share).sum()) + 1, int((mass >= least).sum()), len(order))
     target = min(math.floor(uniform * float(cumulated[kept - 1])) + 1, int(cumulated[kept - 1]))
     return int(order[(cumulated < target).sum()]), set(order[:kept][mass[:kept] > 0].tolist())
 
