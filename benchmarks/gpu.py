@@ -28,6 +28,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m"]
+#: Without the current folder in the path: its `kernels` would be taken for the distribution of that name.
+PYTEST = [sys.executable, "-c", "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"]
 GPU_TESTS = ["tests/kernels", "tests/runtime/test_gpu.py"]
 
 
@@ -38,7 +40,7 @@ def steps(out: Path, model: str | None) -> dict[str, list[str]]:
         return [*PYTHON, "benchmarks.kernels", "--json", str(out / f"{name}.json"), *options]
 
     return {
-        "tests": [*PYTHON, "pytest", "-q", "-ra", f"--junitxml={out / 'tests.xml'}", *GPU_TESTS],
+        "tests": [*PYTEST, "-q", "-ra", f"--junitxml={out / 'tests.xml'}", *GPU_TESTS],
         "kernels": kernels("kernels"),
         **{f"kernels-{bits}bit": kernels(f"kernels-{bits}bit", "--bits", str(bits), "--skip-attention") for bits in (8, 3, 2)},
         "speed": [*PYTHON, "benchmarks.gpu", "--measure", *([model] if model else []), "--out", str(out)],

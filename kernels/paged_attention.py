@@ -77,7 +77,7 @@ def _decode(call: Call, longest: int) -> None:
 
 def _prefill(call: Call, longest: int) -> None:
     # Sequences that decode meanwhile do not count.
-    problem = Problem.of(call, longest, len(call.query) // longest)
+    problem = Problem.of(call, longest, max(1, len(call.query) // longest))
     launch = partial(paged_prefill, shortest=LONGEST_DECODE + 1)
     config = _best("paged_prefill", call, problem, prefill_configs(problem, device_of(call.query.device)), launch)
     launch(call, longest, config)

@@ -33,7 +33,7 @@ DECODE_ROWS, PREFILL_ROWS = 64, 128
 _CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16)
 
 #: What is timed at most: sequences, new tokens of one and of all, tokens of all contexts. Beyond, there is more of the same.
-_SEQUENCES, _NEW, _ALL_NEW, _TOKENS = 256, 1 << 10, 1 << 14, 1 << 20
+_SEQUENCES, _NEW, _ALL_NEW, _TOKENS = 256, 1 << 10, 1 << 13, 1 << 20
 
 #: Other tiles than the estimate by the width of a head (64: or less): most rows, tokens, warps, stages.
 _DECODE = {

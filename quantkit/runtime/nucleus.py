@@ -62,8 +62,7 @@ class Nucleus:
             share = _column(top_p, self.kept)
             self.kept = self._crossing((share * WHOLE).ceil_())[1].where(share < 1, math.inf)
         if max(min_p) > 0:
-            likely = self.masses.where(self.masses >= _column(min_p, few) * few[:, :1], 0)
-            self.kept = torch.minimum(self.kept, likely.sum(-1, keepdim=True, dtype=torch.float64))
+            self.kept = torch.minimum(self.kept, self._likely(_column(min_p, few) * few[:, :1], few))
 
     def draw(self, uniforms: Sequence[float]) -> Tensor:
         """A token of every row for numbers from [0, 1): the first whose cumulated mass exceeds that share of what is kept.
@@ -94,6 +93,15 @@ class Nucleus:
                 self._orders[row] = _Order(self._logits[row], self.masses[row], self._temperatures[row])
             found[row], reached[row] = self._orders[row].crossing(mass[row])
         return found, reached
+
+    def _likely(self, least: Tensor, few: Tensor) -> Tensor:
+        """Mass of the tokens that have at least `least`, float32 [R, 1]; `few` are the masses of the likeliest."""
+        count = (few >= least).sum(-1, keepdim=True)
+        found = self._cumulated.gather(1, count - 1)
+        for row in (count > self._certain)[:, 0].nonzero()[:, 0].tolist():
+            masses = self.masses[row]
+            found[row] = masses[masses >= least[row]].sum(dtype=torch.float64)
+        return found
 
 
 class _Order:
