@@ -116,11 +116,21 @@ def _norm(parent: nn.Module, name: str | None) -> Tensor | None:
     return norm.weight if isinstance(norm, Norm) else None
 
 
+def has_fixed_ropes(rotary: Any) -> bool:
+    """Whether no rotary embedding of a model depends on the data."""
+    return set(_kinds(rotary).values()) <= _FIXED_ROPES
+
+
+def _kinds(rotary: Any) -> dict[str, str]:
+    """Layer type -> type of rope; "" where all layers share one."""
+    return rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
+
+
 def _ropes(rotary: Any) -> dict[str, tuple[Rope, int]]:
     """Layer type -> rope and its number; "" where all layers share one. Empty where a rope depends on the data."""
-    kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
-    if not set(kinds.values()) <= _FIXED_ROPES:
+    if not has_fixed_ropes(rotary):
         return {}
+    kinds = _kinds(rotary)
     prefixes = {kind: f"{kind}_" if kind else "" for kind in kinds}
     return {
         kind: (Rope(getattr(rotary, f"{prefix}inv_freq").float(), getattr(rotary, f"{prefix}attention_scaling")), number)

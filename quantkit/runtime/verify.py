@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit.runtime.logits import likeliest
-from quantkit.runtime.sampler import apply_penalties, check_finite, distribution, invert, sample
+from quantkit.runtime.sampler import apply_penalties, distribution, invert, sample
 from quantkit.runtime.sequence import Draft, Sample, Sequence, TokenLogprobs
 
 
@@ -26,19 +26,16 @@ def verify(logits: Tensor, sequences: SequenceOf[Sequence], drafts: SequenceOf[D
     """The tokens that follow each sequence: the accepted ones of its draft, and one more.
 
     Args:
-        logits: float32 [R, V], behind the sequence and behind each token of its draft, one sequence after another; changed.
+        logits: float32 [R, V], behind the sequence and behind each token of its draft, one sequence after another; as for
+            `sample`.
         sequences: the S sequences.
         drafts: of each.
-
-    Raises:
-        NumericsError: see `sample`.
     """
     starts = list(accumulate((1 + len(draft.tokens) for draft in drafts), initial=0))
     drawn = {i for i, draft in enumerate(drafts) if draft.probabilities is not None and not sequences[i].params.greedy}
     rest = [i for i in range(len(sequences)) if i not in drawn]
     if not drawn:
         return _match(logits, sequences, drafts)
-    check_finite(logits)
     chosen = {i: _weigh(logits[starts[i] : starts[i + 1]], sequences[i], drafts[i]) for i in drawn}
     if rest:
         rows = [row for i in rest for row in range(starts[i], starts[i + 1])]
