@@ -22,6 +22,13 @@ def steps(block: int) -> int:
 
 
 @triton.jit
+def _step(value, BLOCK: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums and differences of elements that are STEP apart, in their places."""
+    a, b = tl.split(tl.permute(tl.reshape(value, [BLOCK // (2 * STEP), 2, STEP]), [0, 2, 1]))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [BLOCK])
+
+
+@triton.jit
 def hadamard_kernel(x, out, x_stride, K, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One block of one row.
 
@@ -34,10 +41,7 @@ def hadamard_kernel(x, out, x_stride, K, scale, BLOCK: tl.constexpr):  # type: i
     at = first + tl.arange(0, BLOCK)
     value = tl.load(x + row * x_stride + at).to(tl.float32)
     for number in tl.static_range(steps(BLOCK)):
-        STEP: tl.constexpr = 1 << number
-        pairs = tl.permute(tl.reshape(value, [BLOCK // (2 * STEP), 2, STEP]), [0, 2, 1])
-        a, b = tl.split(pairs)
-        value = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [BLOCK])
+        value = _step(value, BLOCK, 1 << number)
     tl.store(out + row * K + at, (value * scale).to(out.dtype.element_ty))
 
 
@@ -60,5 +64,6 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if len(rows):
         warps = min(max(block // 512, 1), 8)
-        hadamard_kernel[len(rows), columns // block](rows, out, rows.stride(0), columns, block**-0.5, block, num_warps=warps)
+        grid, scale = (len(rows), columns // block), block**-0.5
+        hadamard_kernel[grid](rows, out, rows.stride(0), columns, scale, BLOCK=block, num_warps=warps)
     return out.view(x.shape)
