@@ -102,7 +102,8 @@ def hadamard(x: Tensor, block: int) -> Tensor:
         first, second = wide.unflatten(-1, (-1, 2, step)).unbind(-2)
         wide = torch.stack([first + second, first - second], -2).flatten(-3)
         step *= 2
-    return (wide * block**-0.5).flatten(-2).to(x.dtype)
+    out: Tensor = (wide * block**-0.5).flatten(-2)
+    return out.to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

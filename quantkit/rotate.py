@@ -125,7 +125,8 @@ def rotate(x: Tensor) -> Tensor:
     columns = x.shape[-1]
     core = _core(columns).to(x)
     narrow = reference.hadamard(x, columns // len(core)).unflatten(-1, (len(core), -1))
-    return (narrow.transpose(-1, -2) @ core).transpose(-1, -2).flatten(-2)
+    wide: Tensor = (narrow.transpose(-1, -2) @ core).transpose(-1, -2)
+    return wide.flatten(-2)
 
 
 @cache
@@ -148,10 +149,10 @@ def _paley(prime: int) -> Tensor:
     residues = torch.full((prime,), -1.0, dtype=torch.float64)
     residues[numbers * numbers % prime] = 1.0
     residues[0] = 0.0
-    matrix = torch.ones(prime + 1, prime + 1, dtype=torch.float64)
-    matrix[1:, 0] = -1.0
-    matrix[1:, 1:] = residues[(numbers[:, None] - numbers) % prime] + torch.eye(prime, dtype=torch.float64)
-    return matrix / (prime + 1) ** 0.5
+    matrix = torch.full((prime + 1, prime + 1), (prime + 1) ** -0.5, dtype=torch.float64)
+    matrix[1:, 0] *= -1.0
+    matrix[1:, 1:] *= residues[(numbers[:, None] - numbers) % prime] + torch.eye(prime, dtype=torch.float64)
+    return matrix
 
 
 def _is_prime(number: int) -> bool:

@@ -54,7 +54,7 @@ def declared(config: Mapping[str, Any]) -> tuple[dict[str, Any], OnlineHadamard 
         FormatError: a transform that was not written by `declare`.
         KeyError, TypeError, ValueError, AttributeError: fields are missing.
     """
-    transforms = config.get("transform_config")
+    transforms: Any = config.get("transform_config")
     if config.get("format") != FORMAT:
         if transforms and transforms.get("config_groups"):
             raise FormatError("transform_config of another tool cannot be applied; use a model without online transforms")
