@@ -7,18 +7,26 @@
 
 #include <math.h>
 
+/* The elements that are `step` lanes away. */
+INLINE vf partners(vf v, vi lane, int step) {
+#ifdef __clang__
+    vf other;
+    for (int i = 0; i < LANES; i++) other[i] = v[i ^ step];
+    return other;
+#else
+    return __builtin_shuffle(v, lane ^ step);
+#endif
+}
+
 /* Steps between elements of one vector, below `block`. */
 INLINE vf within(vf v, int64_t block) {
-    for (int step = 1; step < LANES && step < block; step *= 2) {
-        float part[LANES];
-        memcpy(part, &v, sizeof v);
-        for (int i = 0; i < LANES; i += 2 * step)
-            for (int j = i; j < i + step; j++) {
-                const float a = part[j], b = part[j + step];
-                part[j] = a + b;
-                part[j + step] = a - b;
-            }
-        memcpy(&v, part, sizeof v);
+    vi lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {
+        if (step >= block) break;
+        const vf other = partners(v, lane, step);
+        v = choose((lane & step) != 0, other - v, v + other);
     }
     return v;
 }
