@@ -112,7 +112,7 @@ class BlockJob:
         """Search and fold AWQ's channel scale: multiplies `weights` in place, returns moments of the divided input."""
         fold = walk.groups[number].fold
         if fold is None:
-            return moments, None, "AWQ scale not folded: the residual stream feeds it directly"
+            return moments, None, "AWQ scale not folded: nothing before it can absorb one"
         hessian, cost = moments.hessian, None if moments.inverse is None else moments.inverse.cost
         tie = tied_channels(fold, hessian.shape[0], self.config).to(hessian.device)
         parts = [(weight, self.schemes[name]) for name, weight in weights.items() if name in self.schemes]

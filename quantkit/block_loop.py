@@ -100,7 +100,9 @@ def _finish(workspace: Workspace | Follower, team: Team, write: Callable[[Worksp
 
 def _begin(job: Prepared, workspace: Workspace, memory: Memory) -> Json:
     """Step 0: everything outside the blocks, and the hidden states that enter the first one. Returns its journal entry."""
-    write_tensors(workspace.folder / "outside.safetensors", job.checkpoint.read(job.outside))
+    if job.online:
+        job.model.load_outside()  # Rotated again: the number of threads was not settled before, and may decide last bits.
+    write_tensors(workspace.folder / "outside.safetensors", job.read(job.outside))
     if job.tokens is not None:
         states = Activations.reserve(workspace.folder / _state(0), *_boundary(job), in_memory=memory.in_memory)
         streams = _batches(job, states)
@@ -183,7 +185,7 @@ def _step(job: Prepared, workspace: Workspace | Follower, memory: Memory, index:
     with model.block(index) as block:
         task = BlockJob(block, prefix, job.schemes_of(index), model.config, job.settings, announce, team=team)
         kept = [name for name in job.checkpoint.under(prefix) if job.plan.get(name.removesuffix(".weight")) is None]
-        task.written.plain |= {name.removeprefix(prefix): t for name, t in job.checkpoint.read(kept).items()}
+        task.written.plain |= {name.removeprefix(prefix): t for name, t in job.read(kept).items()}
         groups = task.active(model.family.groups)
         if job.tokens is None:
             task.run(groups, None, [])

@@ -74,7 +74,7 @@ def predict(request: Request) -> PlanReport:
     memory = memory_plan(job, request.max_memory, ALONE)
     states, paused = job.activation_bytes() if job.tokens is not None else (0, 0)
 
-    outside = sum(job.checkpoint.tensors[name].nbytes for name in job.outside)
+    outside = sum(map(job.stored_bytes, job.outside))
     block = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.under(job.model.prefix(0)))
     # As it was read, and, as it multiplies, before and after.
     widened = job.model.matmul_dtype.itemsize / job.model.dtype.itemsize

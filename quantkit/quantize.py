@@ -112,7 +112,7 @@ def _make(
         progress.note(f"going on after block {resumed} of {job.model.count} of an interrupted run")
     reports = quantize_blocks(job, workspace, memory_plan(job, request.max_memory, team), progress, team)
     folder, shards = workspace.join()
-    write_metadata(job.checkpoint, folder, job.recipe.format, job.plan)
+    write_metadata(job.checkpoint, folder, job.recipe.format, job.plan, job.online)
     written = Checkpoint(folder)
     totals = Totals(
         matrices=len(reports),

@@ -25,6 +25,7 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1: a scale a row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Fixed or searched zero points.")] = None,
     act_order: Annotated[bool | None, typer.Option(help="Quantize columns by falling activation.")] = None,
+    rotate: Annotated[bool | None, typer.Option(help="Rotate activations, for drafts with 4-bit ones.")] = None,
     format_: Annotated[
         Literal["compressed-tensors", "gptq", "awq"] | None, typer.Option("--format", help="On-disk format.")
     ] = None,
@@ -54,6 +55,7 @@ def quantize(
         "group_size": group_size,
         "symmetric": sym,
         "act_order": act_order,
+        "rotate": rotate,
         "format": format_,
         "seed": seed,
     }
