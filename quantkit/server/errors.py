@@ -98,7 +98,7 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _field(loc: Sequence[str | int]) -> str:
-    """`messages.0.content` of ("body", "messages", 0, "content", "str"); "" for the body itself, and for places in its text."""
+    """`messages.0.content` of ("body", "messages", 0, "content", "str"); "" for the body, and for places in its text."""
     if len(loc) == 2 and isinstance(loc[1], int):
         return ""
     return ".".join(str(part)[:80] for part in loc[1:] if isinstance(part, int) or (part != "str" and "[" not in part))
