@@ -5,7 +5,7 @@ for nothing, because client libraries do. `user`, `metadata`, `safety_identifier
 labels for the operator of an API, and asking for nothing they change nothing.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -116,7 +116,7 @@ class Sampling(Body):
         Raises:
             RequestError: a value that cannot be sampled with.
         """
-        names = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
+        names: tuple[str, ...] = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
         names += ("frequency_penalty", "seed", "ignore_eos")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -134,8 +134,8 @@ class CompletionBody(Sampling):
     def prompts(self) -> list[str | list[int]]:
         """Every prompt on its own."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [cast(str | list[int], self.prompt)]
+        return list(cast(list[str | list[int]], self.prompt))
 
     def params(self) -> SamplingParams:
         """As the engine has it; OpenAI's default of 16 tokens."""
