@@ -134,7 +134,7 @@ class CompletionBody(Sampling):
     def prompts(self) -> list[str | list[int]]:
         """Every prompt on its own."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [cast(str | list[int], self.prompt)]
+            return [self.prompt]
         return list(cast(list[str | list[int]], self.prompt))
 
     def params(self) -> SamplingParams:
