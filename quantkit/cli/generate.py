@@ -11,20 +11,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from quantkit.checkpoint.locate import locate
 from quantkit.cli import options, tables
+from quantkit.cli.engine_options import EngineOptions, with_engine
 from quantkit.errors import RequestError
-from quantkit.runtime.block_store import Offload
-from quantkit.runtime.engine import EngineConfig
-from quantkit.runtime.eviction import FULL, Budget
-from quantkit.runtime.paged_model import CacheOptions
 from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.sequence import Output
-from quantkit.runtime.session import Prompt, Session, read_prompts
+from quantkit.runtime.session import Prompt, read_prompts
 
 EXAMPLE = 'Example: quantkit generate demo-w4 --chat "Why is the sky blue?" --max-tokens 100 --spec ngram'
 
 
+@with_engine
 def generate(
     model: options.Model,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to continue; or use --prompts.")] = None,
@@ -44,30 +41,8 @@ def generate(
     stop_token_id: Annotated[list[int] | None, typer.Option(help="Token that ends the output; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
     logprobs: Annotated[int | None, typer.Option(help="Log probabilities of this many tokens a place, in --json.")] = None,
-    device: options.Device = "auto",
-    kv_memory: Annotated[
-        str | None, typer.Option(help="Memory of the KV cache, e.g. 2GiB; default: half of what is free.")
-    ] = None,
-    kv_policy: Annotated[
-        str, typer.Option(help="What a sequence keeps of its past: full, window, sinks (the start, too) or scored.")
-    ] = FULL,
-    kv_budget: Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens that it keeps, for all but full.")] = None,
-    kv_offload: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Host memory for known prefixes that leave the cache, e.g. 4GiB.")
-    ] = None,
-    kv_offload_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where they go when that is full, too.")] = None,
-    kv_dtype: options.KvDtype = "auto",
-    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence; default: the model's context.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.")] = 32,
-    token_budget: Annotated[int, typer.Option(min=1, help="Tokens a step; longer prompts come in pieces.")] = 512,
-    spec: Annotated[
-        str,
-        typer.Option(
-            metavar="off|ngram|draft:MODEL|qspec|quantspec", help="Who drafts tokens that the model then checks at once."
-        ),
-    ] = "off",
-    draft_len: Annotated[str, typer.Option(metavar="N|auto", help="Tokens of a draft; auto: what pays.")] = "auto",
-    draft_act_bits: Annotated[int, typer.Option(help="Bits of qspec's activations, 4 or 8.")] = 8,
+    *,
+    engine: EngineOptions,
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -93,17 +68,7 @@ def generate(
         logprobs=logprobs,
     )
     texts: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else []
-    memory = None if kv_memory is None else options.byte_size(kv_memory, "--kv-memory")
-    cache = CacheOptions(memory, max_model_len, max_batch, token_budget, dtype=kv_dtype, budget=Budget(kv_policy, kv_budget))
-    session = Session(
-        locate(model),
-        options.device(device),
-        cache,
-        EngineConfig(max_batch=max_batch, token_budget=token_budget, draft_len=options.draft_length(draft_len)),
-        _offload(kv_offload, kv_offload_dir),
-        spec,
-        draft_act_bits,
-    )
+    session = engine.open(model)
     requests = [session.request(text, params, chat=chat) for text in texts]
     machine = str(json_file) == "-"
     stream = prompt is not None and samples == 1 and not machine
@@ -120,14 +85,6 @@ def generate(
         if summary.speculation is not None:
             typer.echo(tables.speculated(summary.speculation), err=True)
     options.write_json(json_file, {"completions": [_completion(output) for output in outputs], "summary": summary.to_json()})
-
-
-def _offload(memory: str | None, folder: Path | None) -> Offload | None:
-    if memory is not None:
-        return Offload(options.byte_size(memory, "--kv-offload"), folder)
-    if folder is not None:
-        raise RequestError("--kv-offload-dir takes what host memory does not hold; add --kv-offload SIZE")
-    return None
 
 
 def _write(output: Output) -> None:
