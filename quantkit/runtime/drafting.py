@@ -6,7 +6,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from quantkit.runtime.sampler import apply_penalties, check_finite, distribution, invert
+from quantkit.runtime.sampler import apply_constraints, apply_penalties, check_finite, distribution, invert
 from quantkit.runtime.selection import argmax
 from quantkit.runtime.sequence import Draft, Sequence
 
@@ -43,7 +43,9 @@ def _choose(
 ) -> None:
     """Append the next token of every draft, and what it was drawn from where it was drawn."""
     check_finite(logits)
-    apply_penalties(logits, sequences, [tokens[sequence] for sequence in sequences])
+    ahead = [tokens[sequence] for sequence in sequences]
+    apply_constraints(logits, sequences, ahead)
+    apply_penalties(logits, sequences, ahead)
     for sequence, token in zip(sequences, argmax(logits).tolist(), strict=True):
         tokens[sequence].append(token)
     drawing = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
