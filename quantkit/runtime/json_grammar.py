@@ -45,12 +45,14 @@ class JsonGrammars:
         """
         try:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"the JSON schema is refused ({_line(str(error))}); correct it") from None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
-        if matcher.is_error():
-            raise RequestError(f"the JSON schema is refused ({_line(matcher.get_error())}); leave that out or correct it")
-        return JsonConstraint(matcher, self._eos)
+        constraint = JsonConstraint(matcher, self._eos)
+        # That no text fits may show only when the first token is asked for.
+        if constraint.error is not None or constraint.mask(()) is None:
+            raise RequestError(f"the JSON schema is refused ({constraint.error}); leave that out or correct it")
+        return constraint
 
 
 class JsonConstraint:

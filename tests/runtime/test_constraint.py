@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -346,6 +347,8 @@ def test_a_real_constraint_notices_what_it_never_allowed() -> None:
         ({"$ref": "http://localhost/x"}, "not present"),
         ({"enum": []}, "Unsatisfiable schema"),
         ({"type": "string", "minLength": 5, "maxLength": 2}, "Unsatisfiable schema"),
+        ({"$ref": "#"}, "NoExtension"),
+        (reduce(lambda inner, _: {"items": inner}, range(5000), {"type": "array"}), "recursion"),
         ([], "object"),
         (3, "object"),
         ({"const": {1, 2}}, "not JSON serializable"),
