@@ -1,5 +1,6 @@
 """`quantkit generate`: text from a model, one prompt streamed to the terminal or a file of prompts as a batch."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
     stop_token_id: Annotated[list[int] | None, typer.Option(help="Token that ends the output; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A JSON schema; the output is JSON that fits it.")
+    ] = None,
     logprobs: Annotated[int | None, typer.Option(help="Log probabilities of this many tokens a place, in --json.")] = None,
     *,
     engine: EngineOptions,
@@ -67,9 +71,11 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
+    schema = None if json_schema is None else _read_schema(json_schema)
     texts: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else []
     session = engine.open(model)
-    requests = [session.request(text, params, chat=chat) for text in texts]
+    constraint = None if schema is None else session.grammars.compile(schema)
+    requests = [session.request(text, params, chat=chat, constraint=constraint) for text in texts]
     machine = str(json_file) == "-"
     stream = prompt is not None and samples == 1 and not machine
     started = time.monotonic()
@@ -85,6 +91,18 @@ def generate(
         if summary.speculation is not None:
             typer.echo(tables.speculated(summary.speculation), err=True)
     options.write_json(json_file, {"completions": [_completion(output) for output in outputs], "summary": summary.to_json()})
+
+
+def _read_schema(path: Path) -> Any:
+    """
+    Raises:
+        RequestError: the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise RequestError(f"--json-schema {path}: cannot be read ({reason}); name a file with a JSON schema") from None
 
 
 def _write(output: Output) -> None:

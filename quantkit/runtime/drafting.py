@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantkit.runtime.logits import flaws
-from quantkit.runtime.sampler import apply_penalties, distribution, invert
+from quantkit.runtime.sampler import apply_constraints, apply_penalties, distribution, invert
 from quantkit.runtime.selection import argmax
 from quantkit.runtime.sequence import Draft, Sequence
 
@@ -45,7 +45,9 @@ def _choose(
     logits: Tensor, sequences: SequenceOf[Sequence], tokens: dict[Sequence, list[int]], drawn: dict[Sequence, list[Tensor]]
 ) -> None:
     """Append the next token of every draft, and what it was drawn from where it was drawn."""
-    apply_penalties(logits, sequences, [tokens[sequence] for sequence in sequences])
+    ahead = [tokens[sequence] for sequence in sequences]
+    apply_constraints(logits, sequences, ahead)
+    apply_penalties(logits, sequences, ahead)
     for sequence, token in zip(sequences, argmax(logits).tolist(), strict=True):
         tokens[sequence].append(token)
     drawing = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]

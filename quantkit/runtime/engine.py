@@ -225,6 +225,7 @@ class Engine:
             # A string, because neighbouring seeds must not share samples.
             random=Random() if params.seed is None else Random(f"{params.seed}:{index}"),
             timing=timing,
+            constraint=None if request.constraint is None else request.constraint.copy(),
         )
 
     def _end(self, request_id: int, reason: FinishReason, error: Exception | None = None) -> list[Output]:

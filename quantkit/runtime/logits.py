@@ -1,4 +1,4 @@
-"""What happens to logits before a token is drawn: log probabilities are read from them, then penalties change them."""
+"""What happens to logits before a token is drawn: log probabilities are read, then some tokens are ruled out or penalised."""
 
 from array import array
 from collections import Counter
@@ -115,6 +115,23 @@ def _penalised(
         values -= of_each([each.presence for each in penalties]) * (counts > 0)
     # However small `repetition` is, logits stay numbers.
     return places, values.clamp_(max=torch.finfo(values.dtype).max)
+
+
+def restrict(logits: Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+    """Rule tokens out, in place: their logits become negative Inf.
+
+    Args:
+        logits: float32 [R, V].
+        rows: the r that are restricted, at least one.
+        masks: tokens that stay in each of them, one bit a token, see `Constraint.mask`.
+    """
+    packed = torch.frombuffer(bytearray().join(masks), dtype=torch.uint8).view(len(rows), -1).to(logits.device)
+    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
+    out = bits.flatten(1)[:, : logits.shape[1]] == 0
+    if len(rows) == len(logits):
+        logits.masked_fill_(out, float("-inf"))
+    else:
+        logits[list(rows)] = logits[list(rows)].masked_fill(out, float("-inf"))
 
 
 def likeliest(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[tuple[float, list[tuple[int, float]]]]:

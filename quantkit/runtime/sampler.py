@@ -1,4 +1,5 @@
-"""The next token of every row: penalties, temperature, top-k, top-p, min-p, in vLLM's order, then one uniform number.
+"""The next token of every row: constraint, penalties, temperature, top-k, top-p, min-p, in vLLM's order, then one
+uniform number.
 
 Top-k, top-p and min-p each keep the first tokens of the vocabulary in falling order of probability, so together they keep the
 shortest of three prefixes, and a token is drawn by inverting the cumulated distribution. Sorting a vocabulary costs more than
@@ -15,7 +16,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from quantkit.runtime.logits import Penalty, likeliest, penalise
+from quantkit.runtime.logits import Penalty, likeliest, penalise, restrict
 from quantkit.runtime.nucleus import Nucleus, softmax
 from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.selection import argmax, largest
@@ -30,17 +31,18 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[Se
     """One token for every row.
 
     Args:
-        logits: float32 [R, V], the model's, without `logits.flaws`; changed by penalties.
+        logits: float32 [R, V], the model's, without `logits.flaws`; changed by constraints and penalties.
         sequences: the R sequences that the rows follow. Those that are not greedy spend one random number each.
         ahead: tokens between each sequence's own and its row; none by default.
     """
     params = [sequence.params for sequence in sequences]
+    asked = [row for row, each in enumerate(params) if each.logprobs is not None]
+    # Constraints and penalties change the logits; otherwise these are still what they were.
+    changes = any(params[row].penalised or sequences[row].constraint is not None for row in asked)
+    raw = None if not asked else logits if len(asked) == len(params) and not changes else logits[asked]
+    apply_constraints(logits, sequences, ahead)
     if all(each.bare for each in params):
         return [Sample(token) for token in argmax(logits).tolist()]
-    asked = [row for row, each in enumerate(params) if each.logprobs is not None]
-    # Penalties change the logits; otherwise these are still what they were.
-    changes = any(params[row].penalised for row in asked)
-    raw = None if not asked else logits if len(asked) == len(params) and not changes else logits[asked]
     apply_penalties(logits, sequences, ahead)
     tokens = draw(logits, params, [0.0 if each.params.greedy else each.random.random() for each in sequences])
     samples = [Sample(token) for token in tokens]
@@ -50,6 +52,20 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[Se
         for row, (value, top) in zip(asked, found, strict=True):
             samples[row] = Sample(tokens[row], TokenLogprobs(tokens[row], value, top))
     return samples
+
+
+def apply_constraints(
+    logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[SequenceOf[int]] | None = None
+) -> None:
+    """Rule out, in place, what each row's sequence must not go on with; see `sample`."""
+    if all(sequence.constraint is None for sequence in sequences):
+        return
+    tokens = ahead or [()] * len(sequences)
+    rows = enumerate(zip(sequences, tokens, strict=True))
+    masks = {row: s.constraint.mask(each) for row, (s, each) in rows if s.constraint is not None}
+    found = {row: mask for row, mask in masks.items() if mask is not None}
+    if found:
+        restrict(logits, list(found), list(found.values()))
 
 
 def apply_penalties(logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[SequenceOf[int]] | None = None) -> None:

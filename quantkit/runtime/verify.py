@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit.runtime.logits import likeliest
-from quantkit.runtime.sampler import apply_penalties, distribution, invert, sample
+from quantkit.runtime.sampler import apply_constraints, apply_penalties, distribution, invert, sample
 from quantkit.runtime.sequence import Draft, Sample, Sequence, TokenLogprobs
 
 
@@ -69,7 +69,9 @@ def _weigh(logits: Tensor, sequence: Sequence, draft: Draft) -> list[Sample]:
     params, drawn, rows = sequence.params, list(draft.tokens), len(logits)
     assert draft.probabilities is not None
     raw = None if params.logprobs is None else logits.clone()
-    apply_penalties(logits, [sequence] * rows, [drawn[:i] for i in range(rows)])
+    sequences, ahead = [sequence] * rows, [drawn[:i] for i in range(rows)]
+    apply_constraints(logits, sequences, ahead)
+    apply_penalties(logits, sequences, ahead)
     p, q = distribution(logits, [params] * rows), draft.probabilities
     places = torch.tensor(drawn, device=p.device)[:, None]
     ratios = (p[:-1].gather(1, places) / q.gather(1, places))[:, 0].tolist()
