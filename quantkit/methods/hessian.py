@@ -16,8 +16,8 @@ _BLOCKS = 8
 #: Column blocks of the drift, which is not symmetric; narrower ones are slower.
 _DRIFT_BLOCKS = 4
 
-#: Relative work of every part of the sums: the column blocks, then those of the drift, to which a quarter of the rows adds.
-PARTS = (*range(1, _BLOCKS + 1), *([_BLOCKS * _BLOCKS / 4 / _DRIFT_BLOCKS] * _DRIFT_BLOCKS))
+#: Relative work of every part of the sums: the column blocks, then those of the drift, to which an eighth of the rows adds.
+PARTS = (*range(1, _BLOCKS + 1), *([_BLOCKS * _BLOCKS / 8 / _DRIFT_BLOCKS] * _DRIFT_BLOCKS))
 
 
 class Hessian:
