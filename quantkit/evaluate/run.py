@@ -187,7 +187,8 @@ def _cached_hidden(model: BlockModel, tokens: Tensor, advance: Callable[[int, in
     """The baseline's final hidden states, which every evaluation against it needs again, from the user's cache."""
     files = (model.checkpoint.folder / "config.json", *model.checkpoint.files)
     versions = torch.__version__, transformers.__version__, quantkit.__version__
-    parts = [*versions, model.device.type, tokens_sha256(tokens), *map(sha256, files)]
+    # The same tokens in other windows are another evaluation.
+    parts = [*versions, model.device.type, tokens_sha256(tokens), str(tuple(tokens.shape)), *map(sha256, files)]
     path = cache_folder() / "baselines" / (hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32] + ".safetensors")
     try:
         stored = load_file(path)

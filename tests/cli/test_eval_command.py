@@ -126,3 +126,12 @@ def test_what_a_kv_budget_costs(llama: Path) -> None:
         assert f"window within {tokens} tokens" in done.err
         costs[tokens] = report["model"]["metrics"]["kl_mean"]
     assert costs[128] < 1e-6 < costs[64]
+
+
+def test_the_same_tokens_in_other_windows(llama: Path) -> None:
+    """A baseline that was kept for two windows is not taken for one that is twice as long."""
+    for windows, length in ((2, 64), (1, 128)):
+        sizes = ("--windows", windows, "--seq-len", length)
+        done = quantkit("eval", llama, "--baseline", llama, *sizes, "--json", "-")
+        assert done.status == 0, done.err
+        assert json.loads(done.out)["model"]["metrics"]["kl_mean"] == pytest.approx(0, abs=1e-9)
