@@ -15,7 +15,7 @@ $(BIN)/quantkit: pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(BIN)/quantkit
-	$(BIN)/pip install --quiet --editable ".[demo,interop,test]"
+	$(BIN)/pip install --quiet --editable ".[demo,interop,serve,test]"
 	touch $@
 
 setup: $(BIN)/quantkit

@@ -4,7 +4,8 @@ Terms: us = median time of one call replayed from a CUDA graph, the L2 cache flu
 read = bytes of keys and values that the sequences hold, each counted once; GB/s = read / us; of copy = GB/s over what
 copying 1 GiB on the same device attains (read + written). TFLOP/s = 4 D Hq x (query, key) pairs that the causal mask leaves,
 over us. sdpa us = torch's function on the same numbers laid out contiguously, which no serving engine has; `new` = new tokens
-of each sequence, `context` = its tokens in the cache, those included. Results are compared before they are timed.
+of each sequence, `context` = its tokens in the cache, those included. Results are compared before they are timed. Configs are
+tuned on first use and kept under $QUANTKIT_CACHE.
 
 usage: python -m benchmarks.attention [--dtype bfloat16] [--json FILE]
 """

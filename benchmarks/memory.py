@@ -46,8 +46,8 @@ def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.ones(shape).bfloat16() if len(shape) == 1 else (torch.randn(shape) / shape[1] ** 0.5).bfloat16()
 
 
-def make_checkpoint(folder: Path, hidden: int, wide: int, blocks: int) -> None:
-    """Write a random checkpoint; never more than one shard in memory."""
+def make_checkpoint(folder: Path, hidden: int, wide: int, blocks: int, *, tokenizer: bool = True) -> None:
+    """Write a random checkpoint; never more than one shard in memory. Its tokenizer is the demo model's, which is fetched."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=hidden,
@@ -60,7 +60,7 @@ def make_checkpoint(folder: Path, hidden: int, wide: int, blocks: int) -> None:
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
         shutil.copyfile(demo_folder() / name, folder / name)
     shapes = {"model.embed_tokens.weight": (VOCAB, hidden), "model.norm.weight": (hidden,)}
     for index in range(blocks):

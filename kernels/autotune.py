@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
+from math import inf
 from pathlib import Path
 
 import torch
 import triton
 import triton.testing
+from triton.runtime.errors import PTXASError
 
 #: Names and values of a kernel's choices.
 Config = Mapping[str, int]
@@ -40,12 +42,12 @@ class Tuner:
             kernel: its name.
             problem: all that the choice depends on.
             configs: candidates, the likely best first.
-            run: runs the kernel; may raise triton.OutOfResources for a config that the device cannot hold.
+            run: runs the kernel; may raise what says that the device cannot hold a config, or its memory the timing.
         """
         known = self._chosen.get((kernel, problem))
         if known is not None:
             return known
-        if self.clock is None:
+        if self.clock is None or len(configs) == 1:
             return configs[0]
         name = f"{kernel}: {' '.join(map(str, problem))}"
         config = self._read().get(name)
@@ -54,16 +56,18 @@ class Tuner:
             # Timing would become part of a CUDA graph that is being captured.
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return configs[0]
-            config = min(configs, key=lambda config: self._time(run, config))
-            self._write(name, config)
+            took = [self._time(run, each) for each in configs]
+            config = configs[took.index(min(took))]
+            if min(took) < inf:
+                self._write(name, config)
         return self._chosen.setdefault((kernel, problem), config)
 
     def _time(self, run: Callable[[Config], object], config: Config) -> float:
         assert self.clock is not None
         try:
             return self.clock(lambda: run(config))
-        except triton.OutOfResources:
-            return float("inf")
+        except (triton.OutOfResources, PTXASError, torch.OutOfMemoryError):
+            return inf
 
     def _read(self) -> dict[str, Config]:
         try:
@@ -85,7 +89,7 @@ class Tuner:
 @cache
 def tuner(device: torch.device) -> Tuner:
     """The tuner of a device, whose file is $QUANTKIT_CACHE/kernels/<device>-triton-<version>.json."""
-    if device.type != "cuda":
+    if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return Tuner(Path(os.devnull), None)
     own, user = os.environ.get("QUANTKIT_CACHE"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(own) if own else Path(user) / "quantkit"

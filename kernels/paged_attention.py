@@ -1,25 +1,16 @@
-"""Attention over the paged KV cache: which kernel takes which sequence."""
+"""Attention over the paged KV cache: which kernel takes which sequence, and with which config."""
 
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
-import torch
 from torch import Tensor
 
+from quantkit.kernels.autotune import Config, tuner
 from quantkit.kernels.kv_store import Cache
 from quantkit.kernels.paged_decode import LONGEST_DECODE, paged_decode
-from quantkit.kernels.paged_launch import Device, Scores, check
+from quantkit.kernels.paged_launch import Call, Scores
+from quantkit.kernels.paged_plan import Problem, decode_configs, device_of, prefill_configs
 from quantkit.kernels.paged_prefill import paged_prefill
-from quantkit.kernels.paged_tile import interpreted
-
-
-@cache
-def _device(device: torch.device) -> Device:
-    if interpreted():
-        return Device(80, 4, 1 << 17)
-    properties = torch.cuda.get_device_properties(device)
-    # Builds of torch for other makers' GPUs lack the larger limit.
-    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return Device(10 * properties.major + properties.minor, properties.multi_processor_count, int(shared))
 
 
 def paged_attention(
@@ -59,19 +50,44 @@ def paged_attention(
     Returns:
         [T, Hq, Dv] in query's dtype; products are accumulated in float32.
     """
-    check(query, key_cache, value_cache, block_table, query_start, seq_lens, sinks)
     (tokens, query_heads, _), sequences = query.shape, len(seq_lens)
     out = query.new_empty(tokens, query_heads, value_cache.shape[3])
+    scores = Scores.of(scale, window, softcap)
+    call = Call(query, key_cache, value_cache, block_table, query_start, seq_lens, sinks, out, scores, draft)
+    call.check()
     if tokens == 0:
         return out
     longest = int(query_start.diff().max()) if max_query_len is None else max_query_len
-    arguments = (query, key_cache, value_cache, block_table, query_start, seq_lens, sinks, out)
-    scores, device = Scores.of(scale, window, softcap), _device(query.device)
     if longest <= LONGEST_DECODE:
-        paged_decode(*arguments, scores, longest, device, draft)
+        _decode(call, longest)
     else:
-        paged_prefill(*arguments, scores, LONGEST_DECODE + 1, longest, device, draft)
+        _prefill(call, longest)
         # Rows are missing from S * longest only if some sequence is shorter.
         if tokens < sequences * longest:
-            paged_decode(*arguments, scores, LONGEST_DECODE, device, draft)
+            _decode(call, LONGEST_DECODE)
     return out
+
+
+def _decode(call: Call, longest: int) -> None:
+    problem = Problem.of(call, longest, len(call.seq_lens))
+    config = _best("paged_decode", call, problem, decode_configs(problem, device_of(call.query.device)), paged_decode)
+    # So many new tokens, and not `longest`: a kernel for each number would have to be compiled.
+    paged_decode(call, problem.new, config)
+
+
+def _prefill(call: Call, longest: int) -> None:
+    # Sequences that decode meanwhile do not count.
+    problem = Problem.of(call, longest, max(1, len(call.query) // longest))
+    launch = partial(paged_prefill, shortest=LONGEST_DECODE + 1)
+    config = _best("paged_prefill", call, problem, prefill_configs(problem, device_of(call.query.device)), launch)
+    launch(call, longest, config)
+
+
+def _best(
+    kernel: str, call: Call, problem: Problem, configs: Sequence[Config], launch: Callable[[Call, int, Config], None]
+) -> Config:
+    @cache
+    def example() -> Call:
+        return problem.example(call)
+
+    return tuner(call.query.device).best(kernel, problem, configs, lambda config: launch(example(), problem.new, config))

@@ -12,18 +12,15 @@ sequences grow: short sequences use fewer of the spans and the other programs en
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from quantkit.kernels.kv_store import Cache
-from quantkit.kernels.paged_launch import MIN_TILES, Device, Scores, Tile, number_of_splits
-from quantkit.kernels.paged_stored import FP8, PLAIN, attend_stored, cache_arguments, form
+from quantkit.kernels.autotune import Config
+from quantkit.kernels.paged_launch import Call
+from quantkit.kernels.paged_plan import MIN_TILES, padded, useful_splits
+from quantkit.kernels.paged_stored import PLAIN, attend_stored, cache_arguments, form
 from quantkit.kernels.paged_tile import LOG2E, attend, empty_state, load_query, normalise, widen
 
 #: Most new tokens of a sequence that the decode kernel takes.
 LONGEST_DECODE = 8
-
-#: Rows of a tile; more (multi-query attention with many heads and a draft) take several programs.
-MOST_ROWS = 64
 
 #: Spans that the merge reads at once.
 CHUNK = tl.constexpr(16)
@@ -183,56 +180,34 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + place + dims[None, :], result, mask=(dims < DV)[None, :])
 
 
-def paged_decode(
-    query: Tensor,
-    key_cache: Cache,
-    value_cache: Cache,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    sinks: Tensor | None,
-    out: Tensor,
-    scores: Scores,
-    longest: int,
-    device: Device,
-    draft: bool = False,
-) -> None:
-    """Write the rows of `out` that belong to sequences of at most `longest` new tokens.
+def paged_decode(call: Call, longest: int, config: Config) -> None:
+    """Write the rows of `call.out` that belong to sequences of at most `longest` new tokens.
 
     Args:
-        query, key_cache, value_cache, block_table, query_start, seq_lens, sinks: as for `reference.paged_attention`.
-        out: [T, Hq, Dv], contiguous.
-        scores: scale, soft cap and window.
+        call: see there.
         longest: new tokens of a sequence, 1 to LONGEST_DECODE.
-        device: where the tensors lie.
-        draft: see the reference.
+        config: see `paged_plan`; of its spans no more are used than the block table has tokens for.
     """
-    (sequences, width), (_, block_size, heads, dim), value_dim = block_table.shape, key_cache.shape, value_cache.shape[3]
-    ratio = query.shape[1] // heads
+    query, ratio, sequences = call.query, call.ratio, len(call.seq_lens)
+    (_, block_size, heads, dim), value_dim = call.key_cache.shape, call.value_cache.shape[3]
     all_rows = longest * ratio
-    # Two programs share a multiprocessor: while one waits for its first tile, the other reads.
-    tile = Tile.of(query, value_dim, triton.next_power_of_2(all_rows), MOST_ROWS, 64, 128, device.shared_memory // 2)
-    kind = form(key_cache)
-    tile = tile if kind == PLAIN.value else tile.narrow(64, 32 if kind == FP8.value else 64)
-    readers = heads * triton.cdiv(all_rows, tile.rows)
-    visible = min(width * block_size, scores.window + longest - 1)
-    splits = number_of_splits(sequences * readers, visible, tile.tokens, device.processors)
+    readers = heads * triton.cdiv(all_rows, config["rows"])
+    splits = min(config["splits"], useful_splits(call.visible(longest), config["tokens"]))
     parts = sequences * heads * splits * all_rows if splits > 1 else 0
     part_acc = torch.empty(parts, value_dim, dtype=torch.float32, device=query.device)
     part_peak, part_total = torch.empty(2, parts, dtype=torch.float32, device=query.device)
-    shared = {"HEADS": heads, "RATIO": ratio, "LONGEST": longest, "TILE": tile.tokens}
-    shared |= {"DV": value_dim, "DV_PAD": tile.value_dim, "SINKS": sinks is not None}
-    # Four warps do it in half the instructions of eight, but before Hopper 64 rows spill their registers.
-    warps = 8 if tile.rows == 64 and device.capability < 90 else 4
+    shared = {"HEADS": heads, "RATIO": ratio, "LONGEST": longest, "TILE": config["tokens"]}
+    shared |= {"DV": value_dim, "DV_PAD": padded(value_dim), "SINKS": call.sinks is not None}
+    lengths, scores = (call.query_start, call.seq_lens, call.sinks, call.out), call.scores
     decode_kernel[(readers, sequences, splits)](
-        query, *cache_arguments(key_cache, value_cache, draft), block_table, query_start, seq_lens, sinks, out,
+        query, *cache_arguments(call.key_cache, call.value_cache, call.draft), call.block_table, *lengths,
         part_acc, part_peak, part_total,
-        query.stride(0), query.stride(1), block_table.stride(0), scores.scale, scores.cap, scores.window,
-        ROWS=tile.rows, BLOCK_SIZE=block_size, D=dim, D_PAD=tile.dim, CAPPED=scores.cap > 0, DIRECT=splits == 1,
-        FORM=kind, WIDEN=widen(query), num_warps=warps, num_stages=tile.stages, **shared,
+        query.stride(0), query.stride(1), call.block_table.stride(0), scores.scale, scores.cap, scores.window,
+        ROWS=config["rows"], BLOCK_SIZE=block_size, D=dim, D_PAD=padded(dim), CAPPED=scores.cap > 0, DIRECT=splits == 1,
+        FORM=form(call.key_cache), WIDEN=widen(query), num_warps=config["warps"], num_stages=config["stages"], **shared,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(all_rows * heads, sequences)](
-            part_acc, part_peak, part_total, query_start, seq_lens, sinks, out, scores.window, splits,
+            part_acc, part_peak, part_total, *lengths, scores.window, splits,
             SPLITS_PAD=triton.next_power_of_2(splits), **shared,
         )  # fmt: skip

@@ -8,15 +8,12 @@ those at the diagonal and at the far edge of the window.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from quantkit.kernels.kv_store import Cache
-from quantkit.kernels.paged_launch import Device, Scores, Tile
+from quantkit.kernels.autotune import Config
+from quantkit.kernels.paged_launch import Call
+from quantkit.kernels.paged_plan import padded
 from quantkit.kernels.paged_stored import PLAIN, attend_stored, cache_arguments, form
 from quantkit.kernels.paged_tile import LOG2E, attend, empty_state, load_query, normalise, widen
-
-#: Rows of a tile: what the matrix units of Hopper take from two groups of four warps.
-MOST_ROWS = 128
 
 
 @triton.jit
@@ -111,40 +108,23 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + place[:, None] + dims[None, :], result, mask=inside[:, None] & (dims < DV)[None, :])
 
 
-def paged_prefill(
-    query: Tensor,
-    key_cache: Cache,
-    value_cache: Cache,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    sinks: Tensor | None,
-    out: Tensor,
-    scores: Scores,
-    shortest: int,
-    longest: int,
-    device: Device,
-    draft: bool = False,
-) -> None:
-    """Write the rows of `out` that belong to sequences of at least `shortest` new tokens.
+def paged_prefill(call: Call, longest: int, config: Config, shortest: int = 1) -> None:
+    """Write the rows of `call.out` that belong to sequences of at least `shortest` new tokens.
 
     Args:
-        query, key_cache, value_cache, block_table, query_start, seq_lens, sinks: as for `reference.paged_attention`.
-        out: [T, Hq, Dv], contiguous.
-        scores: scale, soft cap and window.
-        shortest: new tokens of a sequence, 1 at least.
+        call: see there.
         longest: most new tokens of any sequence.
-        device: where the tensors lie.
-        draft: see the reference.
+        config: see `paged_plan`.
+        shortest: new tokens of a sequence, 1 at least.
     """
-    (sequences, _), (_, block_size, heads, dim), value_dim = block_table.shape, key_cache.shape, value_cache.shape[3]
-    ratio = query.shape[1] // heads
-    tile = Tile.of(query, value_dim, triton.next_power_of_2(longest * ratio), MOST_ROWS, 16, 64, device.shared_memory)
-    tile = tile if form(key_cache) == PLAIN.value else tile.narrow(64 if device.capability >= 90 else 32, 32)
-    prefill_kernel[(triton.cdiv(longest * ratio, tile.rows), heads, sequences)](
-        query, *cache_arguments(key_cache, value_cache, draft), block_table, query_start, seq_lens, sinks, out,
-        query.stride(0), query.stride(1), block_table.stride(0), scores.scale, scores.cap, scores.window,
-        HEADS=heads, RATIO=ratio, SHORTEST=shortest, ROWS=tile.rows, BLOCK_SIZE=block_size, TILE=tile.tokens,
-        D=dim, D_PAD=tile.dim, DV=value_dim, DV_PAD=tile.value_dim, CAPPED=scores.cap > 0, SINKS=sinks is not None,
-        FORM=form(key_cache), WIDEN=widen(query), num_warps=8, num_stages=tile.stages,
+    query, ratio, scores = call.query, call.ratio, call.scores
+    (_, block_size, heads, dim), value_dim = call.key_cache.shape, call.value_cache.shape[3]
+    prefill_kernel[(triton.cdiv(longest * ratio, config["rows"]), heads, len(call.seq_lens))](
+        query, *cache_arguments(call.key_cache, call.value_cache, call.draft), call.block_table, call.query_start,
+        call.seq_lens, call.sinks, call.out,
+        query.stride(0), query.stride(1), call.block_table.stride(0), scores.scale, scores.cap, scores.window,
+        HEADS=heads, RATIO=ratio, SHORTEST=shortest, ROWS=config["rows"], BLOCK_SIZE=block_size, TILE=config["tokens"],
+        D=dim, D_PAD=padded(dim), DV=value_dim, DV_PAD=padded(value_dim), CAPPED=scores.cap > 0,
+        SINKS=call.sinks is not None, FORM=form(call.key_cache), WIDEN=widen(query),
+        num_warps=config["warps"], num_stages=config["stages"],
     )  # fmt: skip

@@ -81,6 +81,31 @@ def quantized_matmul(
     return out if bias is None else out + bias.float()
 
 
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """x H for every run of `block` elements of the last dimension, H the orthonormal Hadamard matrix of Sylvester's order:
+
+        H_1 = 1,  H_2n = [[H_n, H_n], [H_n, -H_n]] / sqrt(2)
+
+    It is symmetric, and so its own inverse. By log2(block) steps of sums and differences, neighbours first (the fast
+    Walsh-Hadamard transform); every kernel adds in that order, so that they agree to the bit.
+
+    Args:
+        x: floating [..., K].
+        block: a power of two that divides K.
+
+    Returns:
+        [..., K] in x's dtype; computed in float32 (float64 for a float64 x).
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, block))
+    step = 1
+    while step < block:
+        first, second = wide.unflatten(-1, (-1, 2, step)).unbind(-2)
+        wide = torch.stack([first + second, first - second], -2).flatten(-3)
+        step *= 2
+    out: Tensor = (wide * block**-0.5).flatten(-2)
+    return out.to(x.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467, equation 4).
 

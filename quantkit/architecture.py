@@ -58,20 +58,45 @@ class Family:
 
     Attributes:
         groups: one block's groups in run order.
-        attention: attention implementation; "eager" where the fast path would drop a soft cap.
+        soft_cap: whether attention logits are capped, which fast attention does not do.
         blocks: path of the list of decoder blocks.
         norms: of a block.
+        values: the matrix whose last rows are attention's values.
+        out, down: the last matrices of attention and of the MLP.
     """
 
     groups: tuple[Group, ...]
-    attention: str = "sdpa"
+    soft_cap: bool = False
     blocks: str = "model.layers"
     norms: Norms = _BEFORE
+    values: str = "self_attn.v_proj"
+    out: str = "self_attn.o_proj"
+    down: str = "mlp.down_proj"
 
     @property
     def matrices(self) -> tuple[str, ...]:
         """All quantizable modules of a block in run order."""
         return tuple(name for group in self.groups for name in group.names)
+
+    @property
+    def rotatable(self) -> bool:
+        """Whether the residual stream may be rotated: nothing but matrices writes to it."""
+        return self.norms.behind_attention is self.norms.behind_mlp is None
+
+    @property
+    def readers(self) -> dict[str, str]:
+        """Matrices that read the residual stream -> the norm that they read it behind."""
+        folds = {name: group.fold for group in self.groups for name in group.names}
+        return {name: fold.producer for name, fold in folds.items() if fold and fold.producer in self.norms}
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Matrices that write to the residual stream: attention's, then the MLP's."""
+        return self.out, self.down
+
+    def rotated(self) -> "Family":
+        """The family once what the down projection reads is rotated: a scale of it can no longer be folded into anything."""
+        return replace(self, groups=tuple(replace(g, fold=None) if self.down in g.names else g for g in self.groups))
 
     @property
     def norm_offset(self) -> float:
@@ -100,7 +125,8 @@ PHI3 = Family(
         Group(("self_attn.o_proj",), Fold("self_attn.qkv_proj", heads=True)),
         Group(("mlp.gate_up_proj",), Fold("post_attention_layernorm")),
         Group(("mlp.down_proj",), Fold("mlp.gate_up_proj")),
-    )
+    ),
+    values="self_attn.qkv_proj",
 )
 # OLMo 2 normalises the outputs of attention and MLP: their inputs are the residual stream, which nothing can absorb.
 OLMO2 = Family(
@@ -116,7 +142,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": LLAMA,
     "granite": LLAMA,
     "phi3": PHI3,
-    "gemma2": replace(GEMMA, attention="eager"),
+    "gemma2": replace(GEMMA, soft_cap=True),
     "gemma3_text": GEMMA,
     "olmo2": OLMO2,
 }

@@ -12,7 +12,8 @@ from torch import Tensor
 from quantkit.checkpoint.files import disk_errors, write_json
 from quantkit.checkpoint.reader import Checkpoint, shown
 from quantkit.errors import FormatError
-from quantkit.formats import FORMATS, Format, Plan, format_of, sort_groups
+from quantkit.formats import FORMATS, Engine, Format, Plan, format_of, sort_groups
+from quantkit.formats.rotated import OnlineHadamard, declare, declared, refusals
 from quantkit.methods.grid import QuantizedWeight, Scheme
 
 #: Not copied from the source: weights in any form, what is written anew, and another tool's metadata.
@@ -20,15 +21,20 @@ _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", "
 _WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json", "quantkit.json")
 
 
-def write_metadata(source: Checkpoint, folder: Path, form: str, plan: Plan) -> None:
-    """Everything in an artifact beside weights and report: config, tokenizer, generation settings, licence."""
+def write_metadata(source: Checkpoint, folder: Path, form: str, plan: Plan, online: OnlineHadamard | None) -> None:
+    """Everything in an artifact beside weights and report: config, tokenizer, generation settings, licence.
+
+    `online` is what a rotated model needs at run time.
+    """
     with disk_errors(folder):
         for path in sorted(source.folder.iterdir()):
             if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name not in _WRITTEN_ANEW:
                 shutil.copyfile(path, folder / path.name)
     quantization = FORMATS[form].config(plan)
-    # A quantized head has its own tensors, so it is no longer the embedding.
-    untied = {} if plan.get("lm_head") is None else {"tie_word_embeddings": False}
+    if online:
+        quantization = declare(quantization, online)
+    # A head that is quantized or rotated has its own tensors, so it is no longer the embedding.
+    untied = {"tie_word_embeddings": False} if online or plan.get("lm_head") is not None else {}
     write_json(folder / "config.json", source.config | untied | {"quantization_config": quantization})
     if form == "gptq":
         write_json(folder / "quantize_config.json", quantization)
@@ -39,6 +45,7 @@ class PackedReader:
 
     Attributes:
         form: its format.
+        online: the Hadamard transform that some matrices' inputs must go through; None where there is none.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -48,10 +55,11 @@ class PackedReader:
         """
         where = checkpoint.folder / "config.json"
         self._checkpoint = checkpoint
-        self._config: dict[str, Any] = checkpoint.config["quantization_config"]
-        if not isinstance(self._config, dict):
+        stated: dict[str, Any] = checkpoint.config["quantization_config"]
+        if not isinstance(stated, dict):
             raise FormatError(f"{where}: quantization_config is not an object; fetch the file again")
         try:
+            self._config, self.online = declared(stated)
             self.form: Format = format_of(self._config)
             marker = "." + self.form.suffixes[0]
             self.modules = [name.removesuffix(marker) for name in checkpoint.under("") if name.endswith(marker)]
@@ -78,6 +86,11 @@ class PackedReader:
             where = self._checkpoint.folder / "config.json"
             raise FormatError(f"{where}: says {shown(module)} is not quantized, but it is packed; fetch the model again")
         return scheme
+
+    def engines(self) -> list[Engine]:
+        """Which engines load the artifact."""
+        engines = self.form.engines({self.scheme(module) for module in self.modules})
+        return refusals(engines) if self.online else engines
 
     def shape(self, module: str) -> tuple[int, int]:
         """(N, K) of a packed matrix, from the header alone; K rounded up where rows end within a word."""
@@ -152,6 +165,15 @@ def dense_source(checkpoint: Checkpoint) -> Callable[[list[str]], dict[str, Tens
         return dense
 
     return read
+
+
+def online_hadamard(checkpoint: Checkpoint) -> OnlineHadamard | None:
+    """What `PackedReader.online` says; None for a checkpoint that is not quantized.
+
+    Raises:
+        FormatError: see `PackedReader`.
+    """
+    return PackedReader(checkpoint).online if "quantization_config" in checkpoint.config else None
 
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:

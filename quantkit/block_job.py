@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,15 @@ from quantkit.errors import NumericsError
 from quantkit.fold import Written, fold_into, foldable, tied_channels
 from quantkit.methods.awq import search_channel_scale
 from quantkit.methods.grid import QuantizedWeight, Scheme
-from quantkit.methods.hessian import Drift, Hessian
+from quantkit.methods.hessian import PARTS, Drift, Hessian
 from quantkit.methods.solve import Moments, Settings, prepare, solve
+from quantkit.ranks import ALONE, Team
 from quantkit.report import MatrixReport
 from quantkit.usage import trim_memory
+
+#: Matrices are solved stacked on one another up to this many rows. On a CPU the loop over the columns costs as much as 560
+#: rows: what more than this would gain is less than sharing them out does. On a GPU the loop is nearly all that it takes.
+_STACKED = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass
@@ -32,7 +37,8 @@ class BlockJob:
         config: the model's transformers config.
         settings: how to solve.
         announce: called with each matrix's report.
-        written: what the block will be written as, filled group by group.
+        written: what the block will be written as, filled group by group; the same in every process.
+        team: who shares the work.
     """
 
     block: nn.Module
@@ -42,6 +48,7 @@ class BlockJob:
     settings: Settings
     announce: Callable[[MatrixReport], None]
     written: Written = field(default_factory=lambda: Written({}, {}))
+    team: Team = ALONE
 
     def weight(self, name: str) -> Tensor:
         """A matrix of the block, float32 [N, K]; not to be modified."""
@@ -88,9 +95,7 @@ class BlockJob:
         Raises:
             NumericsError: an activation is NaN or Inf.
         """
-        sums = Hessian(columns, next(self.block.parameters()).device)
-        for inputs in walk.inputs(number):
-            sums.add(*inputs)
+        sums = measured(walk.inputs(number), columns, next(self.block.parameters()).device, self.team)
         hessian, drift = sums.mean(), sums.drift()
         # A NaN or Inf in either stream reaches these sums.
         strayed = 0.0 if drift is None else float(drift.cross.sum())
@@ -107,11 +112,11 @@ class BlockJob:
         """Search and fold AWQ's channel scale: multiplies `weights` in place, returns moments of the divided input."""
         fold = walk.groups[number].fold
         if fold is None:
-            return moments, None, "AWQ scale not folded: the residual stream feeds it directly"
+            return moments, None, "AWQ scale not folded: nothing before it can absorb one"
         hessian, cost = moments.hessian, None if moments.inverse is None else moments.inverse.cost
         tie = tied_channels(fold, hessian.shape[0], self.config).to(hessian.device)
         parts = [(weight, self.schemes[name]) for name, weight in weights.items() if name in self.schemes]
-        found = search_channel_scale(parts, hessian, self.settings.dtype, tie, cost)
+        found = search_channel_scale(parts, hessian, self.settings.dtype, tie, cost, self.team.map)
         scale = foldable(fold, self.block, found.scale, self.settings.dtype)
         fold_into(fold, self.block, scale, tie, self.written, self.settings.dtype)
         for name, weight in weights.items():
@@ -130,23 +135,74 @@ class BlockJob:
         note: str,
         started: float,
     ) -> None:
-        """Solve a group's matrices, those of one scheme stacked, and report each."""
+        """Solve a group's matrices, shared out in the team, and report each."""
         names = [name for name in group.names if name in self.schemes]
-        targets: dict[str, Tensor] = {}
-        for scheme in dict.fromkeys(self.schemes[name] for name in names):
-            together = [name for name in names if self.schemes[name] == scheme]
-            stacked, target = solve(torch.cat([weights[name] for name in together]), moments, scheme, self.settings)
-            start = 0
-            for name in together:
-                stop = start + weights[name].shape[0]
-                self.written.quantized[name], targets[name] = stacked.rows(start, stop), target[start:stop]
-                start = stop
-        seconds = time.monotonic() - started
+        rows = {name: weights[name].shape[0] for name in names}
+        before, device = time.monotonic() - started, weights[names[0]].device
+        batches = stacks(self.schemes, rows, _STACKED[device.type])
+        owner_of: dict[str, int] = {}
+        solved: dict[str, tuple[QuantizedWeight, MatrixReport | None]] = {}
+        owners = self.team.owners([sum(rows[name] for name in batch) for batch in batches])
+        for batch, owner in zip(batches, owners, strict=True):
+            owner_of |= dict.fromkeys(batch, owner)
+            if owner == self.team.rank:
+                solved |= self._solve_stacked({name: weights[name] for name in batch}, moments, ratio, note)
+            else:
+                solved |= {n: (QuantizedWeight.empty(weights[n].shape, self.schemes[n], device), None) for n in batch}
         for name in names:
-            share = weights[name].shape[0] / sum(weights[other].shape[0] for other in names)
-            quantized = self.written.quantized[name]
-            settings, path = self.settings, self.prefix + name
-            self.announce(matrix_report(path, quantized, targets[name], moments, settings, ratio, note, seconds * share))
+            quantized, report = solved[name]
+            for tensor in (quantized.codes, quantized.scales, quantized.zeros):
+                self.team.broadcast(tensor, owner_of[name])
+            report = self.team.share(report, owner_of[name])
+            assert report is not None
+            self.written.quantized[name] = quantized
+            self.announce(replace(report, seconds=report.seconds + before * rows[name] / sum(rows.values())))
+
+    def _solve_stacked(
+        self, weights: dict[str, Tensor], moments: Moments | None, ratio: float | None, note: str
+    ) -> dict[str, tuple[QuantizedWeight, MatrixReport]]:
+        """Matrices of one scheme, solved stacked on one another, and the report of each."""
+        started = time.monotonic()
+        scheme = self.schemes[next(iter(weights))]
+        rows = [weight.shape[0] for weight in weights.values()]
+        stacked, target = solve(torch.cat(list(weights.values())), moments, scheme, self.settings)
+        seconds = time.monotonic() - started
+        solved, start = {}, 0
+        for name, part in zip(weights, target.split(rows), strict=True):
+            quantized, share = stacked.rows(start, start + len(part)), seconds * len(part) / sum(rows)
+            report = matrix_report(self.prefix + name, quantized, part, moments, self.settings, ratio, note, share)
+            solved[name] = quantized, report
+            start += len(part)
+        return solved
+
+
+def stacks(schemes: Mapping[str, Scheme], rows: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Which matrices (name -> rows) are solved stacked: those of one scheme, up to `limit` rows or one that has more.
+
+    It decides the last bits, so it does not depend on how many processes share them out.
+    """
+    found: list[list[str]] = []
+    for scheme in dict.fromkeys(schemes[name] for name in rows):
+        room = 0
+        for name in (name for name in rows if schemes[name] == scheme):
+            if rows[name] > room:
+                found.append([])
+                room = limit
+            found[-1].append(name)
+            room -= rows[name]
+    return found
+
+
+def measured(inputs: Iterable[tuple[Tensor, ...]], columns: int, device: torch.device, team: Team) -> Hessian:
+    """The sums over all inputs: every process of the team sums its share of the columns, and all get all of them."""
+    owners = team.owners(PARTS)
+    sums = Hessian(columns, device, [part for part, owner in enumerate(owners) if owner == team.rank])
+    for values in inputs:
+        sums.add(*values)
+    for part, owner in enumerate(owners):
+        for tensor in sums.part(part):
+            team.broadcast(tensor, owner)
+    return sums
 
 
 def matrix_report(

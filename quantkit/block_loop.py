@@ -1,10 +1,15 @@
 """The loop over blocks: quantize one, write it, go on from there after a kill.
 
 One block is in memory at a time. A block's step ends with a line in the journal, so a killed run goes on after the last
-finished block; equal recipe and source give equal bytes, interrupted or not.
+finished block; equal recipe and source give equal bytes, interrupted or not, by one process or by several.
+
+With several, all take every step together. The first writes; the others read the activations that it wrote, from the folder
+that all of them see, and a step is finished for them when its journal entry reaches them.
 """
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,13 +18,15 @@ from torch import Tensor
 from quantkit.block_job import BlockJob
 from quantkit.calibrate import MICRO_BATCH_TOKENS, Stream, Walk
 from quantkit.checkpoint.activations import Activations
-from quantkit.checkpoint.files import write_tensors
+from quantkit.checkpoint.files import Json, write_tensors
 from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import ResourceError
 from quantkit.fold import Written
 from quantkit.formats import encode
 from quantkit.head import quantize_head
+from quantkit.memory import Memory, is_out_of_memory
 from quantkit.prepare import Prepared
+from quantkit.ranks import Team
 from quantkit.report import MatrixReport
 from quantkit.usage import keep_freed_memory, trim_memory
 
@@ -37,27 +44,27 @@ class Progress(Protocol):
         """Something the user should know."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """How the calibration activations are kept.
+@dataclass
+class Follower:
+    """What the processes other than the first have in place of the workspace.
 
     Attributes:
-        in_memory: hidden states between blocks in RAM, otherwise in a memory-mapped file.
-        hold: micro-batches pause inside a block, otherwise they run again for each group.
+        folder, finished: the workspace's.
     """
 
-    in_memory: bool
-    hold: bool
-
-    def less(self) -> "Memory | None":
-        """The next way that takes less memory and gives the same result; None when there is none."""
-        if self.hold:
-            return replace(self, hold=False)
-        return replace(self, in_memory=False) if self.in_memory else None
+    folder: Path
+    finished: list[Json] = field(default_factory=list)
 
 
-def quantize_blocks(job: Prepared, workspace: Workspace, memory: Memory, progress: Progress) -> list[MatrixReport]:
+def quantize_blocks(
+    job: Prepared, workspace: Workspace | Follower, memory: Memory, progress: Progress, team: Team
+) -> list[MatrixReport]:
     """Quantize every block into `workspace`, going on after its last finished one. Returns all matrices' reports.
+
+    Args:
+        job, memory, progress: see there.
+        workspace: a follower in all processes but the first.
+        team: who takes part.
 
     Raises:
         QuantkitError: the source is damaged, numbers overflow, or memory or disk ran out.
@@ -65,7 +72,7 @@ def quantize_blocks(job: Prepared, workspace: Workspace, memory: Memory, progres
     model = job.model
     with torch.no_grad():
         if not workspace.finished:
-            _begin(job, workspace, memory)
+            _finish(workspace, team, lambda ours: _begin(job, ours, memory))
         for entry in workspace.finished[1:]:
             for report in entry["matrices"]:
                 progress.matrix(MatrixReport(**report))
@@ -74,17 +81,28 @@ def quantize_blocks(job: Prepared, workspace: Workspace, memory: Memory, progres
         keep_freed_memory()
         for index in range(len(workspace.finished) - 1, model.count):
             progress.block(index, model.count)
-            memory = _attempt(job, workspace, memory, index, progress)
+            memory = _attempt(job, workspace, memory, index, progress, team)
             trim_memory()
         if job.plan["lm_head"] is not None and len(workspace.finished) == model.count + 1:
-            _head_step(job, workspace, memory, progress)
+            _head_step(job, workspace, memory, progress, team)
         progress.block(model.count, model.count)
     return [MatrixReport(**report) for entry in workspace.finished for report in entry["matrices"]]
 
 
-def _begin(job: Prepared, workspace: Workspace, memory: Memory) -> None:
-    """Step 0: everything outside the blocks, and the hidden states that enter the first one."""
-    write_tensors(workspace.folder / "outside.safetensors", job.checkpoint.read(job.outside))
+def _finish(workspace: Workspace | Follower, team: Team, write: Callable[[Workspace], Json]) -> None:
+    """End a step: the first process writes and commits the entry that `write` gives; the others come to know it."""
+    if isinstance(workspace, Workspace):
+        workspace.commit(write(workspace))
+        team.share(workspace.finished[-1])
+    else:
+        workspace.finished.append(team.share({}))
+
+
+def _begin(job: Prepared, workspace: Workspace, memory: Memory) -> Json:
+    """Step 0: everything outside the blocks, and the hidden states that enter the first one. Returns its journal entry."""
+    if job.online:
+        job.model.load_outside()  # Rotated again: the number of threads was not settled before, and may decide last bits.
+    write_tensors(workspace.folder / "outside.safetensors", job.read(job.outside))
     if job.tokens is not None:
         states = Activations.reserve(workspace.folder / _state(0), *_boundary(job), in_memory=memory.in_memory)
         streams = _batches(job, states)
@@ -94,13 +112,13 @@ def _begin(job: Prepared, workspace: Workspace, memory: Memory) -> None:
                 if index < len(stream):
                     stream[index].copy_(hidden)
         states.save()
-    _commit(job, workspace, 0, "outside.safetensors", [])
+    return _entry(job, 0, "outside.safetensors", [])
 
 
-def _commit(job: Prepared, workspace: Workspace, index: int, shard: str, reports: list[MatrixReport]) -> None:
-    """The step before block `index` is finished."""
+def _entry(job: Prepared, index: int, shard: str, reports: list[MatrixReport]) -> Json:
+    """Says that the step before block `index` is finished."""
     state = {} if job.tokens is None else {"state": _state(index)}
-    workspace.commit({"shard": shard, "matrices": [asdict(report) for report in reports]} | state)
+    return {"shard": shard, "matrices": [asdict(report) for report in reports]} | state
 
 
 def _state(index: int) -> str:
@@ -119,16 +137,26 @@ def _batches(job: Prepared, states: Activations) -> list[list[Tensor]]:
     return [list(rows.split(job.rows_per_batch)) for rows in states.tensor.split(job.stream_rows)]
 
 
-def _attempt(job: Prepared, workspace: Workspace, memory: Memory, index: int, progress: Progress) -> Memory:
-    """One block; when memory runs out, again with less held. Returns what worked."""
+def _attempt(
+    job: Prepared, workspace: Workspace | Follower, memory: Memory, index: int, progress: Progress, team: Team
+) -> Memory:
+    """One block; when memory runs out, again with less held. Returns what worked.
+
+    A process with peers gives up at once: they are in the middle of the block.
+    """
     while True:
         try:
-            _step(job, workspace, memory, index, progress)
+            _step(job, workspace, memory, index, progress, team)
             return memory
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             less = memory.less()
+            if team.size > 1 and less is not None:
+                raise ResourceError(
+                    f"{job.model.device} memory ran out in block {index}, in process {team.rank} of {team.size}; run the same "
+                    "command again with a smaller --max-memory or fewer processes (finished blocks are kept)"
+                ) from error
             if less is None:
                 raise ResourceError(
                     f"{job.model.device} memory ran out in block {index}, even with micro-batches of {MICRO_BATCH_TOKENS} "
@@ -139,51 +167,61 @@ def _attempt(job: Prepared, workspace: Workspace, memory: Memory, index: int, pr
         progress.note(f"out of memory in block {index}: trying again with less held at a time")
 
 
-def _step(job: Prepared, workspace: Workspace, memory: Memory, index: int, progress: Progress) -> None:
+def _step(job: Prepared, workspace: Workspace | Follower, memory: Memory, index: int, progress: Progress, team: Team) -> None:
     """Quantize, write and commit one block."""
     model, prefix = job.model, job.model.prefix(index)
     reports: list[MatrixReport] = []
+    leads = isinstance(workspace, Workspace)
 
     def announce(report: MatrixReport) -> None:
         reports.append(report)
         progress.matrix(report)
 
+    def write(ours: Workspace) -> Json:
+        shard = f"block-{index:05}.safetensors"
+        write_tensors(ours.folder / shard, _encode(job, prefix, task.written))
+        return _entry(job, index + 1, shard, reports)
+
     with model.block(index) as block:
-        task = BlockJob(block, prefix, job.schemes_of(index), model.config, job.settings, announce)
+        task = BlockJob(block, prefix, job.schemes_of(index), model.config, job.settings, announce, team=team)
         kept = [name for name in job.checkpoint.under(prefix) if job.plan.get(name.removesuffix(".weight")) is None]
-        task.written.plain |= {name.removeprefix(prefix): t for name, t in job.checkpoint.read(kept).items()}
+        task.written.plain |= {name.removeprefix(prefix): t for name, t in job.read(kept).items()}
         groups = task.active(model.family.groups)
         if job.tokens is None:
             task.run(groups, None, [])
         else:
-            states = Activations.load(workspace.folder / _state(index), *_boundary(job), in_memory=memory.in_memory)
+            # In other processes a mapped file: they read their own rows of it only.
+            states = Activations.load(workspace.folder / _state(index), *_boundary(job), in_memory=memory.in_memory and leads)
             streams = [Stream(batches) for batches in _batches(job, states)]
-            kwargs = job.block_kwargs(index)
-            with Walk(block, groups, streams, kwargs, hold=memory.hold) as walk:
+            with Walk(block, groups, streams, job.block_kwargs(index), hold=memory.hold, team=team) as walk:
                 task.run(groups, walk, streams)
-                following = states.following(workspace.folder / _state(index + 1))
-                targets = _batches(job, following)
+                following = states.following(workspace.folder / _state(index + 1)) if leads else None
+                targets = _batches(job, following) if following else []
                 for number, outputs in enumerate(walk.outputs()):
                     for target, output in zip(targets, outputs, strict=False):
                         target[number].copy_(output)
-            following.save()
-        shard = f"block-{index:05}.safetensors"
-        write_tensors(workspace.folder / shard, _encode(job, prefix, task.written))
-    _commit(job, workspace, index + 1, shard, reports)
-    (workspace.folder / _state(index)).unlink(missing_ok=True)
+            if following:
+                following.save()
+        _finish(workspace, team, write)
+    if leads:
+        (workspace.folder / _state(index)).unlink(missing_ok=True)
 
 
-def _head_step(job: Prepared, workspace: Workspace, memory: Memory, progress: Progress) -> None:
+def _head_step(job: Prepared, workspace: Workspace | Follower, memory: Memory, progress: Progress, team: Team) -> None:
     """Quantize, write and commit the output head."""
     job.model.load_outside()
     streams = []
     if job.tokens is not None:
         path = workspace.folder / _state(job.model.count)
-        streams = _batches(job, Activations.load(path, *_boundary(job), in_memory=memory.in_memory))
-    weight, report = quantize_head(job, streams)
+        streams = _batches(job, Activations.load(path, *_boundary(job), in_memory=memory.in_memory and team.rank == 0))
+    weight, report = quantize_head(job, streams, team)
     progress.matrix(report)
-    write_tensors(workspace.folder / "head.safetensors", _encode(job, "", Written({"lm_head": weight}, {})))
-    workspace.commit({"shard": "head.safetensors", "matrices": [asdict(report)]})
+
+    def write(ours: Workspace) -> Json:
+        write_tensors(ours.folder / "head.safetensors", _encode(job, "", Written({"lm_head": weight}, {})))
+        return {"shard": "head.safetensors", "matrices": [asdict(report)]}
+
+    _finish(workspace, team, write)
 
 
 def _encode(job: Prepared, prefix: str, written: Written) -> dict[str, Tensor]:
@@ -197,20 +235,3 @@ def _encode(job: Prepared, prefix: str, written: Written) -> dict[str, Tensor]:
         encoded = encode(job.recipe.format, weight, job.model.dtype, prefix + name)
         tensors |= {f"{prefix}{name}.{suffix}": tensor.cpu() for suffix, tensor in encoded.items()}
     return tensors
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether host or device memory ran out; torch's CPU allocator says so only in words."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "ALLOC_FAILED"))
-
-
-def memory_plan(job: Prepared, limit: int) -> Memory:
-    """What fits into `limit` bytes of host memory (and, on a GPU, into half of what is free there)."""
-    if job.tokens is None:
-        return Memory(in_memory=True, hold=True)
-    states, paused = job.activation_bytes()
-    if job.model.device.type == "cuda":
-        return Memory(states <= limit, paused <= torch.cuda.mem_get_info(job.model.device)[0] // 2)
-    return Memory(in_memory=states <= limit, hold=states + paused <= limit)

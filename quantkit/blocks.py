@@ -7,15 +7,19 @@ given hidden state; so no family's forward is written down again here.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantkit import causal
 from quantkit.architecture import family_of
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.definition import read_config, realise_buffers, skeleton
 from quantkit.errors import CheckpointError
+from quantkit.formats.rotated import OnlineHadamard
+from quantkit.kernels import reference
 from quantkit.matmul import multiplying_in
 
 #: Reads tensors by name; a quantized checkpoint's reader hands out dense weights.
@@ -34,8 +38,18 @@ class BlockModel:
         matmul_dtype: in which a block's matrices are held and multiply; may be changed between blocks.
     """
 
-    def __init__(self, checkpoint: Checkpoint, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        source: Source,
+        dtype: torch.dtype,
+        device: torch.device,
+        online: OnlineHadamard | None = None,
+    ) -> None:
         """Build the skeleton and load everything outside the blocks.
+
+        Args:
+            online: what has to be done at run time to the model of `source`, if it is a rotated one.
 
         Raises:
             CheckpointError: the architecture is unknown, needs remote code, or a tensor disagrees with config.json.
@@ -45,11 +59,22 @@ class BlockModel:
         self._source = source
         self.family = family_of(checkpoint.config["model_type"], str(checkpoint.folder / "config.json"))
         self.config = read_config(checkpoint)
-        self._model = skeleton(self.config, self.family.attention, dtype)
+        if online:
+            self.family, self.config.tie_word_embeddings = self.family.rotated(), False
+        self._model = skeleton(self.config, "eager" if self.family.soft_cap else causal.register(), dtype)
         self.count = len(self._blocks)
+        if online:
+            self._rotate_inputs(online)
         realise_buffers(self._model, self._model, device, apart=self._blocks)
         self._outside = [name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks)]
         self.load_outside()
+
+    def _rotate_inputs(self, online: OnlineHadamard) -> None:
+        """These hooks are the first of their modules: whoever hooks a module later sees its inputs rotated."""
+        for index, block in enumerate(self._blocks):
+            for name in self.family.matrices:
+                if size := online.block_of(self.prefix(index) + name):
+                    block.get_submodule(name).register_forward_pre_hook(partial(_rotate_input, size))
 
     def load_outside(self) -> None:
         """Read embeddings, final norm and head."""
@@ -167,6 +192,10 @@ class BlockModel:
         finally:
             for module in self._blocks:
                 del module.forward
+
+
+def _rotate_input(block: int, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (reference.hadamard(args[0], block),)
 
 
 def check_tensors(checkpoint: Checkpoint, model: BlockModel) -> None:

@@ -8,6 +8,8 @@ start (`hold=False`): slower, but only one micro-batch is alive at a time.
 
 Two streams walk side by side: what the quantized model sees, and (where the method asks for it) what the original model
 sees at the same places. The second one walks for a share of the rows only: it costs as much time and memory as the first.
+
+With several processes each walks its own micro-batches, dealt out in turn, and hands what a group reads to the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from quantkit.architecture import Group
+from quantkit.ranks import ALONE, Team
 
 #: Tokens that run through a block at once. Fixed, because the order of sums decides the last bits of the result.
 MICRO_BATCH_TOKENS = 1024
@@ -53,6 +56,7 @@ class Walk:
         kwargs: Callable[[int], dict[str, Any]],
         *,
         hold: bool,
+        team: Team = ALONE,
     ) -> None:
         """
         Args:
@@ -61,9 +65,10 @@ class Walk:
             streams: the versions that walk; the first has all micro-batches, a second one the first few of them.
             kwargs: keyword arguments of the block for a batch of that many rows.
             hold: pause between stops; otherwise run again from the start for each. The results are the same to the bit.
+            team: who shares the micro-batches out; all of its processes read all inputs.
         """
         self._block, self._streams, self._kwargs, self._hold = block, streams, kwargs, hold
-        self.groups = groups
+        self.groups, self._team = groups, team
         self._modules = {name: _layer(block, name) for group in groups for name in group.names}
         self._divisors: dict[int, Tensor] = {}
         self._paused: dict[tuple[int, int], greenlet] = {}
@@ -91,9 +96,17 @@ class Walk:
         Groups are taken in order, each once. The tensor is what the group will read, so `divide` will change it later: do
         not keep it.
         """
-        for index in range(len(self._streams[0].hidden)):
-            present = [k for k, stream in enumerate(self._streams) if index < len(stream.hidden)]
-            yield tuple(self._advance(stream, index, number) for stream in present)
+        count, team = len(self._streams[0].hidden), self._team
+        for first in range(0, count, team.size):
+            own = first + team.rank
+            # Before anyone waits for another's: a round's micro-batches run at the same time.
+            mine = tuple(self._advance(stream, own, number) for stream in self._present(own))
+            for owner, index in enumerate(range(first, min(first + team.size, count))):
+                values = mine if index == own else self._blank(index, number)
+                for value in values:
+                    team.broadcast(value, owner)
+                yield values
+            del mine, values  # no round outlives the next one's start
 
     def outputs(self) -> Iterator[tuple[Tensor, ...]]:
         """Per micro-batch, the block's output [B, T, D] in every stream that has it, after the last group."""
@@ -102,6 +115,20 @@ class Walk:
     def divide(self, number: int, scale: Tensor) -> None:
         """From now on divide what group `number` reads by `scale` [K], in every stream."""
         self._divisors[number] = scale
+
+    def _present(self, index: int) -> list[int]:
+        """The streams that have micro-batch `index`."""
+        return [k for k, stream in enumerate(self._streams) if index < len(stream.hidden)]
+
+    def _blank(self, index: int, number: int) -> tuple[Tensor, ...]:
+        """Room for what group `number` reads in a micro-batch that another process walks."""
+        device = next(self._block.parameters()).device
+        shapes = [self._streams[k].hidden[index].shape for k in self._present(index)]
+        dtype = self._streams[0].hidden[0].dtype
+        widths = [
+            self._modules[self.groups[number].names[0]].in_features if number < len(self.groups) else s[-1] for s in shapes
+        ]
+        return tuple(torch.empty(*s[:-1], k, dtype=dtype, device=device) for s, k in zip(shapes, widths, strict=True))
 
     def _pause(self, number: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._home.switch(args[0])
@@ -139,9 +166,10 @@ class Walk:
             return
         if not self._parked:
             widest = max(module.in_features for module in self._modules.values())
-            tokens = [hidden.shape[0] * hidden.shape[1] for s in self._streams for hidden in s.hidden]
+            mine = slice(self._team.rank, None, self._team.size)
+            tokens = [hidden.shape[0] * hidden.shape[1] for s in self._streams for hidden in s.hidden[mine]]
             places = torch.empty(sum(tokens), widest, dtype=value.dtype, device=value.device).split(tokens)
-            keys = [(k, i) for k, s in enumerate(self._streams) for i in range(len(s.hidden))]
+            keys = [(k, i) for k, s in enumerate(self._streams) for i in range(len(s.hidden))[mine]]
             self._parked = dict(zip(keys, places, strict=True))
         place = self._parked[stream, index].view(-1)[: value.numel()].view(value.shape)
         value.data = place.copy_(value)

@@ -45,6 +45,8 @@ def _require_room(source: Path, packed: PackedReader, plan: Plan, form: str) -> 
     Raises:
         FormatError: `form` cannot hold the artifact.
     """
+    if packed.online and form != "compressed-tensors":
+        raise FormatError(f"{source}: is rotated, which the {form} format has no field for; quantize again without rotate")
     for module, scheme in plan.items():
         if scheme is not None and (problem := FORMATS[form].problem(scheme, *packed.shape(module))):
             raise FormatError(f"{source}: {module}: {problem}")
@@ -62,7 +64,7 @@ def _make(checkpoint: Checkpoint, packed: PackedReader, plan: Plan, workspace: W
         write_tensors(workspace.folder / shard, _converted(checkpoint, packed, file, form))
         workspace.commit({"shard": shard})
     folder, shards = workspace.join()
-    write_metadata(checkpoint, folder, form, plan)
+    write_metadata(checkpoint, folder, form, plan, packed.online)
     made = checkpoint.folder / "quantkit.json"
     if made.is_file():
         write_json(folder / "quantkit.json", _report(made, folder, shards, form))
@@ -77,13 +79,12 @@ def _report(made: Path, folder: Path, shards: list[Path], form: str) -> dict[str
     """
     report, written = read_json(made), Checkpoint(folder)
     packed = PackedReader(written)
-    engines = packed.form.engines({packed.scheme(module) for module in packed.modules})
     size = {"bits_per_weight": bits_per_weight(written), "size_bytes": sum(path.stat().st_size for path in shards)}
     try:
         return report | {
             "recipe": report["recipe"] | {"format": form},
             "output_sha256": {path.name: sha256(path) for path in shards},
-            "engines": [asdict(engine) for engine in engines],
+            "engines": [asdict(engine) for engine in packed.engines()],
             "totals": report["totals"] | size,
         }
     except (KeyError, TypeError):

@@ -39,5 +39,9 @@ class ResourceError(QuantkitError):
     """Memory or disk ran out."""
 
 
+class PeerError(ResourceError):
+    """Another process of the same run is gone."""
+
+
 class RequestError(QuantkitError):
     """A request to generate text asks for what this model, its cache or its sampler cannot do."""

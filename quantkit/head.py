@@ -5,34 +5,46 @@ import time
 import torch
 from torch import Tensor
 
-from quantkit.block_job import matrix_report
+from quantkit.block_job import matrix_report, measured
 from quantkit.methods.grid import QuantizedWeight
-from quantkit.methods.hessian import Hessian
 from quantkit.methods.solve import prepare, solve
 from quantkit.prepare import Prepared
+from quantkit.ranks import Team
 from quantkit.report import MatrixReport
 
 #: Rows of the head that are solved at once; rows are independent, and a vocabulary's worth would not fit.
 _ROWS = 8192
 
 
-def quantize_head(job: Prepared, streams: list[list[Tensor]]) -> tuple[QuantizedWeight, MatrixReport]:
-    """Solve the head for the last block's outputs, micro-batches of every stream; none for data-free rounding."""
+def quantize_head(job: Prepared, streams: list[list[Tensor]], team: Team) -> tuple[QuantizedWeight, MatrixReport]:
+    """Solve the head for the last block's outputs, micro-batches of every stream; none for data-free rounding.
+
+    Every process of the team reads all outputs, sums its columns and solves its pieces.
+    """
     scheme = job.plan["lm_head"]
     assert scheme is not None
     started = time.monotonic()
     moments = None
     if streams:
-        sums = Hessian(job.model.config.hidden_size, job.model.device)
-        for index in range(len(streams[0])):
-            present = (stream[index].to(job.model.device) for stream in streams if index < len(stream))
-            sums.add(*map(job.model.head_input, present))
+        inputs = (
+            tuple(job.model.head_input(stream[index].to(job.model.device)) for stream in streams if index < len(stream))
+            for index in range(len(streams[0]))
+        )
+        sums = measured(inputs, job.model.config.hidden_size, job.model.device, team)
         moments = prepare(sums.mean(), sums.drift(), job.settings)
     parts, targets = [], []
-    for rows in job.model.head_weight.split(_ROWS):
-        part, target = solve(rows.float(), moments, scheme, job.settings)
+    pieces = job.model.head_weight.split(_ROWS)
+    owners = team.owners([len(rows) for rows in pieces])
+    for rows, owner in zip(pieces, owners, strict=True):
+        if owner == team.rank:
+            part, target = solve(rows.float(), moments, scheme, job.settings)
+        else:
+            part, target = QuantizedWeight.empty(rows.shape, scheme, rows.device), torch.empty_like(rows, dtype=torch.float32)
         parts.append(part)
         targets.append(target)
+    for part, target, owner in zip(parts, targets, owners, strict=True):
+        for tensor in (part.codes, part.scales, part.zeros, target):
+            team.broadcast(tensor, owner)
     whole = QuantizedWeight(
         torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), torch.cat([p.zeros for p in parts]), scheme
     )

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from quantkit.block_job import BlockJob
-from quantkit.block_loop import memory_plan
 from quantkit.calibrate import Stream, Walk
 from quantkit.checkpoint.writer import Workspace
 from quantkit.formats import Engine
 from quantkit.formats.packing import words
 from quantkit.matmul import fastest_matmul
+from quantkit.memory import memory_plan
 from quantkit.methods.grid import Scheme
 from quantkit.prepare import Prepared, prepare_run
 from quantkit.quantize import Request
+from quantkit.ranks import ALONE
 from quantkit.report import MatrixReport
 from quantkit.usage import peak_memory
 
@@ -70,10 +71,10 @@ def predict(request: Request) -> PlanReport:
     job = prepare_run(request.folder, request.recipe, request.device)
     job.model.matmul_dtype = fastest_matmul(job.model.dtype, request.device)
     block_seconds = _time_block(job)
-    memory = memory_plan(job, request.max_memory)
+    memory = memory_plan(job, request.max_memory, ALONE)
     states, paused = job.activation_bytes() if job.tokens is not None else (0, 0)
 
-    outside = sum(job.checkpoint.tensors[name].nbytes for name in job.outside)
+    outside = sum(map(job.stored_bytes, job.outside))
     block = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.under(job.model.prefix(0)))
     # As it was read, and, as it multiplies, before and after.
     widened = job.model.matmul_dtype.itemsize / job.model.dtype.itemsize

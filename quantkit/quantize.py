@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from quantkit.artifact import bits_per_weight, write_metadata
-from quantkit.block_loop import Progress, memory_plan, quantize_blocks
+from quantkit.block_loop import Follower, Progress, quantize_blocks
 from quantkit.checkpoint.files import write_json
 from quantkit.checkpoint.reader import Checkpoint, read_json, sha256
 from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import CheckpointError
 from quantkit.matmul import fastest_matmul
+from quantkit.memory import memory_plan
 from quantkit.prepare import Prepared, prepare_run
+from quantkit.ranks import Team
 from quantkit.recipe import Recipe
 from quantkit.report import MatrixReport, RunReport, Totals, worst_five
 from quantkit.usage import cpu_seconds, peak_memory
@@ -45,8 +47,10 @@ class Request:
     computing: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(request: Request, progress: Progress) -> RunReport:
+def run(request: Request, progress: Progress, team: Team) -> RunReport:
     """Quantize a model folder into an artifact at `request.out`, which appears complete or not at all.
+
+    The others of the team call `assist` meanwhile.
 
     Raises:
         QuantkitError: anything the user can mend, in one line.
@@ -60,6 +64,7 @@ def run(request: Request, progress: Progress) -> RunReport:
         complete = _complete(request.out, job)
         if complete is not None:
             Workspace.delete_leftovers(request.out)
+            team.share(None)
             progress.note(f"{request.out} was complete already; deleted what a killed run had left beside it")
             return complete
     matmul = fastest_matmul(job.model.dtype, request.device)
@@ -72,19 +77,42 @@ def run(request: Request, progress: Progress) -> RunReport:
         if settings != best:
             how = f"{settings['threads']} threads, products in {settings['matmul']}"
             progress.note(f"computing with {how}, as the run did that this one goes on with or repeats")
-        torch.set_num_threads(settings["threads"])
-        job.model.matmul_dtype = getattr(torch, settings["matmul"])
-        return _make(request, job, workspace, progress, started, cpu)
+        team.share((settings, workspace.finished))
+        _compute_with(job, settings)
+        return _make(request, job, workspace, progress, team, started, cpu)
 
 
-def _make(request: Request, job: Prepared, workspace: Workspace, progress: Progress, started: float, cpu: float) -> RunReport:
+def assist(request: Request, progress: Progress, team: Team) -> None:
+    """Do this process's share of the run that the first one leads; writes nothing.
+
+    Raises:
+        QuantkitError: as `run`.
+    """
+    job = prepare_run(request.folder, request.recipe, request.device)
+    started: tuple[dict[str, Any], list[dict[str, Any]]] | None = team.share(None)
+    if started is not None:
+        settings, finished = started
+        _compute_with(job, settings)
+        seen = Follower(Workspace.folder_of(request.out), finished)
+        quantize_blocks(job, seen, memory_plan(job, request.max_memory, team), progress, team)
+
+
+def _compute_with(job: Prepared, settings: Mapping[str, Any]) -> None:
+    """Set what decides the last bits."""
+    torch.set_num_threads(settings["threads"])
+    job.model.matmul_dtype = getattr(torch, settings["matmul"])
+
+
+def _make(
+    request: Request, job: Prepared, workspace: Workspace, progress: Progress, team: Team, started: float, cpu: float
+) -> RunReport:
     """From an open workspace to the published artifact."""
     resumed = min(max(len(workspace.finished) - 1, 0), job.model.count)
     if resumed:
         progress.note(f"going on after block {resumed} of {job.model.count} of an interrupted run")
-    reports = quantize_blocks(job, workspace, memory_plan(job, request.max_memory), progress)
+    reports = quantize_blocks(job, workspace, memory_plan(job, request.max_memory, team), progress, team)
     folder, shards = workspace.join()
-    write_metadata(job.checkpoint, folder, job.recipe.format, job.plan)
+    write_metadata(job.checkpoint, folder, job.recipe.format, job.plan, job.online)
     written = Checkpoint(folder)
     totals = Totals(
         matrices=len(reports),
@@ -96,6 +124,7 @@ def _make(request: Request, job: Prepared, workspace: Workspace, progress: Progr
         wall_seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory(),
         resumed_blocks=resumed,
+        processes=team.size,
     )
     identity = job.identity()
     report = RunReport(

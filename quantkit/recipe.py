@@ -78,6 +78,8 @@ class Recipe(_Strict):
         damping: fraction of the Hessian's mean diagonal that is added to it.
         drift: how much of the drift of a group's inputs from the original model's its weights make up for, 0 to 1.
         sweeps: passes of coordinate descent over scales, zero points and codes after GPTQ.
+        rotate: spread outliers of activations by Hadamard transforms, so that drafts survive 4-bit activations (see `rotate`);
+            quantkit's engine alone runs the result.
         format: on-disk format.
         calibration: the text.
         seed: picks calibration rows at random; None takes the first rows of the text.
@@ -92,6 +94,7 @@ class Recipe(_Strict):
     damping: float = Field(default=0.01, gt=0, le=1)
     drift: float = Field(default=1.0, ge=0, le=1)
     sweeps: int = Field(default=1, ge=0, le=20)
+    rotate: bool = False
     format: FormatName = "compressed-tensors"
     calibration: Calibration = Calibration()
     seed: int | None = Field(default=None, ge=0, lt=2**63)

@@ -43,9 +43,10 @@ class Totals:
         bits_per_weight: of the quantized matrices, scales and zero points included.
         size_bytes, source_bytes: of all shards written, and of the source's.
         output_error: mean over matrices.
-        cpu_seconds, wall_seconds: of this process, which after a resume is not the whole run.
-        peak_memory_bytes: largest resident set of this process.
+        cpu_seconds, wall_seconds: of the first process, which after a resume is not the whole run.
+        peak_memory_bytes: largest resident set of the first process.
         resumed_blocks: blocks that an earlier, interrupted run had finished.
+        processes: how many shared the work; it does not change the result.
     """
 
     matrices: int
@@ -57,6 +58,7 @@ class Totals:
     wall_seconds: float
     peak_memory_bytes: int
     resumed_blocks: int
+    processes: int = 1
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.transform import TransformConfig, apply_transform_config
 from formats.slow_formats import make_weight
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
@@ -15,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConf
 from quantkit.artifact import dense_source
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.formats import FORMATS
+from quantkit.formats.rotated import OnlineHadamard, declare
+from quantkit.kernels import reference
 from quantkit.methods.grid import Scheme
 from quantkit.quantize import Request, run
 from quantkit.recipe import Calibration, Recipe, Rule
@@ -101,3 +104,23 @@ def test_compressed_tensors_unpacks_what_we_pack(bits: int, shape: tuple[int, in
     zeros = unpack_from_int32(tensors["weight_zero_point"], bits, torch.Size((rows, columns // 8)), packed_dim=0)
     assert torch.equal(codes.int() + offset, weight.codes.int())
     assert torch.equal(zeros.int() + offset, weight.zeros.int())
+
+
+def test_rotated_artifacts_are_refused_by_name(tmp_path: Path) -> None:
+    """transformers passes over transform_config, and must not compute without the transform."""
+    _, out = quantized(tmp_path, "llama", torch.float32, {"group_size": 32, "rotate": True, "method": "rtn"})
+    with pytest.raises(ValueError, match="quantkit-rotated"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_the_transform_is_what_compressed_tensors_says_it_is(tmp_path: Path) -> None:
+    """Its own reading of our transform_config: rotates inputs as we do, and takes what we do to weights for its inverse."""
+    config = declare({"config_groups": {}}, OnlineHadamard(r".*\.mlp\.down_proj$", 16))["transform_config"]
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": nn.Linear(48, 5), "up_proj": nn.Linear(48, 5)})})
+    model = nn.ModuleDict({"0": model})
+    weight, x = model["0"]["mlp"]["down_proj"].weight.detach().clone(), torch.randn(3, 48)
+    apply_transform_config(model, TransformConfig.model_validate(config))
+    down = model["0"]["mlp"]["down_proj"]
+    torch.testing.assert_close(down.weight.detach(), reference.hadamard(weight, 16))
+    torch.testing.assert_close(down(x), nn.functional.linear(x, weight, down.bias))
+    torch.testing.assert_close(down.down_input(x), reference.hadamard(x, 16))

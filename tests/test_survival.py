@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from quantkit import quantize as job
-from quantkit.block_loop import Memory
 from quantkit.calibrate import Walk
 from quantkit.checkpoint import files
 from quantkit.checkpoint.activations import Activations
+from quantkit.memory import Memory
 
 BLOCKS = 6
 METHODS = ("rtn", "gptq", "awq+gptq", "gptq and head")

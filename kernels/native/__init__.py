@@ -22,9 +22,9 @@ _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _SOURCES = (
     *("matmul.c", "packed.c", "rounded.c", "dense.c", "pack.c"),
-    *("paging.c", "cache.c", "cache_write.c", "attention.c", "decoder.c", "team.c"),
+    *("paging.c", "cache.c", "cache_write.c", "attention.c", "hadamard.c", "decoder.c", "team.c"),
 )
-_HEADERS = ("vec.h", "team.h", "matmul.h", "attention.h", "decoder.h")
+_HEADERS = ("vec.h", "team.h", "matmul.h", "attention.h", "hadamard.h", "decoder.h")
 
 #: No -ffast-math: sums keep their order, NaN and infinity their meaning. Contraction to fused multiply-add stays on.
 _FLAGS = (

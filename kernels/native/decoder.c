@@ -4,6 +4,7 @@
    float. Steps that go token by token (norms, residuals, activation) are shared out by tokens; with a single token every
    thread does them for itself instead, which is cheaper than waiting for one. */
 #include "decoder.h"
+#include "hadamard.h"
 #include "team.h"
 #include "vec.h"
 
@@ -164,6 +165,7 @@ static void mlp(const Worker *w, const Layer *l) {
     project(w, &l->gate_up, f->wide);
     for (int64_t t = w->tokens.first; t < w->tokens.last; t++) {
         activate(f->model->activation, f->wide + t * 2 * inner, inner, w->row);
+        hadamard_row(w->row, inner, l->down_hadamard);
         prepare(&l->down, w->row, w->prepared + t * prepared_floats(&l->down));
     }
     project(w, &l->down, f->delta);

@@ -15,6 +15,7 @@ typedef struct {
     Heads heads;
     int64_t norm_all_heads;
     int64_t rope; /* which of the model's */
+    int64_t down_hadamard; /* block of the Hadamard transform of down's inputs, or 0 */
     Store keys, values;
 } Layer;
 

@@ -60,7 +60,7 @@ class Layer(ctypes.Structure):
         *((name, _POINTER) for name in ("norm_attention", "norm_attention_out", "norm_mlp", "norm_mlp_out")),
         *((name, _POINTER) for name in ("norm_query", "norm_key")),
         ("heads", Heads),
-        *((name, _INT) for name in ("norm_all_heads", "rope")),
+        *((name, _INT) for name in ("norm_all_heads", "rope", "down_hadamard")),
         *((name, Store) for name in ("keys", "values")),
     ]
 

@@ -13,9 +13,9 @@ from typing import Any
 import typer
 
 import quantkit
-from quantkit.block_loop import is_out_of_memory
-from quantkit.cli import calib, convert, eval, generate, inspect, quantize, recipes
+from quantkit.cli import calib, convert, eval, generate, inspect, quantize, recipes, serve
 from quantkit.errors import QuantkitError
+from quantkit.memory import is_out_of_memory
 from quantkit.usage import return_freed_memory
 
 app = typer.Typer(
@@ -78,6 +78,7 @@ for _name, _verb, _example in (
     ("quantize", quantize.quantize, quantize.EXAMPLE),
     ("eval", eval.evaluate, eval.EXAMPLE),
     ("generate", generate.generate, generate.EXAMPLE),
+    ("serve", serve.serve, serve.EXAMPLE),
     ("inspect", inspect.inspect, inspect.EXAMPLE),
     ("convert", convert.convert, convert.EXAMPLE),
     ("recipes", recipes.recipes, recipes.EXAMPLE),

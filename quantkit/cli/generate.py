@@ -1,5 +1,6 @@
 """`quantkit generate`: text from a model, one prompt streamed to the terminal or a file of prompts as a batch."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,20 +12,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from quantkit.checkpoint.locate import locate
 from quantkit.cli import options, tables
+from quantkit.cli.engine_options import EngineOptions, with_engine
 from quantkit.errors import RequestError
-from quantkit.runtime.block_store import Offload
-from quantkit.runtime.engine import EngineConfig
-from quantkit.runtime.eviction import FULL, Budget
-from quantkit.runtime.paged_model import CacheOptions
 from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.sequence import Output
-from quantkit.runtime.session import Prompt, Session, read_prompts
+from quantkit.runtime.session import Prompt, read_prompts
 
 EXAMPLE = 'Example: quantkit generate demo-w4 --chat "Why is the sky blue?" --max-tokens 100 --spec ngram'
 
 
+@with_engine
 def generate(
     model: options.Model,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to continue; or use --prompts.")] = None,
@@ -43,29 +41,12 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
     stop_token_id: Annotated[list[int] | None, typer.Option(help="Token that ends the output; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A JSON schema; the output is JSON that fits it.")
+    ] = None,
     logprobs: Annotated[int | None, typer.Option(help="Log probabilities of this many tokens a place, in --json.")] = None,
-    device: options.Device = "auto",
-    kv_memory: Annotated[
-        str | None, typer.Option(help="Memory of the KV cache, e.g. 2GiB; default: half of what is free.")
-    ] = None,
-    kv_policy: options.KvPolicy = FULL,
-    kv_budget: options.KvBudget = None,
-    kv_offload: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Host memory for known prefixes that leave the cache, e.g. 4GiB.")
-    ] = None,
-    kv_offload_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where they go when that is full, too.")] = None,
-    kv_dtype: options.KvDtype = "auto",
-    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence; default: the model's context.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.")] = 32,
-    token_budget: Annotated[int, typer.Option(min=1, help="Tokens a step; longer prompts come in pieces.")] = 512,
-    spec: Annotated[
-        str,
-        typer.Option(
-            metavar="off|ngram|draft:MODEL|qspec|quantspec", help="Who drafts tokens that the model then checks at once."
-        ),
-    ] = "off",
-    draft_len: Annotated[str, typer.Option(metavar="N|auto", help="Tokens of a draft; auto: what pays.")] = "auto",
-    draft_act_bits: Annotated[int, typer.Option(help="Bits of qspec's activations, 4 or 8.")] = 8,
+    *,
+    engine: EngineOptions,
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -90,19 +71,11 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
+    schema = None if json_schema is None else _read_schema(json_schema)
     texts: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else []
-    memory = None if kv_memory is None else options.byte_size(kv_memory, "--kv-memory")
-    cache = CacheOptions(memory, max_model_len, max_batch, token_budget, dtype=kv_dtype, budget=Budget(kv_policy, kv_budget))
-    session = Session(
-        locate(model),
-        options.device(device),
-        cache,
-        EngineConfig(max_batch=max_batch, token_budget=token_budget, draft_len=options.draft_length(draft_len)),
-        _offload(kv_offload, kv_offload_dir),
-        spec,
-        draft_act_bits,
-    )
-    requests = [session.request(text, params, chat=chat) for text in texts]
+    session = engine.open(model)
+    constraint = None if schema is None else session.grammars.compile(schema)
+    requests = [session.request(text, params, chat=chat, constraint=constraint) for text in texts]
     machine = str(json_file) == "-"
     stream = prompt is not None and samples == 1 and not machine
     started = time.monotonic()
@@ -120,12 +93,16 @@ def generate(
     options.write_json(json_file, {"completions": [_completion(output) for output in outputs], "summary": summary.to_json()})
 
 
-def _offload(memory: str | None, folder: Path | None) -> Offload | None:
-    if memory is not None:
-        return Offload(options.byte_size(memory, "--kv-offload"), folder)
-    if folder is not None:
-        raise RequestError("--kv-offload-dir takes what host memory does not hold; add --kv-offload SIZE")
-    return None
+def _read_schema(path: Path) -> Any:
+    """
+    Raises:
+        RequestError: the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise RequestError(f"--json-schema {path}: cannot be read ({reason}); name a file with a JSON schema") from None
 
 
 def _write(output: Output) -> None:

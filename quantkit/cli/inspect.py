@@ -46,7 +46,9 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         schemes = [packed.scheme(module) for module in packed.modules]
         facts["format"] = packed.form.name
         facts["schemes"] = {str(scheme): schemes.count(scheme) for scheme in dict.fromkeys(schemes)}
-        facts["engines"] = packed.form.engines(set(schemes))
+        facts["engines"] = packed.engines()
+        if packed.online:
+            facts["online"] = f"Hadamard transform of what down_proj reads, in blocks of {packed.online.block}"
     made: Path = checkpoint.folder / "quantkit.json"
     if made.is_file():
         facts |= _history(made)

@@ -10,6 +10,7 @@ from quantkit.checkpoint.locate import locate
 from quantkit.cli import options, tables
 from quantkit.cli.progress import RunProgress
 from quantkit.plan import predict
+from quantkit.ranks import joined
 from quantkit.recipe import load_recipe, recorded_computing
 from quantkit.usage import available_memory
 
@@ -24,6 +25,7 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1: a scale a row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Fixed or searched zero points.")] = None,
     act_order: Annotated[bool | None, typer.Option(help="Quantize columns by falling activation.")] = None,
+    rotate: Annotated[bool | None, typer.Option(help="Rotate activations, for drafts with 4-bit ones.")] = None,
     format_: Annotated[
         Literal["compressed-tensors", "gptq", "awq"] | None, typer.Option("--format", help="On-disk format.")
     ] = None,
@@ -47,36 +49,44 @@ def quantize(
 
     Options override the recipe. A killed run goes on where it stopped when the same command is given again.
     """
-    options.require_writable(json_file)
     given: dict[str, Any] = {
         "method": method,
         "bits": bits,
         "group_size": group_size,
         "symmetric": sym,
         "act_order": act_order,
+        "rotate": rotate,
         "format": format_,
         "seed": seed,
     }
     calibration = {"source": calib, "samples": samples, "seq_len": seq_len}
     overrides = {name: value for name, value in given.items() if value is not None}
     overrides["calibration"] = {name: value for name, value in calibration.items() if value is not None}
-    request = job.Request(
-        folder=locate(model),
-        out=out,
-        recipe=load_recipe(recipe, overrides),
-        device=options.device(device),
-        max_memory=available_memory() // 2 if max_memory is None else options.byte_size(max_memory, "--max-memory"),
-        overwrite=overwrite,
-        computing=recorded_computing(recipe),
-    )
-    console = options.console(json_file, quiet=quiet)
-    if plan:
-        prediction = predict(request)
-        console.print(tables.plan_table(prediction))
-        options.write_json(json_file, prediction.to_json())
-        return
-    with RunProgress(quiet=quiet, verbose=verbose) as progress:
-        report = job.run(request, progress)
+    with joined() as team:
+        options.require_writable(json_file)
+        request = job.Request(
+            folder=locate(model),
+            out=out,
+            recipe=load_recipe(recipe, overrides),
+            device=team.place(options.device(device)),
+            max_memory=available_memory() // 2 // team.size
+            if max_memory is None
+            else options.byte_size(max_memory, "--max-memory"),
+            overwrite=overwrite,
+            computing=recorded_computing(recipe),
+        )
+        if team.rank:
+            if not plan:
+                job.assist(request, RunProgress(quiet=True, verbose=False), team)
+            return
+        console = options.console(json_file, quiet=quiet)
+        if plan:
+            prediction = predict(request)
+            console.print(tables.plan_table(prediction))
+            options.write_json(json_file, prediction.to_json())
+            return
+        with RunProgress(quiet=quiet, verbose=verbose) as progress:
+            report = job.run(request, progress, team)
     for table in tables.run_tables(report, out):
         console.print(table)
     options.write_json(json_file, report.to_json())

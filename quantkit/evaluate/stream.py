@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.artifact import dense_source
+from quantkit.artifact import dense_source, online_hadamard
 from quantkit.blocks import BlockModel
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.definition import read_config, realise_buffers
@@ -78,7 +78,7 @@ def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, len
         QuantkitError: it cannot be read, or cannot have such a cache.
     """
     dtype = torch.float32 if device.type == "cpu" else read_config(checkpoint).dtype or torch.bfloat16
-    model = CachedBlockModel(checkpoint, dense_source(checkpoint), dtype, device)
+    model = CachedBlockModel(checkpoint, dense_source(checkpoint), dtype, device, online_hadamard(checkpoint))
     model.use_cache(kv_dtype, length)
     return model
 
@@ -97,7 +97,7 @@ def open_model(checkpoint: Checkpoint, device: torch.device, *, packed: bool = F
     """
     kind = PackedBlockModel if packed else BlockModel
     dtype = torch.bfloat16 if packed and device.type == "cuda" else torch.float32
-    return kind(checkpoint, dense_source(checkpoint), dtype, device)
+    return kind(checkpoint, dense_source(checkpoint), dtype, device, online_hadamard(checkpoint))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Lin et al., "AWQ: Activation-aware Weight Quantization" (arXiv 2306.00978). The 
 every candidate; the squared output error it measures is tr(dW H dW^T), so here each candidate costs one product with H.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,7 @@ def search_channel_scale(
     dtype: torch.dtype,
     tie: Tensor,
     cost: Tensor | None = None,
+    mapping: Callable[[Callable[[float], float], Sequence[float]], Iterable[float]] = map,
 ) -> ChannelScale:
     """Best s = rms(x)^ratio for the matrices that read x.
 
@@ -51,6 +52,7 @@ def search_channel_scale(
         tie: int64 [K]; channels with the same number share a scale (repeated KV heads feed several query heads).
         cost: float32 [K], what GPTQ will pay for an error in each column (`Inverse.cost`); None for plain rounding. A
             scale that is best for rounding can be worse than none where the error is compensated.
+        mapping: like `map`; may share the candidates out.
     """
     count = int(tie.max()) + 1
     power = torch.zeros(count, device=hessian.device).index_add_(0, tie, hessian.diagonal())
@@ -58,12 +60,13 @@ def search_channel_scale(
     floor = float(magnitude.max()) * 1e-4 + torch.finfo(torch.float32).tiny
     magnitude = magnitude.clamp_(min=floor)[tie]
 
-    def loss(weight: Tensor, scheme: Scheme, scale: Tensor) -> float:
+    def loss(ratio: float) -> float:
+        scale = _normalised(magnitude, ratio)
         if cost is None:
-            return _rounding_loss(weight, scale, hessian, scheme, dtype)
-        return _compensated_loss(weight, scale, cost, scheme)
+            return sum((_rounding_loss(weight, scale, hessian, scheme, dtype) for weight, scheme in parts), 0.0)
+        return sum((_compensated_loss(weight, scale, cost, scheme) for weight, scheme in parts), 0.0)
 
-    errors = [sum(loss(*part, _normalised(magnitude, ratio)) for part in parts) for ratio in RATIOS]
+    errors = list(mapping(loss, RATIOS))
     best = min(range(len(RATIOS)), key=errors.__getitem__)
     return ChannelScale(_normalised(magnitude, RATIOS[best]), RATIOS[best], errors[best] / max(errors[0], 1e-30))
 

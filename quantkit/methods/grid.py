@@ -74,6 +74,15 @@ class QuantizedWeight:
     zeros: Tensor
     scheme: Scheme
 
+    @classmethod
+    def empty(cls, shape: torch.Size, scheme: Scheme, device: torch.device) -> "QuantizedWeight":
+        """A weight of `shape` [N, K] whose values are still to come."""
+        rows, columns = shape
+        groups = scheme.groups(columns)
+        codes = torch.empty(rows, columns, dtype=torch.uint8, device=device)
+        zeros = torch.empty(rows, groups, dtype=torch.uint8, device=device)
+        return cls(codes, torch.empty(rows, groups, device=device), zeros, scheme)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(codes - zeros) * scales as `dtype` [N, K]; computed in float32, rounded once."""
         rows, columns = self.codes.shape

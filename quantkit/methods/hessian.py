@@ -4,6 +4,7 @@ With inputs X [T tokens, K] the squared output error of replacing W by V is ||X 
 where H = X^T X / T. So both methods work on H [K, K] alone and never see a token twice.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 
 #: Column blocks of the triangular accumulation: 8 leave (1 + 1/8) / 2 = 56% of the full product's work.
 _BLOCKS = 8
+
+#: Column blocks of the drift, which is not symmetric; narrower ones are slower.
+_DRIFT_BLOCKS = 4
+
+#: Relative work of every part of the sums: the column blocks, then those of the drift, to which a quarter of the rows adds.
+PARTS = (*range(1, _BLOCKS + 1), *([_BLOCKS * _BLOCKS / 4 / _DRIFT_BLOCKS] * _DRIFT_BLOCKS))
 
 
 class Hessian:
@@ -20,7 +27,10 @@ class Hessian:
     Rows never hold padding: the corpus cuts one unbroken stream into full rows.
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device, parts: Collection[int] = range(len(PARTS))) -> None:
+        """Sums over inputs of `columns` columns, of which only `parts` (indices into PARTS) are computed here."""
+        self._blocks = [_columns(part, columns) for part in parts if part < _BLOCKS]
+        self._drift_blocks = [_columns(part, columns) for part in parts if part >= _BLOCKS]
         self.tokens = self.paired_tokens = 0
         self._sum = torch.zeros(columns, columns, device=device)
         self._cross: Tensor | None = None
@@ -37,16 +47,24 @@ class Hessian:
             assert self.paired_tokens == self.tokens, "a micro-batch with a reference came after one without"
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
-            self._cross.addmm_(x.T, torch.sub(y := self._widened(1, reference), x, out=y))
+            strayed = torch.sub(y := self._widened(1, reference), x, out=y)
+            for block in self._drift_blocks:
+                self._cross[:, block].addmm_(x.T, strayed[:, block])
             self.paired_tokens += x.shape[0]
         elif self._cross is not None and self._paired_sum is self._sum:
             self._paired_sum = self._sum.clone()
         self.tokens += x.shape[0]
         # The product is symmetric: only blocks on and above the diagonal are computed.
-        step = -(-x.shape[1] // _BLOCKS)
-        for start in range(0, x.shape[1], step):
-            stop = start + step
-            self._sum[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])
+        for block in self._blocks:
+            self._sum[: block.stop, block].addmm_(x[:, : block.stop].T, x[:, block])
+
+    def part(self, number: int) -> list[Tensor]:
+        """Views of what belongs to part `number` of the sums, to be read, or filled where another process computed it."""
+        block = _columns(number, self._sum.shape[0])
+        if number >= _BLOCKS:
+            return [] if self._cross is None else [self._cross[:, block]]
+        sums = [self._sum] if self._paired_sum is self._sum else [self._sum, self._paired_sum]
+        return [whole[: block.stop, block] for whole in sums]
 
     def _widened(self, number: int, inputs: Tensor) -> Tensor:
         """`inputs` as float32 [T, K] in a buffer of this object, which serves every micro-batch."""
@@ -83,6 +101,13 @@ class Drift:
     def divided(self, outer: Tensor) -> "Drift":
         """The drift of the inputs divided by a channel scale s, given s s^T."""
         return Drift(self.cross / outer, self.hessian / outer)
+
+
+def _columns(part: int, columns: int) -> slice:
+    """The columns of a part of the sums; none where there are fewer columns than parts."""
+    number, count = (part, _BLOCKS) if part < _BLOCKS else (part - _BLOCKS, _DRIFT_BLOCKS)
+    step = -(-columns // count)
+    return slice(min(number * step, columns), min((number + 1) * step, columns))
 
 
 def _mean(upper: Tensor, tokens: int) -> Tensor:

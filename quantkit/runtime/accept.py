@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
+from quantkit.errors import RequestError
 from quantkit.runtime.sequence import FinishReason, Output, Sample, Sequence, Timing, TokenLogprobs, Usage
 
 
@@ -16,8 +17,12 @@ def accept(sequence: Sequence, samples: Iterable[Sample], now: float) -> Output:
         now: when they were chosen.
 
     Returns:
-        What they add. Where it has a finish reason the sequence is over, and its caller frees what it holds.
+        What they add. Where it has a finish reason the sequence is over, and its caller frees what it holds. Where its
+        constraint could not say what may follow, they were chosen without it: they are dropped and it ends with an error.
     """
+    if sequence.constraint is not None and sequence.constraint.error is not None:
+        error = RequestError(f"the text cannot be constrained any further ({sequence.constraint.error}); ask for less")
+        return ended(sequence, FinishReason.ERROR, now, error)
     shown = ""
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] = []
@@ -25,6 +30,8 @@ def accept(sequence: Sequence, samples: Iterable[Sample], now: float) -> Output:
     stop: str | int | None = None
     for token, of_token in samples:
         sequence.tokens.append(token)
+        if sequence.constraint is not None:
+            sequence.constraint.advance(token)
         tokens.append(token)
         if of_token is not None:
             logprobs.append(of_token)
@@ -67,6 +74,8 @@ def _append(sequence: Sequence, token: int) -> tuple[str, FinishReason | None, s
     shown = stream.push(token)
     if stream.stop is not None:
         return shown, FinishReason.STOP, stream.stop
+    if sequence.constraint is not None and sequence.constraint.finished:
+        return shown + stream.flush(), FinishReason.STOP, None
     if len(sequence.tokens) < sequence.limit:
         return shown, None, None
     return shown + stream.flush(), FinishReason.LENGTH, None

@@ -64,7 +64,7 @@ def attend(
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "window": sliding_window or 0,
         "softcap": softcap or 0.0,
-        "sinks": s_aux,
+        "sinks": None if s_aux is None else s_aux.float(),
     }
     queries = query[0].transpose(0, 1)
     tables = batch.block_table, batch.query_start, batch.seq_lens

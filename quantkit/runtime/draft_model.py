@@ -46,7 +46,10 @@ class DraftModel:
         logits = self._catch_up([self._shadows[sequence] for sequence in self._lengths])
         drafts = draft(self._lengths, logits, self._extend)
         for sequence in self._lengths:
-            self._shadows[sequence].num_computed = len(sequence.tokens)  # until the tokens are accepted
+            shadow = self._shadows[sequence]
+            shadow.num_computed = len(sequence.tokens)  # until the tokens are accepted
+            if not drafts[sequence].tokens:
+                self._kv.trim(shadow)
         return [drafts.get(sequence, Draft()) for sequence, _ in wanted]
 
     def accepted(self, sequence: Sequence, count: int) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from quantkit.runtime.sampler import apply_penalties, check_finite, distribution, invert
+from quantkit.runtime.logits import flaws
+from quantkit.runtime.sampler import apply_constraints, apply_penalties, distribution, invert
 from quantkit.runtime.selection import argmax
 from quantkit.runtime.sequence import Draft, Sequence
 
@@ -18,18 +19,20 @@ Extend = Callable[[SequenceOf[tuple[Sequence, list[int]]]], Tensor]
 def draft(lengths: Mapping[Sequence, int], logits: Tensor, extend: Extend) -> dict[Sequence, Draft]:
     """Draft as each sequence samples: the likeliest tokens for a greedy one, drawn ones and their distributions for others.
 
+    A draft ends early where the drafter's logits are NaN or Inf: only the model's own can fail a request.
+
     Args:
         lengths: tokens of each draft, at least 1.
         logits: float32 [S, V], behind the sequences in this order; changed.
         extend: called while a draft is not complete.
-
-    Raises:
-        NumericsError: logits are NaN or Inf.
     """
     tokens: dict[Sequence, list[int]] = {sequence: [] for sequence in lengths}
     drawn: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in lengths}
     left = list(lengths)
     while True:
+        if flawed := flaws(logits):
+            sound = [row for row in range(len(left)) if row not in flawed]
+            logits, left = logits[sound], [left[row] for row in sound]
         _choose(logits, left, tokens, drawn)
         left = [sequence for sequence in left if len(tokens[sequence]) < lengths[sequence]]
         if not left:
@@ -42,8 +45,9 @@ def _choose(
     logits: Tensor, sequences: SequenceOf[Sequence], tokens: dict[Sequence, list[int]], drawn: dict[Sequence, list[Tensor]]
 ) -> None:
     """Append the next token of every draft, and what it was drawn from where it was drawn."""
-    check_finite(logits)
-    apply_penalties(logits, sequences, [tokens[sequence] for sequence in sequences])
+    ahead = [tokens[sequence] for sequence in sequences]
+    apply_constraints(logits, sequences, ahead)
+    apply_penalties(logits, sequences, ahead)
     drawing = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
     chosen = argmax(logits).tolist() if len(drawing) < len(sequences) else [0] * len(sequences)
     if drawing:

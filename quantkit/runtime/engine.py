@@ -153,7 +153,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Advance by one forward of the model; what came out, one output a sequence that advanced or ended.
 
-        A step that fails ends the requests in it, and only those, with the error.
+        A step that fails ends the requests in it, and only those, with the error; logits that are NaN or Inf only theirs.
         """
         outputs, self._cancelled = self._cancelled, []
         scheduled = self._scheduler.schedule()
@@ -161,10 +161,11 @@ class Engine:
         if scheduled:
             self._steps += 1
             try:
-                chosen = self._stepper.run(scheduled)
+                chosen, wrong = self._stepper.run(scheduled)
             except Exception as error:  # noqa: BLE001 (whatever it is, the other requests go on)
                 failed = dict.fromkeys(entry.sequence.request_id for entry in scheduled)
                 return outputs + [output for each in failed for output in self._end(each, FinishReason.ERROR, error)]
+            outputs += [output for each, error in wrong.items() for output in self._end(each, FinishReason.ERROR, error)]
             now = time.monotonic()
             for sequence, samples in chosen:
                 outputs.append(output := accept(sequence, samples, now))
@@ -224,6 +225,7 @@ class Engine:
             # A string, because neighbouring seeds must not share samples.
             random=Random() if params.seed is None else Random(f"{params.seed}:{index}"),
             timing=timing,
+            constraint=None if request.constraint is None else request.constraint.copy(),
         )
 
     def _end(self, request_id: int, reason: FinishReason, error: Exception | None = None) -> list[Output]:

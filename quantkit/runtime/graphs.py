@@ -97,6 +97,7 @@ def _fill(static: Batch, batch: Batch) -> None:
     """Copy a batch into the front of a static one; what is behind it becomes padding."""
     tokens, sequences = len(batch.token_ids), len(batch.seq_lens)
     static.token_ids[:tokens] = batch.token_ids
+    static.positions.zero_()  # Some rotary embeddings look at the largest.
     static.positions[:tokens] = batch.positions
     static.slot_mapping.fill_(-1)
     static.slot_mapping[:tokens] = batch.slot_mapping

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from quantkit.kernels import cpu
+from quantkit.kernels import cpu, cpu_hadamard
 from quantkit.kernels.cpu_rounded import rounded_matmul
 from quantkit.kernels.planes import PlaneWeight, fits, to_planes
 from quantkit.methods.grid import QuantizedWeight
@@ -72,24 +72,35 @@ def _multiply_planes(x: Tensor, weight: PlaneWeight, bias: Tensor | None, activa
     return dequant_matmul(x, weight, bias)
 
 
+def rotate(x: Tensor, block: int) -> Tensor:
+    """The Hadamard transform of x [..., K] in runs of `block`; see `reference.hadamard`."""
+    if x.device.type == "cpu":
+        return cpu_hadamard.hadamard(x, block)
+    from quantkit.kernels.hadamard import hadamard
+
+    return hadamard(x, block)
+
+
 class Linear(nn.Module):
-    """y = x[..., order] W^T + bias.
+    """y = x[..., order] W^T + bias, x rotated before where the weight was.
 
     Attributes:
         kernel_weight: see `ready`.
         bias: [N] or None.
         order: int64 [K], the column of x that each column of W multiplies, where groups were formed on permuted columns.
+        hadamard: block of the Hadamard transform that x goes through first, 0 for none.
         activation_bits: what x is rounded to, see `multiply`; set by `rounding` while a draft is computed, otherwise 0.
     """
 
     def __init__(self, weight: Weight, bias: Tensor | None = None, order: Tensor | None = None) -> None:
         super().__init__()
         self.kernel_weight, self.bias, self.order = weight, bias, order
-        self.activation_bits = 0
+        self.hadamard = self.activation_bits = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        ordered = x if self.order is None else x[..., self.order]
+        rotated = rotate(x, self.hadamard) if self.hadamard else x
+        ordered = rotated if self.order is None else rotated[..., self.order]
         return multiply(ordered, self.kernel_weight, self.bias, self.activation_bits)
 
 

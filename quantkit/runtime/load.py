@@ -72,6 +72,11 @@ class Source:
         """Whether there is a matrix, packed or dense, under that path."""
         return module in self._modules or f"{module}.weight" in self.checkpoint.tensors
 
+    def hadamard(self, module: str) -> int:
+        """Block of the Hadamard transform that a matrix wants its inputs to go through; 0 for none."""
+        online = self._packed.online if self._packed else None
+        return online.block_of(module) if online else 0
+
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         """A dense tensor of the shape that config.json calls for.
 
@@ -160,6 +165,9 @@ def load_block(
             matrices = [_read_linear(block.get_submodule(name), prefix + name, source) for name in group.names]
             modules = _linears(matrices, device, dtype)
             for name, module in zip(group.names, modules, strict=True):
+                if hadamard := source.hadamard(prefix + name):
+                    assert isinstance(module, Linear), f"{name} shares its inputs with other matrices"
+                    module.hadamard = hadamard
                 block.set_submodule(name, module)
         _load_norms(block, prefix, family, source, device, dtype)
 

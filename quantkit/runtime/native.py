@@ -31,10 +31,12 @@ class Projection:
     Attributes:
         weight: [N, K], in the layout "tiles" or "dense".
         bias: float32 [N], or None.
+        hadamard: block of the Hadamard transform of x, 0 for none; only `down` may have one.
     """
 
     weight: CpuWeight
     bias: Tensor | None = None
+    hadamard: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache,
     queries, width = model.heads * model.head_dim, model.head_dim
     assert layer.qkv.weight.shape[0] == queries + 2 * model.kv_heads * width
     assert layer.out.weight.shape[1] == queries
+    assert not any(projection.hadamard for projection in (layer.qkv, layer.out, layer.gate_up, model.head))
     assert keys.shape == values.shape
     assert keys.shape[2:] == (model.kv_heads, width)
     assert structs.kind(keys) == structs.kind(values)
@@ -197,7 +200,7 @@ def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache,
     norms = (layer.norm_attention, layer.norm_attention_out, layer.norm_mlp, layer.norm_mlp_out)
     vectors = (_floats(vector) for vector in (*norms, layer.norm_query, layer.norm_key))
     caches = structs.store(keys), structs.store(values)
-    return structs.Layer(*matrices, *vectors, shape, all_heads, layer.rope, *caches)
+    return structs.Layer(*matrices, *vectors, shape, all_heads, layer.rope, layer.down.hadamard, *caches)
 
 
 def _matrix(projection: Projection, activation_bits: int) -> structs.Matrix:

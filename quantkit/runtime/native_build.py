@@ -66,14 +66,15 @@ def describe(definition: Definition) -> DecoderModel | None:
 
 
 def _layer(block: Any, norms: Norms, config: Any, ropes: dict[str, tuple[Rope, int]]) -> DecoderLayer | None:
-    """A block as plain data; None where its matrices are not merged or not in a native layout."""
+    """A block as plain data; None where its matrices are not merged, not in a native layout or rotated elsewhere than in
+    the down projection."""
     attention, mlp = block.self_attn, block.mlp
     fused = hasattr(attention, "qkv_proj")
     qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
     gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
     found = [_projection(modules) for modules in (qkv, [attention.o_proj], gate_up, [mlp.down_proj])]
     out = [projection for projection in found if projection is not None]
-    if len(out) < len(found):
+    if len(out) < len(found) or any(projection.hadamard for projection in out[:3]):
         return None
     kind = getattr(attention, "layer_type", None)
     before_attention, behind_attention, before_mlp, behind_mlp = (_norm(block, name) for name in norms)
@@ -108,7 +109,7 @@ def _projection(modules: list[nn.Module]) -> Projection | None:
     weight = linear.kernel_weight
     if linear.order is not None or not isinstance(weight, CpuWeight) or weight.layout not in ("tiles", "dense"):
         return None
-    return Projection(weight, linear.bias)
+    return Projection(weight, linear.bias, linear.hadamard)
 
 
 def _norm(parent: nn.Module, name: str | None) -> Tensor | None:
@@ -116,11 +117,21 @@ def _norm(parent: nn.Module, name: str | None) -> Tensor | None:
     return norm.weight if isinstance(norm, Norm) else None
 
 
+def has_fixed_ropes(rotary: Any) -> bool:
+    """Whether no rotary embedding of a model depends on the data."""
+    return set(_kinds(rotary).values()) <= _FIXED_ROPES
+
+
+def _kinds(rotary: Any) -> dict[str, str]:
+    """Layer type -> type of rope; "" where all layers share one."""
+    return rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
+
+
 def _ropes(rotary: Any) -> dict[str, tuple[Rope, int]]:
     """Layer type -> rope and its number; "" where all layers share one. Empty where a rope depends on the data."""
-    kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
-    if not set(kinds.values()) <= _FIXED_ROPES:
+    if not has_fixed_ropes(rotary):
         return {}
+    kinds = _kinds(rotary)
     prefixes = {kind: f"{kind}_" if kind else "" for kind in kinds}
     return {
         kind: (Rope(getattr(rotary, f"{prefix}inv_freq").float(), getattr(rotary, f"{prefix}attention_scaling")), number)

@@ -23,7 +23,7 @@ from quantkit.runtime.kv_cache import KVCache, blocks_for
 from quantkit.runtime.kv_format import CacheFormat, cache_format, check_name
 from quantkit.runtime.linear import packed, rounding
 from quantkit.runtime.load import Definition, load_definition
-from quantkit.runtime.native_build import native_decoder
+from quantkit.runtime.native_build import has_fixed_ropes, native_decoder
 from quantkit.runtime.open_pages import pages_needed
 from quantkit.usage import available_memory, keep_freed_memory, trim_memory
 
@@ -97,6 +97,8 @@ class PagedModel:
     def _small_steps(self, run: Run, activation_bits: int) -> Callable[[Batch, bool], Tensor | None]:
         """A faster way than `run` for the batches that allow it; it answers None for others."""
         if self.definition.device.type == "cuda":
+            if not has_fixed_ropes(self.definition.module.base_model.rotary_emb):
+                return lambda batch, draft: None  # What depends on the data on the host cannot be replayed.
             return DecodeGraphs(run, self.cache, self.max_model_len, self._max_batch).forward
         decoder = native_decoder(self.definition, self.cache, activation_bits)
         if decoder is None:
@@ -132,10 +134,13 @@ class PagedModel:
         return torch.inference_mode()(lambda batch: self._forward(batch, True, run, small_step))
 
     def _forward(self, batch: Batch, draft: bool, run: Run, small_step: Callable[[Batch, bool], Tensor | None]) -> Tensor:
+        device = self.definition.device
         self.cache.prepare(batch, draft)
-        moved = batch.to(self.definition.device)
-        out = small_step(moved, draft)
-        out = run(moved, draft) if out is None else out
+        moved = batch.to(device)
+        # Triton launches on the current device, which every thread has its own of. -1: whichever it is.
+        with torch.cuda.device(device.index if device.type == "cuda" else -1):
+            out = small_step(moved, draft)
+            out = run(moved, draft) if out is None else out
         if batch.measured is not None and moved.measured is not None:
             batch.measured.mass.copy_(moved.measured.mass)
         return out

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from quantkit.errors import RequestError
+from quantkit.runtime.constraint import Constraint
 
 #: Below this, dividing by the temperature overflows float32; such a request is greedy.
 COLDEST = 1e-5
@@ -96,7 +97,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids of a prompt and how to continue it."""
+    """Token ids of a prompt and how to continue it.
+
+    Attributes:
+        prompt: what is continued.
+        params: how tokens are sampled.
+        constraint: what every sample must be like, from its first token on; None: anything. It is copied, never advanced.
+    """
 
     prompt: SequenceOf[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    constraint: Constraint | None = None

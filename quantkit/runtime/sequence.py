@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from quantkit.runtime.block_store import OffloadStats
+from quantkit.runtime.constraint import Constraint
 from quantkit.runtime.detokenize import TextStream
 from quantkit.runtime.logits import History
 from quantkit.runtime.request import SamplingParams
@@ -30,7 +31,8 @@ class Status(Enum):
 
 
 class FinishReason(str, Enum):
-    """Why a sequence ended: a stop string, stop token or end-of-sequence token; its length; from outside; a failed step."""
+    """Why a sequence ended: a stop string, stop token, end-of-sequence token or complete constraint; its length; from outside;
+    a failed step."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -101,6 +103,7 @@ class Sequence:
         random: its own source of uniform numbers, so that no other request has a say; one a token, unless a drafter that
             draws its tokens takes more.
         timing: see `Timing`.
+        constraint: what its output must be like; it knows all of it. None: anything.
         forks: the request's other samples, until they split off with the first token.
         status: see `Status`.
         num_computed: leading tokens whose keys and values were computed; also the position of the next one.
@@ -126,6 +129,7 @@ class Sequence:
     text: TextStream
     random: Random
     timing: Timing
+    constraint: Constraint | None = None
     forks: "list[Sequence]" = field(default_factory=list)
     status: Status = Status.NEW
     num_computed: int = 0

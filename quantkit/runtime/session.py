@@ -4,8 +4,9 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.corpus import load_tokenizer
 from quantkit.errors import CheckpointError, RequestError
 from quantkit.runtime.block_store import BlockStore, Offload
+from quantkit.runtime.constraint import Constraint
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions
 from quantkit.runtime.request import Request, SamplingParams
@@ -21,6 +23,9 @@ from quantkit.runtime.sequence import Output
 from quantkit.runtime.speculate import open_speculating
 from quantkit.runtime.tally import SpeculationStats
 from quantkit.usage import peak_memory
+
+if TYPE_CHECKING:
+    from quantkit.runtime.json_grammar import JsonGrammars
 
 #: A prompt as text, or as chat messages (`role`, `content`).
 Prompt = str | Sequence[Mapping[str, str]]
@@ -104,28 +109,42 @@ class Session:
         self.load_seconds = time.monotonic() - started
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)
-        eos = _eos_token_ids(checkpoint, self.tokenizer)
+        self._eos = _eos_token_ids(checkpoint, self.tokenizer)
         store = None if offload is None else BlockStore(self.model.cache, offload)
         config = replace(config, eviction=cache.budget.eviction(self.model.block_size))
         proposer = None if new_proposer is None else new_proposer()
-        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, store=store, proposer=proposer)
+        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=self._eos, store=store, proposer=proposer)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def request(self, prompt: Prompt, params: SamplingParams, *, chat: bool) -> Request:
+    @cached_property
+    def grammars(self) -> "JsonGrammars":
+        """What makes constraints for this model's texts; made when first asked for, from any thread.
+
+        Raises:
+            RequestError: llguidance is not installed, or the tokenizer is of a kind that it does not know.
+        """
+        try:
+            from quantkit.runtime.json_grammar import JsonGrammars  # an extra, and only needed here
+        except ImportError:
+            raise RequestError("JSON of a given form needs llguidance; run: pip install 'quantkit[serve]'") from None
+        return JsonGrammars(self.tokenizer, self.model.vocab_size, self._eos)
+
+    def request(self, prompt: Prompt, params: SamplingParams, *, chat: bool, constraint: Constraint | None = None) -> Request:
         """A request for a prompt.
 
         Args:
             prompt: text, or chat messages.
             params: how to sample.
             chat: put a text into the chat template as a user's message; messages always go through it.
+            constraint: what every sample must be like, from `grammars`.
 
         Raises:
             RequestError: the model has no chat template, or the template refuses the messages.
         """
         if isinstance(prompt, str) and not chat:
-            return Request(self.tokenizer(prompt, verbose=False)["input_ids"], params)
+            return Request(self.tokenizer(prompt, verbose=False)["input_ids"], params, constraint)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if not self.tokenizer.chat_template:
             raise RequestError("the model has no chat template; leave --chat out and write the prompt as text")
@@ -133,7 +152,7 @@ class Session:
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # jinja and transformers raise many types
             raise RequestError(f"the chat template refuses the messages ({' '.join(str(error).split())[:200]})") from error
-        return Request(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], params)
+        return Request(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], params, constraint)
 
     def summary(self, outputs: Sequence[Output], seconds: float) -> Summary:
         """What a finished run was like.

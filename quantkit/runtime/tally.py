@@ -13,6 +13,7 @@ class SpeculationStats:
         drafted, accepted: tokens of these.
         acceptance_rate: accepted / drafted.
         mean_accepted_length: tokens that a verified draft gave, the one behind the accepted ones included.
+        accepted_by_position: drafts whose token at a position was accepted.
         acceptance_by_position: of the drafts that reach a position, the share whose token there was accepted.
         draft_seconds: spent on proposing, in all.
         cost_ratio: seconds of a draft step (one token more for all sequences) / seconds of a step that verifies; without
@@ -24,6 +25,7 @@ class SpeculationStats:
     accepted: int
     acceptance_rate: float | None
     mean_accepted_length: float | None
+    accepted_by_position: list[int]
     acceptance_by_position: list[float]
     draft_seconds: float
     cost_ratio: float | None
@@ -77,6 +79,7 @@ class Tally:
             accepted=accepted,
             acceptance_rate=accepted / drafted if drafted else None,
             mean_accepted_length=1 + accepted / self.drafts if self.drafts else None,
+            accepted_by_position=list(self.passed),
             acceptance_by_position=_shares(self.passed, self.reached),
             draft_seconds=self.draft_seconds,
             cost_ratio=self._pure_draft_seconds / self._draft_steps / verify if verify else None,

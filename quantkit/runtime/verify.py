@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit.runtime.logits import likeliest
-from quantkit.runtime.sampler import apply_penalties, check_finite, distribution, invert, sample
+from quantkit.runtime.sampler import apply_constraints, apply_penalties, distribution, invert, sample
 from quantkit.runtime.sequence import Draft, Sample, Sequence, TokenLogprobs
 
 
@@ -26,19 +26,16 @@ def verify(logits: Tensor, sequences: SequenceOf[Sequence], drafts: SequenceOf[D
     """The tokens that follow each sequence: the accepted ones of its draft, and one more.
 
     Args:
-        logits: float32 [R, V], behind the sequence and behind each token of its draft, one sequence after another; changed.
+        logits: float32 [R, V], behind the sequence and behind each token of its draft, one sequence after another; as for
+            `sample`.
         sequences: the S sequences.
         drafts: of each.
-
-    Raises:
-        NumericsError: see `sample`.
     """
     starts = list(accumulate((1 + len(draft.tokens) for draft in drafts), initial=0))
     drawn = {i for i, draft in enumerate(drafts) if draft.probabilities is not None and not sequences[i].params.greedy}
     rest = [i for i in range(len(sequences)) if i not in drawn]
     if not drawn:
         return _match(logits, sequences, drafts)
-    check_finite(logits)
     chosen = {i: _weigh(logits[starts[i] : starts[i + 1]], sequences[i], drafts[i]) for i in drawn}
     if rest:
         rows = [row for i in rest for row in range(starts[i], starts[i + 1])]
@@ -72,7 +69,9 @@ def _weigh(logits: Tensor, sequence: Sequence, draft: Draft) -> list[Sample]:
     params, drawn, rows = sequence.params, list(draft.tokens), len(logits)
     assert draft.probabilities is not None
     raw = None if params.logprobs is None else logits.clone()
-    apply_penalties(logits, [sequence] * rows, [drawn[:i] for i in range(rows)])
+    sequences, ahead = [sequence] * rows, [drawn[:i] for i in range(rows)]
+    apply_constraints(logits, sequences, ahead)
+    apply_penalties(logits, sequences, ahead)
     p, q = distribution(logits, [params] * rows), draft.probabilities
     places = torch.tensor(drawn, device=p.device)[:, None]
     ratios = (p[:-1].gather(1, places) / q.gather(1, places))[:, 0].tolist()

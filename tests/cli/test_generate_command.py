@@ -2,6 +2,7 @@
 
 import gc
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,42 @@ def test_a_stop_string_ends_the_text(llama: Path) -> None:
     (cut,) = completions(llama, "Hello", *LENGTH, "--stop", stop)
     assert cut["text"] == text[: text.index(stop)]
     assert (cut["finish_reason"], cut["stop"]) == ("stop", stop)
+
+
+def test_a_json_schema_decides_what_the_text_is_like(llama: Path, tmp_path: Path) -> None:
+    schema = {"type": "array", "items": {"enum": ["red", "green", 7]}, "minItems": 2, "maxItems": 4}
+    (tmp_path / "s.json").write_text(json.dumps(schema))
+    options = ("Hello", "-n", 3, "--temperature", 1, "--seed", 2, "--json-schema", tmp_path / "s.json")
+    plain = completions(llama, *options)
+    for completion in plain:
+        assert 2 <= len(json.loads(str(completion["text"]))) <= 4
+        assert completion["finish_reason"] == "stop"
+    drafted = completions(llama, *options, "--spec", "ngram")
+    assert [completion["token_ids"] for completion in drafted] == [completion["token_ids"] for completion in plain]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "s.json: cannot be read (not JSON: "),
+        (b'"\xff"', "s.json: cannot be read (not JSON: "),
+        (None, "s.json: cannot be read (No such file or directory); name a file with a JSON schema"),
+        (b'{"type": "foo"}', "the JSON schema is refused (Invalid type: foo)"),
+        (b"[]", "the JSON schema is refused ("),
+    ],
+)
+def test_bad_schemas_are_one_line(llama: Path, tmp_path: Path, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "s.json").write_bytes(content)
+    assert words in refused("generate", llama, "x", "--json-schema", tmp_path / "s.json")
+
+
+def test_without_the_library_it_is_named(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.delitem(sys.modules, "quantkit.runtime.json_grammar", raising=False)
+    line = refused("generate", llama, "x", "--json-schema", tmp_path / "s.json")
+    assert "needs llguidance; run: pip install 'quantkit[serve]'" in line
 
 
 @pytest.mark.parametrize("length", ["auto", 3])

@@ -36,6 +36,16 @@ def test_quantized(artifact: Path) -> None:
         assert words in shown
 
 
+def test_rotated(llama_bf16: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    planned = quantkit("quantize", llama_bf16, "-o", out, "--method", "rtn", "--rotate", "--plan").out
+    assert "rotated: quantkit's own engine runs it" in planned
+    assert quantkit("quantize", llama_bf16, "-o", out, "--method", "rtn", "--rotate", "-q").status == 0
+    facts = json.loads(quantkit("inspect", out, "--json", "-").out)
+    assert facts["online"] == "Hadamard transform of what down_proj reads, in blocks of 128"
+    assert not any(engine["loads"] for engine in facts["engines"])
+
+
 def test_somebody_elses_artifact_needs_no_report(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "model")
     (tmp_path / "model" / "quantkit.json").unlink()

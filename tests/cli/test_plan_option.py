@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from cli.command import FAST, quantkit
 
 from quantkit.checkpoint.reader import Checkpoint
@@ -70,6 +71,14 @@ def test_disk_is_predicted_with_rules_and_a_quantized_head(llama_bf16: Path, tmp
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(HEAD)
     require_predicted(llama_bf16, tmp_path / "out", "--recipe", recipe, "--method", "rtn")
+
+
+@pytest.mark.parametrize("recipe", ["{}", HEAD])
+def test_disk_is_predicted_of_a_rotated_model(tmp_path: Path, recipe: str) -> None:
+    """Its head is no longer the embedding, whether it is quantized or not."""
+    model = tiny.make_model(tmp_path / "model", "qwen2")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    require_predicted(model, tmp_path / "out", "--recipe", tmp_path / "recipe.yaml", "--method", "rtn", "--rotate")
 
 
 def require_predicted(model: Path, out: Path, *options: object) -> None:

@@ -70,6 +70,26 @@ def test_a_config_that_does_not_fit_is_passed_over(tmp_path: Path) -> None:
     assert _best(Machine(best=128, limit=128), tmp_path / "device.json") == {"block": 64}
 
 
+def test_what_cannot_be_timed_is_the_first_and_not_remembered(tmp_path: Path) -> None:
+    path, machine = tmp_path / "device.json", Machine(best=64, limit=0)
+    assert _best(machine, path) == {"block": 32}
+    assert not path.exists()
+    assert _best(Machine(best=64), path) == {"block": 64}
+
+
+def test_memory_that_runs_out_while_timing_is_no_failure(tmp_path: Path) -> None:
+    def run(config: Config) -> None:
+        raise torch.OutOfMemoryError
+
+    assert Tuner(tmp_path / "device.json", Machine(64).clock).best("kernel", PROBLEM, CONFIGS, run) == {"block": 32}
+
+
+def test_an_only_config_is_not_timed(tmp_path: Path) -> None:
+    machine = Machine(best=64)
+    assert Tuner(tmp_path / "file.json", machine.clock).best("kernel", PROBLEM, CONFIGS[:1], machine.run) == {"block": 32}
+    assert machine.runs == 0
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"kernel: 4 128 torch.float16": {"block": 7}}'])
 def test_a_file_that_means_nothing_is_tuned_anew(tmp_path: Path, content: str) -> None:
     path = tmp_path / "device.json"

@@ -11,8 +11,9 @@ from paged_samples import DEVICE, Batch, Heads, assert_attends, make_batch
 from torch import Tensor
 
 from quantkit.kernels.paged_attention import paged_attention
-from quantkit.kernels.paged_decode import LONGEST_DECODE, MOST_ROWS, paged_decode
-from quantkit.kernels.paged_launch import Device, Scores, number_of_splits
+from quantkit.kernels.paged_decode import LONGEST_DECODE, paged_decode
+from quantkit.kernels.paged_launch import Call, Scores
+from quantkit.kernels.paged_plan import DECODE_ROWS
 
 SCALE = 0.3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -118,21 +119,21 @@ def test_query_may_be_a_slice_of_a_fused_projection(step: str) -> None:
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [4, 8, 1]])
-@pytest.mark.parametrize("processors", [1, 2, 5, 40])
-def test_any_number_of_spans_gives_the_same(processors: int, counts: list[int]) -> None:
-    # The last sequence fills only a part of its spans; with 40 processors the merge takes more than one chunk.
+@pytest.mark.parametrize("splits", [1, 2, 5, 40])
+def test_any_number_of_spans_gives_the_same(splits: int, counts: list[int]) -> None:
+    # The last sequence fills only a part of its spans; with 40 the merge takes more than one chunk.
     heads = Heads(1, 2)
     batch = make_batch([2300, 400, 3], counts, heads, 32, spare=300)
     out = torch.full_like(batch.query, float("nan"))
-    longest, device, scores = max(counts), Device(80, processors, 1 << 17), Scores.of(SCALE, 2200, 0.0)
     with _empty_is_nan():
-        paged_decode(*batch.tensors, _sinks(heads), out, scores, longest, device)
+        call = Call(*batch.tensors, _sinks(heads), out, Scores.of(SCALE, 2200, 0.0))
+        paged_decode(call, max(counts), {"rows": 16, "tokens": 16, "warps": 4, "stages": 2, "splits": splits})
     assert_attends(out, batch, scale=SCALE, window=2200, sinks=_sinks(heads))
 
 
 def test_more_rows_than_a_tile_holds() -> None:
     heads = Heads(1, 23)
-    assert 2 * MOST_ROWS < 23 * 8
+    assert 2 * DECODE_ROWS < 23 * 8
     _assert_right(make_batch([70, 20], [8, 2], heads))
 
 
@@ -142,15 +143,6 @@ def test_longest_query_may_be_told(step: str) -> None:
     _assert_right(batch)
     told = paged_attention(*batch.tensors, scale=SCALE, max_query_len=max(STEPS[step]))
     assert_attends(told, batch, scale=SCALE)
-
-
-@pytest.mark.parametrize(
-    ("programs", "tokens", "splits"),
-    # 100 processors want 400 programs. A span has two tiles of 64 tokens or more.
-    [(1, 1 << 20, 400), (8, 1 << 20, 50), (399, 1 << 20, 2), (400, 1 << 20, 1), (5000, 1 << 20, 1), (8, 1000, 8), (8, 1, 1)],
-)
-def test_spans_fill_the_machine_but_not_more(programs: int, tokens: int, splits: int) -> None:
-    assert number_of_splits(programs, tokens, 64, 100) == splits
 
 
 def test_wrong_arguments_are_refused() -> None:

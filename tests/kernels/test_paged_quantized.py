@@ -11,7 +11,7 @@ from quantkit.kernels import reference
 from quantkit.kernels.kv_write import kv_write
 from quantkit.kernels.paged_attention import paged_attention
 from quantkit.kernels.paged_decode import paged_decode
-from quantkit.kernels.paged_launch import Device, Scores
+from quantkit.kernels.paged_launch import Call, Scores
 
 #: New tokens of two sequences: both kernels, alone and together.
 STEPS = {"decode": [1, 1], "verify": [3, 8], "prefill": [33, 9], "mixed": [21, 1]}
@@ -64,7 +64,8 @@ def test_spans_end_inside_of_pages(scheme: str) -> None:
     """Split over many programs, some of which have quantized pages only, some open ones, and some both."""
     case = _float32(make_quantized(scheme, [700, 130, 3], [8, 1, 2], Heads(1, 2), 32))
     out, scores = torch.full_like(case.batch.query, float("nan")), Scores.of(SCALE, 0, 0.0)
-    paged_decode(*case.tensors, None, out, scores, 8, Device(80, 40, 1 << 17))  # type: ignore[arg-type]
+    config = {"rows": 16, "tokens": 64, "warps": 4, "stages": 2, "splits": 6}
+    paged_decode(Call(*case.tensors, None, out, scores), 8, config)  # type: ignore[arg-type]
     query, *rest = case.tensors
     wanted = reference.paged_attention(query.double(), *rest, scale=SCALE)  # type: ignore[arg-type,attr-defined]
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=2e-5)

@@ -1,6 +1,6 @@
 """The kernels on quantized caches as they would run on an A100 and on an H100, compiled without either: nothing spills."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import aot
 import launches
@@ -9,7 +9,8 @@ import torch
 
 from quantkit.kernels import kv_write_stored, paged_decode, paged_prefill
 from quantkit.kernels.kv_store import Cache, Store
-from quantkit.kernels.paged_launch import Device, Scores
+from quantkit.kernels.paged_launch import Call, Scores
+from quantkit.kernels.paged_plan import Device, Problem, decode_configs, prefill_configs
 
 A100, H100 = Device(80, 108, 166912), Device(90, 132, 232448)
 NAMES = {A100: "A100", H100: "H100"}
@@ -42,28 +43,28 @@ def _cache(form: str, *, keys: bool) -> Cache:
     return Store(codes, params, keys, lower, opened, _empty(64, dtype=torch.int32))
 
 
-def _arguments(form: str, tokens: int) -> tuple[object, ...]:
+def _call(form: str, tokens: int) -> Call:
     query, out = _empty(2, tokens, RATIO * KV_HEADS, DIM)
     numbers = _empty(SEQUENCES, 1024, dtype=torch.int32)
-    caches = (_cache(form, keys=keys) for keys in (True, False))
-    return query, *caches, numbers, numbers[0, : SEQUENCES + 1], numbers[0, :SEQUENCES], None, out
+    keys, values = (_cache(form, keys=keys) for keys in (True, False))
+    tensors = query, keys, values, numbers, numbers[0, : SEQUENCES + 1], numbers[0, :SEQUENCES], None, out
+    return Call(*tensors, Scores.of(0.1, 0, 0.0))
 
 
 @lru_cache
 def _compiled() -> dict[tuple[object, ...], tuple[aot.Job, aot.Compiled]]:
     """Every kernel, compiled by one process."""
     jobs: dict[tuple[object, ...], aot.Job] = {}
-    scores = Scores.of(0.1, 0, 0.0)
     for form, longest, device in DECODE:
-        arguments = (*_arguments(form, SEQUENCES * longest), scores, longest, device)
-        both = ("decode_kernel", "merge_kernel")
-        decode, *_ = launches.jobs(paged_decode, both, lambda a=arguments: paged_decode.paged_decode(*a), device.capability)
+        call = _call(form, SEQUENCES * longest)
+        config = decode_configs(Problem.of(call, longest, SEQUENCES), device)[0]
+        launch = partial(paged_decode.paged_decode, call, longest, config)
+        decode, *_ = launches.jobs(paged_decode, ("decode_kernel", "merge_kernel"), launch, device.capability)
         jobs["decode", form, longest, device] = decode
     for form, device in PREFILL:
-        arguments = (*_arguments(form, 4096), scores, 9, 1024, device)
-        [job] = launches.jobs(
-            paged_prefill, ("prefill_kernel",), lambda a=arguments: paged_prefill.paged_prefill(*a), device.capability
-        )
+        call = _call(form, 4096)
+        launch = partial(paged_prefill.paged_prefill, call, 1024, prefill_configs(Problem.of(call, 1024, 4), device)[0])
+        [job] = launches.jobs(paged_prefill, ("prefill_kernel",), launch, device.capability)
         jobs["prefill", form, device] = job
     for form, keys in WRITE:
         arguments = _empty(100, KV_HEADS, DIM), _cache(form, keys=keys), _empty(100, dtype=torch.int64)

@@ -42,6 +42,7 @@ class FakeModel:
     Attributes:
         batches: (sequences, new tokens) of every forward.
         fail: raise in forwards whose batch has this token.
+        spoil: token -> a number that stands among the logits behind it.
     """
 
     def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 128, vocab_size: int = VOCAB) -> None:
@@ -50,6 +51,7 @@ class FakeModel:
         self.sliding_window = 0
         self.batches: list[tuple[int, int]] = []
         self.fail: int | None = None
+        self.spoil: dict[int, float] = {}
         #: (position, token) in every slot.
         self._slots: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
 
@@ -78,8 +80,14 @@ class FakeModel:
             for row in range(start, stop):
                 rows[row] = context[: length - (stop - 1 - row)]
         self.batches.append((len(lengths), len(slots)))
-        wanted = [logits_after(rows[row], self.vocab_size) for row in batch.logit_rows.tolist()]
+        wanted = [self._logits(rows[row]) for row in batch.logit_rows.tolist()]
         return torch.stack(wanted) if wanted else torch.empty(0, self.vocab_size)
+
+    def _logits(self, tokens: Sequence[int]) -> Tensor:
+        logits = logits_after(tokens, self.vocab_size)
+        if tokens[-1] in self.spoil:
+            logits[3] = self.spoil[tokens[-1]]
+        return logits
 
     def _slot(self, table: Sequence[int], position: int) -> int:
         return table[position // self.block_size] * self.block_size + position % self.block_size

@@ -1,5 +1,6 @@
 """A draft model with its own cache, beside a target that shows every wrong slot; so does the draft model."""
 
+import math
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import replace
@@ -39,6 +40,13 @@ class Doubtful(FakeModel):
         return logits
 
 
+def flawed() -> FakeModel:
+    """Its logits are NaN behind every third token."""
+    model = FakeModel(256)
+    model.spoil = dict.fromkeys(range(0, VOCAB, 3), math.nan)
+    return model
+
+
 def pair(
     draft: FakeModel, model: FakeModel | None = None, max_batch: int = 8, budget: int = 64, draft_len: int | None = 4
 ) -> tuple[Engine, DraftModel]:
@@ -69,6 +77,7 @@ DRAFTS = {
     "no-room": lambda: Doubtful(10),
     "short-context": lambda: Doubtful(256, max_model_len=19),
     "wider": lambda: FakeModel(256, vocab_size=VOCAB + 3),
+    "flawed": flawed,
     "narrower": lambda: FakeModel(256, vocab_size=VOCAB - 7),
 }
 

@@ -1,12 +1,13 @@
 """The engine on a model that shows every wrong slot, block or position: what comes out, when, and what it leaves behind."""
 
 import itertools
+import math
 import re
 
 import pytest
 from fake_model import VOCAB, FakeModel, expected, logits_after
 
-from quantkit.errors import RequestError
+from quantkit.errors import NumericsError, RequestError
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.sequence import FinishReason, Output
@@ -222,6 +223,45 @@ def test_a_failed_step_ends_the_requests_in_it_and_no_others() -> None:
     # Nothing of the failed step is taken for computed.
     (again,) = running.generate([Request([1, 2, 96, 4, 5], GREEDY)])
     assert again.usage.cached == 0
+
+
+@pytest.mark.parametrize(("value", "named"), [(math.nan, "NaN"), (math.inf, "Inf")])
+def test_logits_that_are_no_numbers_end_their_request_and_no_other(value: float, named: str) -> None:
+    model = FakeModel()
+    token = next(each for each in range(VOCAB) if not any(each in prompt + expected(prompt, 12) for prompt in PROMPTS))
+    model.spoil = {token: value}
+    running = engine(model, max_batch=16, budget=128)
+    good = [running.add(request) for request in requests()]
+    bad = running.add(Request([1, 2, 3, 4, token], SamplingParams(n=2, temperature=0)))
+    outputs = running.step()
+    running.check()
+    ended = [out for out in outputs if out.finish_reason is not None]
+    assert [(out.request_id, out.index, out.finish_reason) for out in ended] == [(bad, 0, "error"), (bad, 1, "error")]
+    assert isinstance(ended[0].error, NumericsError)
+    assert re.fullmatch(f"request {bad}: the model's logits behind token 5 are {named}, so no token .*", str(ended[0].error))
+    outputs += drain(running)
+    for request_id, prompt in zip(good, PROMPTS, strict=True):
+        assert tokens_of(outputs, request_id) == expected(prompt, 12)
+    # What it computed is not taken for sound.
+    (again,) = running.generate([Request([1, 2, 3, 4, 5], GREEDY)])
+    assert again.usage.cached == 0
+
+
+def test_a_request_fails_where_its_own_text_gets_to() -> None:
+    texts = [expected(prompt, 12) for prompt in PROMPTS[3:5]]
+    token = next(token for token in texts[0][3:] if token not in texts[1] + texts[0][:3])
+    model = FakeModel()
+    model.spoil = {token: math.nan}
+    running = engine(model)
+    first, second = (running.add(Request(prompt, GREEDY)) for prompt in PROMPTS[3:5])
+    outputs = []
+    while running.has_work:
+        outputs += running.step()
+        running.check()
+    assert tokens_of(outputs, first) == texts[0][: texts[0].index(token) + 1]
+    assert tokens_of(outputs, second) == texts[1]
+    assert [out.finish_reason for out in outputs if out.finish_reason] in (["error", "length"], ["length", "error"])
+    assert running.stats.used_blocks == 0
 
 
 def test_generate_raises_what_failed_and_leaves_nothing() -> None:

@@ -11,10 +11,10 @@ from exact import kept, probabilities
 from sequences import sequence
 from torch import Tensor
 
-from quantkit.errors import NumericsError, RequestError
-from quantkit.runtime.logits import History, Penalty, likeliest, penalise
+from quantkit.errors import RequestError
+from quantkit.runtime.logits import History, Penalty, flaws, likeliest, penalise
 from quantkit.runtime.request import SamplingParams
-from quantkit.runtime.sampler import distribution, draw, sample
+from quantkit.runtime.sampler import apply_penalties, distribution, draw, sample
 from quantkit.runtime.selection import argmax, largest
 
 #: Wider than the first selection, so that all paths are taken.
@@ -164,7 +164,7 @@ def test_penalties_are_as_defined_while_the_output_grows(params: SamplingParams)
         wanted[0] = torch.tensor(_penalised(logits[0].tolist(), [0, 15], [], SamplingParams(repetition_penalty=3)))
         wanted[2] = torch.tensor(_penalised(logits[2].tolist(), prompt, output[:length], params))
         history.update(array("q", prompt + output[:length]), len(prompt))
-        penalise(logits, [Penalty(2, history, *strengths), Penalty(0, other, 3.0, 0.0, 0.0)])
+        penalise(logits, [Penalty(2, history, (), *strengths), Penalty(0, other, (), 3.0, 0.0, 0.0)])
         # Three roundings of numbers up to 10 in float32.
         torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-5)
 
@@ -188,13 +188,12 @@ def test_selection_is_that_of_torch(vocab: int, levels: int) -> None:
         assert bool(rising.all())
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.5)], ids=str)
-def test_logits_that_are_no_numbers_choose_nothing(params: SamplingParams, bad: float) -> None:
-    logits = torch.zeros(2, 64)
-    logits[1, 40] = bad
-    with pytest.raises(NumericsError, match="logits are NaN or Inf"):
-        sample(logits, [sequence([0], (), params, index=i) for i in range(2)])
+def test_flaws_name_rows_from_which_nothing_can_be_chosen() -> None:
+    logits = torch.zeros(6, 64)
+    logits[1, 40], logits[2, 7], logits[3], logits[4, 9] = math.nan, math.inf, -math.inf, -math.inf
+    logits[5, [1, 2]] = torch.tensor([math.inf, math.nan])
+    assert flaws(logits) == {1: "NaN", 2: "Inf", 3: "-Inf for every token", 5: "NaN"}
+    assert flaws(logits[[0, 4]]) == flaws(logits[:0]) == {}
 
 
 def test_sample_penalises_only_whom_it_should_and_reports_unpenalised_logprobs() -> None:
@@ -257,3 +256,51 @@ def test_impossible_values_are_refused(values: dict[str, float], wanted: str) ->
     with pytest.raises(RequestError, match=f"^{wanted}") as caught:
         SamplingParams(**values)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def _by_sorting(logits: Tensor, params: SamplingParams, uniform: float) -> tuple[int, set[int]]:
+    """The drawn and the kept tokens of a row, by a sort of the whole vocabulary."""
+    order = logits.sort(descending=True, stable=True).indices
+    scaled = ((logits - logits.max()) / torch.tensor(params.temperature))[None]
+    mass = (torch.softmax(scaled, -1)[0] * 2.0**48).round()[order]
+    cumulated = mass.double().cumsum(0)
+    share = math.ceil(params.top_p * 2.0**48) if params.top_p < 1 else math.inf
+    least = torch.tensor(params.min_p) * mass[0]
+    kept = min(int((cumulated < share).sum()) + 1, int((mass >= least).sum()), len(order))
+    target = min(math.floor(uniform * float(cumulated[kept - 1])) + 1, int(cumulated[kept - 1]))
+    return int(order[(cumulated < target).sum()]), set(order[:kept][mass[:kept] > 0].tolist())
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["few-ties", "ties"])
+@pytest.mark.parametrize("spread", [0.0, *SPREADS])
+def test_a_nucleus_is_that_of_a_full_sort(spread: float, rounded: bool) -> None:
+    filters = [{"top_p": p} for p in (1e-6, 0.1, 0.5, 0.9, 0.99, 0.9999)] + [{"min_p": m} for m in (1.0, 0.3, 1e-3, 1e-9)]
+    filters += [{"top_p": 0.95, "min_p": m} for m in (1e-4, 0.05)]
+    params = [SamplingParams(temperature=t, **f) for t in (0.3, 1.0, 2.5) for f in filters]  # type: ignore[arg-type]
+    logits, draws = _logits(len(params), spread, seed=3), Random(2)
+    logits[:, 9000:] = -math.inf
+    logits[::5, :9000] += 40 * torch.rand(9000, generator=torch.Generator().manual_seed(1)).pow(300)
+    logits = logits.mul(8).round().div(8) if rounded else logits
+    uniforms = [draws.choice([draws.random(), 0.0, 1 - 2**-53]) for _ in params]
+    wanted = [_by_sorting(row, each, u) for row, each, u in zip(logits, params, uniforms, strict=True)]
+    before = logits.clone()
+    assert draw(logits, params, uniforms) == [token for token, _ in wanted]
+    found = distribution(logits, params)
+    assert [set(row.nonzero().flatten().tolist()) for row in found] == [kept for _, kept in wanted]
+    assert torch.equal(logits, before)
+
+
+def test_a_tiny_repetition_penalty_leaves_numbers() -> None:
+    logits = torch.tensor([[5.0, -1.0, 0.5, 0.0]])
+    text = sequence([0], (), SamplingParams(repetition_penalty=1e-38, temperature=0.5))
+    assert sample(logits, [text])[0].token == 0
+
+
+def test_tokens_ahead_count_as_output() -> None:
+    params = SamplingParams(temperature=0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.25)
+    prompt, output, ahead = [1, 2, 2, 7], (3, 7, 3), [[], [5], [5, 3], [5, 3, 5]]
+    logits = _logits(4, 2.0, vocab=16)
+    wanted = [_penalised(row.tolist(), prompt, [*output, *each], params) for row, each in zip(logits, ahead, strict=True)]
+    apply_penalties(logits, [sequence(prompt, output, params)] * 4, ahead)
+    # Three roundings of numbers up to 10 in float32.
+    torch.testing.assert_close(logits, torch.tensor(wanted), rtol=1e-6, atol=1e-5)

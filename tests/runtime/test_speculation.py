@@ -1,6 +1,7 @@
 """Drafts through the whole engine, on a model that shows every wrong slot: whatever is drafted, the text is the model's."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 
@@ -54,6 +55,27 @@ def test_greedy_output_is_the_models(proposer: str, num_blocks: int, max_batch: 
         for request_id, prompt in zip(ids, PROMPTS, strict=True):
             assert tokens_of(outputs, request_id) == expected(prompt, 12)
     assert max(tokens for _, tokens in model.batches) <= budget
+
+
+@pytest.mark.parametrize("proposer", ["right", "wrong", "mixed"])
+def test_logits_that_are_no_numbers_fail_a_request_where_they_do_without_drafts(proposer: str) -> None:
+    """Behind a draft's token they count only if the text gets there; what is accepted before is the model's."""
+    texts = [expected(prompt, 12) for prompt in PROMPTS]
+    for token in (texts[2][5], (texts[3][4] + 1) % VOCAB):
+        model = FakeModel()
+        model.spoil = {token: math.nan}
+        running = engine(PROPOSERS[proposer](), model)
+        ids = [running.add(request) for request in requests()]
+        outputs = []
+        while running.has_work:
+            outputs += running.step()
+            running.check()
+        for request_id, prompt, text in zip(ids, PROMPTS, texts, strict=True):
+            fails = token in [prompt[-1], *text[:-1]]
+            until = [prompt[-1], *text].index(token) if fails else 12
+            assert tokens_of(outputs, request_id) == text[:until]
+            (last,) = [out for out in outputs if out.request_id == request_id and out.finish_reason is not None]
+            assert last.finish_reason == (FinishReason.ERROR if fails else FinishReason.LENGTH)
 
 
 def test_right_drafts_save_steps_and_wrong_ones_cost_none() -> None:

@@ -14,7 +14,6 @@ from proposers import Drawer
 from sequences import sequence
 from torch import Tensor
 
-from quantkit.errors import NumericsError
 from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.sequence import Draft, Sequence
 from quantkit.runtime.verify import verify
@@ -183,13 +182,3 @@ def test_sequences_of_all_kinds_in_one_call() -> None:
         (alone,) = verify(rows(text, draft), [text], [draft])
         assert alone == together[number]
         assert all((each.logprobs is None) == (text.params.logprobs is None) for each in alone)
-
-
-def test_logits_that_are_no_numbers_are_refused() -> None:
-    for params in (SamplingParams(temperature=0), SamplingParams(temperature=1.0)):
-        text = sequence(PROMPT, OUTPUT, params)
-        for draft in (Draft([1]), Draft([1], torch.full((1, VOCAB), 1 / VOCAB))):
-            logits = rows(text, draft)
-            logits[1, 2] = float("nan")
-            with pytest.raises(NumericsError):
-                verify(logits, [text], [draft])

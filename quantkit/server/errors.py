@@ -1,0 +1,115 @@
+"""Every error a client sees: OpenAI's shape, one line that says what is wrong, never a traceback or a path."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from quantkit.errors import RequestError
+from quantkit.server.job import BusyError, DrainingError, EngineDiedError
+
+logger = logging.getLogger("quantkit.server")
+
+#: Fields that one message names at most.
+_NAMED = 4
+
+
+class ApiError(HTTPException):
+    """An error with a status, in OpenAI's terms."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            status: of HTTP.
+            message: one line for the client.
+            kind: the body's `type`.
+            param: the field that is wrong.
+            code: a word for programs.
+            headers: more headers of the response.
+        """
+        super().__init__(status, message, dict(headers or {}))
+        self.kind, self.param, self.code = kind, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        # Names of unknown fields are echoed and may hold halves of surrogate pairs, which UTF-8 cannot.
+        message, param = (text and text.encode(errors="replace").decode() for text in (self.detail, self.param))
+        return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole response."""
+        return JSONResponse(self.body(), self.status_code, self.headers)
+
+
+def api_error(error: Exception) -> ApiError:
+    """What a client is told about an exception; what it cannot know of is logged here."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error))
+    if isinstance(error, RequestValidationError):
+        return _invalid(error.errors())
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    if isinstance(error, BusyError):
+        busy = "too many requests wait; send it again later"
+        return ApiError(429, busy, "rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
+    if isinstance(error, DrainingError):
+        return ApiError(503, "the server is shutting down", "server_error", code="shutting_down", headers={"Retry-After": "5"})
+    if isinstance(error, EngineDiedError):
+        return ApiError(503, "the engine has stopped; the server must be restarted", "server_error", code="engine_stopped")
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the request failed in the server; its log says why", "server_error", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception with an `ApiError`."""
+
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        return api_error(error).response()
+
+    for kind in (HTTPException, RequestValidationError, RequestError, BusyError, DrainingError, EngineDiedError, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def _invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """All that is wrong with a body, in one line; the first field is the `param`."""
+    # The forms that a field may have give an error each.
+    said: dict[str, list[str]] = {}
+    for error in errors:
+        said.setdefault(_field(error["loc"]), []).append(_reason(error))
+    lines = [": ".join(filter(None, (name, ", or ".join(dict.fromkeys(why))))) for name, why in said.items()]
+    more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+    code = "unknown_parameter" if errors[0]["type"] == "extra_forbidden" else None
+    return ApiError(400, "; ".join(lines[:_NAMED]) + more, param=next(iter(said)) or None, code=code)
+
+
+def _field(loc: Sequence[str | int]) -> str:
+    """`messages.0.content` of ("body", "messages", 0, "content", "str"); "" for the body, and for places in its text."""
+    if len(loc) == 2 and isinstance(loc[1], int):
+        return ""
+    return ".".join(str(part)[:80] for part in loc[1:] if isinstance(part, int) or (part != "str" and "[" not in part))
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return "unknown field"
+    if kind == "json_invalid":
+        return f"the body is not JSON ({error['ctx']['error']})"
+    if kind == "model_attributes_type" and len(error["loc"]) == 1:
+        return "the body must be a JSON object, sent with Content-Type: application/json"
+    return str(error["msg"]).removeprefix("Value error, ")

@@ -1,0 +1,53 @@
+"""Text to tokens and back, outside of the event loop: a long prompt must not hold up other streams."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import cast
+
+from quantkit.runtime.request import Request, SamplingParams
+from quantkit.runtime.session import Prompt, Session
+
+
+class Texts:
+    """A session's tokenizer, which the event loop, one worker thread and the engine's thread use side by side."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._tokenizer = session, session.tokenizer
+        if self._tokenizer.is_fast:
+            # Otherwise the first encoding would change these, which a fast tokenizer refuses while another thread decodes.
+            self._tokenizer.backend_tokenizer.no_truncation()
+            self._tokenizer.backend_tokenizer.no_padding()
+        # One thread: tokenizing is spread over cores by the tokenizer itself.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    async def request(self, prompt: Prompt | list[int], params: SamplingParams) -> Request:
+        """The engine's request for a text, for chat messages, or for tokens; see `encode`."""
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            return Request(cast(list[int], prompt), params)
+        return Request(await self.encode(cast(Prompt, prompt)), params)
+
+    async def encode(self, prompt: Prompt) -> Sequence[int]:
+        """Tokens of a text, or of chat messages.
+
+        Raises:
+            RequestError: the model has no chat template, or the template refuses the messages.
+        """
+        encode = partial(self._session.request, prompt, SamplingParams(), chat=False)
+        return (await asyncio.get_running_loop().run_in_executor(self._worker, encode)).prompt
+
+    async def decode(self, tokens: list[int]) -> str:
+        """The text of tokens, special ones included."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, tokens)
+
+    def piece(self, token: int) -> str:
+        """The text of one token; characters that span several tokens show as U+FFFD."""
+        return self._decode([token])
+
+    def close(self) -> None:
+        """End the worker."""
+        self._worker.shutdown(cancel_futures=True)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

@@ -1,0 +1,193 @@
+"""What the server tells about itself: Prometheus' text, parsed, and the numbers of the page, against engines that ran."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from runtime.fake_model import VOCAB, FakeModel, expected
+
+from quantkit.runtime.engine import Engine, EngineConfig
+from quantkit.runtime.ngram import NgramProposer
+from quantkit.runtime.request import Request, SamplingParams
+from quantkit.runtime.sequence import Draft, Output, Sequence, Stats, Timing, Usage
+from quantkit.runtime.sequence import FinishReason as End
+from quantkit.server.live import WINDOW, Live, percentiles
+from quantkit.server.metrics import REQUEST_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, Metrics
+
+LABELS = {"model_name": "tiny", "engine": "0"}
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+def parsed(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Value of every sample by its name and its labels beside the model's."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            if sample.name.startswith("vllm:"):
+                assert {name: labels.pop(name) for name in LABELS} == LABELS
+            found[sample.name, tuple(sorted(labels.items()))] = sample.value
+    return found
+
+
+def watched(engine: Engine) -> tuple[Metrics, Live, Callable[[], list[Output]]]:
+    """An engine's observers, and what steps it before their eyes."""
+    metrics, live = Metrics("tiny", engine.model.max_model_len, engine.stats), Live("tiny", engine.stats)
+
+    def step() -> list[Output]:
+        outputs = engine.step()
+        for observer in (metrics, live):
+            observer.stepped(outputs, engine.stats, time.monotonic())
+        return outputs
+
+    return metrics, live, step
+
+
+def test_counts_are_those_of_the_requests() -> None:
+    engine = Engine(FakeModel(), EngineConfig(max_batch=2, token_budget=32))
+    metrics, live, step = watched(engine)
+    assert parsed(metrics)["vllm:num_requests_running", ()] == 0
+    for start in (0, 20, 40, 60):
+        engine.add(Request(range(start, start + 9), GREEDY))
+    step()
+    now = parsed(metrics)
+    assert (now["vllm:num_requests_running", ()], now["vllm:num_requests_waiting", ()]) == (2, 2)
+    # Two prompts of 9 tokens fill 3 blocks of 4 each, of 64.
+    assert now["vllm:kv_cache_usage_perc", ()] == 6 / 64
+    state = live.snapshot()
+    assert (state["running"], state["waiting"], state["kv_usage"], state["served"]) == (2, 2, 6 / 64, 0)
+    engine.cancel(3)
+    while engine.has_work:
+        step()
+    again = engine.add(Request(range(9), GREEDY))
+    outputs = []
+    while engine.has_work:
+        outputs += step()
+    assert outputs[-1].request_id == again
+    now = parsed(metrics)
+    reason = "vllm:request_success_total"
+    ended = {dict(labels)["finished_reason"]: value for (name, labels), value in now.items() if name == reason}
+    assert ended == {"stop": 0, "length": 4, "abort": 1, "error": 0}
+    assert now["vllm:prompt_tokens_total", ()] == 4 * 9
+    assert now["vllm:generation_tokens_total", ()] == 4 * 12
+    # The request that was cancelled was never looked up; the last one finds two full blocks.
+    assert (now["vllm:prefix_cache_queries_total", ()], now["vllm:prefix_cache_hits_total", ()]) == (36, 8)
+    for name, count in {
+        "time_to_first_token_seconds": 4,
+        "inter_token_latency_seconds": 4 * 11,
+        "request_time_per_output_token_seconds": 4,
+        "e2e_request_latency_seconds": 4,
+        "request_prompt_tokens": 4,
+        "request_generation_tokens": 4,
+    }.items():
+        assert now[f"vllm:{name}_count", ()] == count
+        assert now[f"vllm:{name}_bucket", (("le", "+Inf"),)] == count
+    assert now["vllm:request_generation_tokens_sum", ()] == 48
+    assert not any("spec_decode" in name for name, _ in now)
+    # The sums tell the same story: a request is its first token and the gaps behind it.
+    parts = now["vllm:time_to_first_token_seconds_sum", ()] + now["vllm:inter_token_latency_seconds_sum", ()]
+    # Outputs are timed in the step, gaps behind it; a step of this model takes far less than this.
+    assert parts == pytest.approx(now["vllm:e2e_request_latency_seconds_sum", ()], abs=0.5)
+    state = live.snapshot()
+    assert (state["served"], state["running"], state["acceptance_rate"]) == (4, 0, None)
+    assert state["prefix_hit_rate"] == 8 / 36
+
+
+def test_buckets_are_vllms() -> None:
+    metrics = Metrics("tiny", 1000, Engine(FakeModel()).stats)
+    buckets: dict[str, list[float]] = {}
+    for name, labels in parsed(metrics):
+        if name.endswith("_bucket"):
+            buckets.setdefault(name, []).append(float(dict(labels)["le"]))
+    infinite = (float("inf"),)
+    lengths = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    assert {name: tuple(values) for name, values in buckets.items()} == {
+        "vllm:time_to_first_token_seconds_bucket": TTFT_BUCKETS + infinite,
+        "vllm:inter_token_latency_seconds_bucket": TOKEN_BUCKETS + infinite,
+        "vllm:request_time_per_output_token_seconds_bucket": TOKEN_BUCKETS + infinite,
+        "vllm:e2e_request_latency_seconds_bucket": REQUEST_BUCKETS + infinite,
+        "vllm:request_prompt_tokens_bucket": lengths + infinite,
+        "vllm:request_generation_tokens_bucket": lengths + infinite,
+    }
+
+
+def test_samples_share_a_prompt_and_failures_count_as_such() -> None:
+    model = FakeModel()
+    engine = Engine(model)
+    metrics, live, step = watched(engine)
+    engine.add(Request([1, 2, 3], SamplingParams(n=3, seed=1, max_tokens=5)))
+    while engine.has_work:
+        step()
+    model.fail = 50
+    engine.add(Request([50], GREEDY))
+    (failed,) = step()
+    assert failed.error is not None
+    metrics.refused("busy")
+    now = parsed(metrics)
+    assert now["vllm:prompt_tokens_total", ()] == 3
+    assert now["vllm:generation_tokens_total", ()] == 15
+    assert now["vllm:request_success_total", (("finished_reason", "length"),)] == 3
+    assert now["vllm:request_success_total", (("finished_reason", "error"),)] == 1
+    assert now["vllm:e2e_request_latency_seconds_count", ()] == 3
+    assert now["quantkit:requests_refused_total", (("reason", "busy"),)] == 1
+    assert live.snapshot()["served"] == 3
+
+
+class HalfRight(NgramProposer):
+    """Drafts what the model wants, and something else at the end."""
+
+    def propose(self, wanted: list[tuple[Sequence, int]]) -> list[Draft]:  # type: ignore[override]
+        """See `Proposer`."""
+        drafts = [expected(list(sequence.tokens), count) for sequence, count in wanted]
+        return [Draft([*tokens[:-1], (tokens[-1] + 1) % VOCAB]) for tokens in drafts]
+
+
+def test_preemptions_and_drafts() -> None:
+    engine = Engine(FakeModel(16), EngineConfig(max_batch=4, token_budget=32, draft_len=3), proposer=HalfRight())
+    metrics, live, step = watched(engine)
+    for start in (0, 10, 20):
+        engine.add(Request([start, start + 1] * 5, SamplingParams(temperature=0, max_tokens=30)))
+    while engine.has_work:
+        step()
+    stats, now = engine.stats, parsed(metrics)
+    assert stats.speculation is not None
+    assert 0 < now["vllm:num_preemptions_total", ()] == stats.preemptions
+    assert 0 < now["vllm:spec_decode_num_drafts_total", ()] == stats.speculation.drafts
+    assert now["vllm:spec_decode_num_draft_tokens_total", ()] == stats.speculation.drafted
+    assert now["vllm:spec_decode_num_accepted_tokens_total", ()] == stats.speculation.accepted
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    by_position = [now[name, (("position", str(i)),)] for i in range(len(stats.speculation.accepted_by_position))]
+    assert sum(by_position) == stats.speculation.accepted
+    assert live.snapshot()["acceptance_rate"] == stats.speculation.acceptance_rate
+    # A preempted request's prompt is computed twice and counts once.
+    assert now["vllm:prompt_tokens_total", ()] == 30
+
+
+def test_times_are_what_the_formulas_say() -> None:
+    stats: Stats = Engine(FakeModel()).stats
+    metrics, live = Metrics("tiny", 100, stats), Live("tiny", stats)
+    first = Output(0, 0, Usage(4, 0, 1), Timing(10.0, 10.5), token_ids=[1])
+    middle = Output(0, 0, Usage(4, 0, 3), Timing(10.0, 10.5), token_ids=[2, 3])
+    last = Output(0, 0, Usage(4, 0, 5), Timing(10.0, 10.5, 12.5), token_ids=[4, 5], finish_reason=End.STOP)
+    for observer in (metrics, live):
+        for output, at in ((first, 10.5), (middle, 11.5), (last, 12.5)):
+            observer.stepped([output], stats, at)
+    now = parsed(metrics)
+    assert now["vllm:time_to_first_token_seconds_sum", ()] == 0.5
+    # Two chunks a second apart each, and four tokens behind the first in two seconds.
+    assert (now["vllm:inter_token_latency_seconds_count", ()], now["vllm:inter_token_latency_seconds_sum", ()]) == (2, 2.0)
+    assert now["vllm:request_time_per_output_token_seconds_sum", ()] == 0.5
+    assert now["vllm:e2e_request_latency_seconds_sum", ()] == 2.5
+    state = live.snapshot(12.5)
+    assert state["tokens_per_second"] == 5 / WINDOW
+    assert state["ttft_seconds"] == {"p50": 0.5, "p90": 0.5, "p99": 0.5}
+    assert live.snapshot(11.0 + WINDOW)["tokens_per_second"] == 4 / WINDOW
+    assert live.snapshot(13.0 + WINDOW)["tokens_per_second"] == 0
+
+
+def test_percentiles() -> None:
+    assert percentiles([]) is None
+    assert percentiles([2.0]) == {"p50": 2.0, "p90": 2.0, "p99": 2.0}
+    hundred = percentiles([float(i) for i in range(101)])
+    assert hundred == pytest.approx({"p50": 50, "p90": 90, "p99": 99})

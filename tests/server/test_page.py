@@ -1,0 +1,201 @@
+"""The page at `/` in headless Chromium, as a person uses it.
+
+Needs a Chromium: `apt-get install chromium` on Debian; any `chromium`, `chromium-browser` or `google-chrome` on the PATH does.
+Playwright only drives it; nothing is downloaded.
+"""
+
+import asyncio
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from runtime.fake_model import FakeModel
+
+from quantkit.runtime.engine import Engine
+from quantkit.runtime.sequence import FinishReason, Output, Timing, Usage
+from quantkit.server.live import Live
+from quantkit.server.metrics import Metrics
+from quantkit.server.monitor import monitor_routes
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH; on Debian: apt-get install chromium")
+
+
+class Talker:
+    """Speaks the server's protocol, with answers that a test can foresee.
+
+    Attributes:
+        asked: bodies of all calls.
+        pause: seconds between the words of an answer.
+        closed: answers that a client did not hear to their end.
+    """
+
+    def __init__(self, key: str | None = None) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.pause, self.closed = 0.0, 0
+        stats = Engine(FakeModel()).stats
+        self.live = Live("tiny", stats)
+        self.app = FastAPI()
+        self.app.include_router(monitor_routes(Metrics("tiny", 128, stats), self.live))
+        self.app.post("/v1/chat/completions", response_model=None)(self.chat)
+
+        @self.app.middleware("http")
+        async def guard(request: Request, call_next: Any) -> Response:
+            if request.url.path != "/" and key and request.headers.get("authorization") != f"Bearer {key}":
+                return JSONResponse({"error": {"message": "a valid API key is needed"}}, 401)
+            answered: Response = await call_next(request)
+            return answered
+
+    async def chat(self, request: Request) -> Response:
+        """Say the last message again, a letter at a time, or refuse it."""
+        body = await request.json()
+        self.asked.append(body)
+        said = body["messages"][-1]["content"]
+        if said == "bad":
+            return JSONResponse({"error": {"message": "the prompt has too many tokens"}}, 400)
+        return StreamingResponse(self._words(said), media_type="text/event-stream")
+
+    async def _words(self, said: str) -> AsyncIterator[bytes]:
+        try:
+            # An event cut in the middle of a character must not matter.
+            first = ("data: " + json.dumps({"choices": [{"delta": {"content": "é: "}}]}, ensure_ascii=False)).encode()
+            yield first[:45]
+            await asyncio.sleep(0.01)
+            yield first[45:] + b"\n\n"
+            for letter in said:
+                await asyncio.sleep(self.pause)
+                yield f"data: {json.dumps({'choices': [{'delta': {'content': letter}}]})}\n\n".encode()
+            yield b'data: {"choices": []}\n\ndata: [DONE]\n\n'
+        except (asyncio.CancelledError, GeneratorExit):
+            self.closed += 1
+            raise
+
+
+@pytest.fixture
+def address(request: pytest.FixtureRequest) -> Iterator[tuple[Talker, str]]:
+    """A server that listens, and where."""
+    talker = Talker(getattr(request, "param", None))
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(talker.app, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run, args=([sock],))
+    thread.start()
+    yield talker, f"http://127.0.0.1:{sock.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(30)
+    sock.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One for all tests; the sandbox needs rights that root in a container does not have."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A new one, that asked for nothing but its own server and said nothing on the console that is an error."""
+    page, complaints, hosts = browser.new_page(), [], set()
+
+    def note(message: ConsoleMessage) -> None:
+        # A refused call is reported there by the browser itself.
+        if message.type == "error" and "status of 40" not in message.text:
+            complaints.append(message.text)
+
+    page.on("console", note)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
+    yield page
+    page.close()
+    assert complaints == []
+    assert hosts == {"127.0.0.1"}
+
+
+def say(page: Page, text: str) -> None:
+    page.get_by_label("Message").fill(text)
+    page.get_by_label("Message").press("Enter")
+
+
+def test_the_state_is_shown_and_stays_fresh(address: tuple[Talker, str], page: Page) -> None:
+    talker, url = address
+    page.goto(url)
+    expect(page.locator("#model")).to_have_text("tiny")
+    expect(page.locator("#running")).to_have_text("0")
+    expect(page.locator("#ttft_seconds")).to_have_text("–")
+    expect(page.get_by_label("API key")).to_be_hidden()
+    timing = Timing(1.0, 1.25, 3.25)
+    output = Output(0, 0, Usage(4, 0, 5), timing, token_ids=[1, 2, 3, 4, 5], finish_reason=FinishReason.STOP)
+    talker.live.stepped([output], Engine(FakeModel()).stats, time.monotonic())
+    expect(page.locator("#served")).to_have_text("1")
+    expect(page.locator("#ttft_seconds")).to_have_text("250, 250, 250")
+    expect(page.locator("#tpot_seconds")).to_have_text("500, 500, 500")
+    expect(page.locator("#tokens_per_second")).to_have_text("0.5")
+    expect(page.locator("#kv_usage")).to_have_text("0 %")
+    expect(page.locator("#acceptance_rate")).to_have_text("–")
+
+
+def test_a_person_chats(address: tuple[Talker, str], page: Page) -> None:
+    talker, url = address
+    page.goto(url)
+    expect(page.locator("#model")).to_have_text("tiny")
+    say(page, "  Hello <b>there</b>  ")
+    # As text: nothing that a model or a person says is markup.
+    expect(page.locator("#chat .assistant")).to_have_text("é: Hello <b>there</b>")
+    expect(page.locator("#send")).to_be_visible()
+    say(page, "bad")
+    expect(page.locator("#chat .error")).to_have_text("the prompt has too many tokens")
+    say(page, "again")
+    expect(page.locator("#chat .assistant").last).to_have_text("é: again")
+    first = [{"role": "user", "content": "Hello <b>there</b>"}, {"role": "assistant", "content": "é: Hello <b>there</b>"}]
+    assert [body["messages"] for body in talker.asked] == [
+        first[:1],
+        [*first, {"role": "user", "content": "bad"}],
+        [*first, {"role": "user", "content": "again"}],
+    ]
+    assert all((body["model"], body["stream"]) == ("tiny", True) for body in talker.asked)
+
+
+def test_an_answer_streams_and_can_be_stopped(address: tuple[Talker, str], page: Page) -> None:
+    talker, url = address
+    talker.pause = 0.02
+    page.goto(url)
+    say(page, "x" * 5000)
+    answer = page.locator("#chat .assistant")
+    expect(answer).to_contain_text("é: xxx")
+    page.locator("#stop").click()
+    expect(page.locator("#stop")).to_be_hidden()
+    length = len(answer.inner_text())
+    assert 3 < length < 5000
+    end = time.monotonic() + 30
+    while not talker.closed:
+        assert time.monotonic() < end, "the server still writes"
+        page.wait_for_timeout(20)
+    assert len(answer.inner_text()) == length
+
+
+@pytest.mark.parametrize("address", ["secret"], indirect=True)
+def test_the_key_is_asked_for_where_one_is_needed(address: tuple[Talker, str], page: Page) -> None:
+    page.goto(address[1])
+    field = page.get_by_label("API key")
+    expect(field).to_be_visible()
+    expect(page.locator("#status")).to_have_text("needs an API key")
+    for key, works in (("wrong", False), ("secret", True)):
+        field.fill(key)
+        field.press("Enter")
+        expect(page.locator("#running")).to_have_text("0" if works else "–")
+    expect(field).to_be_hidden()
+    say(page, "Hi")
+    expect(page.locator("#chat .assistant")).to_have_text("é: Hi")
