@@ -94,7 +94,8 @@ def matched(weight: Tensor, drift: Drift, strength: float) -> Tensor:
         return weight
     # Two triangular solves, because `cholesky_solve` copies the factor.
     half = torch.linalg.solve_triangular(factor, drift.cross @ weight.T, upper=False)
-    return weight + strength * torch.linalg.solve_triangular(factor.mT, half, upper=True).T
+    change: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True).T
+    return weight + strength * change
 
 
 def solve(weight: Tensor, moments: Moments | None, scheme: Scheme, settings: Settings) -> tuple[QuantizedWeight, Tensor]:
