@@ -12,8 +12,8 @@ usage: python -m benchmarks.long_context [--model demo] [--tokens 2048] [--budge
 
 import argparse
 import json
-import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.corpus import evaluation_rows, load_tokenizer
+from quantkit.evaluate.metrics import measure_logits
 from quantkit.evaluate.paged import paged_logits, scored_text
 from quantkit.runtime.eviction import POLICIES, Budget, Eviction
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
@@ -32,14 +33,16 @@ DEPTHS = (0.1, 0.5, 0.9)
 
 def perplexity(model: PagedModel, tokens: list[int], skip: int, dropping: Eviction | None) -> dict[str, float]:
     """ppl and tokens/s over a text."""
-    started, total, done = time.monotonic(), 0.0, 0
-    targets = torch.tensor(tokens[1:])
-    for logits in paged_logits(model, scored_text(tokens[:-1]), dropping):
-        place = torch.arange(done, done + len(logits))
-        losses = torch.nn.functional.cross_entropy(logits, targets[place], reduction="none")
-        total += float(losses[place + 1 >= skip].double().sum())
-        done += len(logits)
-    return {"ppl": math.exp(total / (done + 1 - skip)), "tokens/s": done / (time.monotonic() - started)}
+    started = time.monotonic()
+
+    def chunks(_: int) -> Iterator[torch.Tensor]:
+        done = 0
+        for logits in paged_logits(model, scored_text(tokens[:-1]), dropping):
+            yield logits[max(skip - 1 - done, 0) :]
+            done += len(logits)
+
+    metrics = measure_logits(chunks, torch.tensor([tokens[skip - 1 :]]))
+    return {"ppl": metrics.perplexity, "tokens/s": (len(tokens) - 1) / (time.monotonic() - started)}
 
 
 def needle(

@@ -13,10 +13,11 @@ Texts: `repetitive` continues a table, `ordinary` continues prose, both greedily
 from the ten likeliest tokens, so that every pair of tokens has occurred before and says nothing about the next.
 
 usage: python -m benchmarks.speculation [--model demo] [--draft MODEL | --qspec 4|8 | --quantspec] [--tokens 128]
-           [--repeats 3] [--json FILE]
+           [--repeats 3] [--context TOKENS] [--json FILE]
 
 Without --draft: prompt lookup. A draft model is any artifact with the model's tokenizer. With --qspec the model, an artifact,
 drafts for itself with activations of so many bits; with --quantspec from the upper half of an int4+4 cache, as `off` has.
+With --context, instead of the three texts, the `long` one: the built-in text up to there, which goes on greedily.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import torch
 
 from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.corpus import load_tokenizer
+from quantkit.corpus import evaluation_rows, load_tokenizer
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions, PagedModel
 from quantkit.runtime.proposer import Proposer
@@ -104,10 +105,12 @@ def measure(model: PagedModel, drafter: Callable[[], Proposer], text: str, reque
     return measured
 
 
-def requests(folder: Path, tokens: int) -> dict[str, Request]:
-    """The three texts."""
+def requests(folder: Path, tokens: int, context: int | None = None) -> dict[str, Request]:
+    """The three texts, or the long one."""
     encode = load_tokenizer(Checkpoint(folder))
     greedy = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    if context is not None:
+        return {"long": Request(evaluation_rows("builtin", 1, context, encode)[0].tolist(), greedy)}
     hot = SamplingParams(max_tokens=tokens, temperature=1.5, top_k=10, seed=1, ignore_eos=True)
     return {
         "repetitive": Request(encode(TABLE)["input_ids"], greedy),
@@ -133,15 +136,17 @@ def main() -> None:
     drafters.add_argument("--quantspec", action="store_true")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--context", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder, device = locate(options.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cache = CacheOptions(max_batch=1, max_model_len=1024, memory=256 << 20)
+    # The three texts have fewer than 512 tokens.
+    cache = CacheOptions(max_batch=1, max_model_len=(options.context or 512) + options.tokens)
     model, drafter = open_speculating(folder, device, cache, speculation(options), options.qspec or 8)
     assert drafter is not None
     print("text | mode | tok/s | speed-up | accepted | tokens/draft | cost | same")
     measured: list[Measured] = []
-    for text, request in requests(folder, options.tokens).items():
+    for text, request in requests(folder, options.tokens, options.context).items():
         found = measure(model, drafter, text, request, options.repeats)
         measured += found
         print("\n".join(each.row() for each in found), flush=True)

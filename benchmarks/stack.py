@@ -11,7 +11,7 @@ ppl is that of `quantkit eval` (through the engine's KV cache where that is quan
 waiting included; TPOT = 1 / the mean of (n - 1) / (end - first token); tokens/s = all output tokens / wall time; peak memory =
 largest resident set, KV cache as it is touched included.
 
-usage: python -m benchmarks.stack [--model demo] [--requests 16] [--tokens 64] [--windows 4] [--json FILE]
+usage: python -m benchmarks.stack [--model demo] [--samples 16] [--requests 16] [--tokens 64] [--windows 4] [--json FILE]
 """
 
 import argparse
@@ -56,7 +56,8 @@ def rows(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]
     prompts, artifact, recipe = scratch / "prompts.jsonl", scratch / "artifact", scratch / "recipe.yaml"
     write_prompts(prompts, options.requests)
     recipe.write_text(RECIPE)
-    quantkit("quantize", options.model, "-o", str(artifact), "--recipe", str(recipe), "--samples", "64")
+    samples = ("--samples", str(options.samples))
+    quantkit("quantize", options.model, "-o", str(artifact), "--recipe", str(recipe), *samples)
     running: list[str] = []
     measured: list[str] = []
     perplexity: dict[tuple[str, ...], float] = {}
@@ -79,6 +80,7 @@ def main() -> None:
     """Print a row a layer as it is measured, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--windows", type=int, default=4)

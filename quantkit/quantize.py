@@ -17,7 +17,7 @@ from quantkit.errors import CheckpointError
 from quantkit.matmul import fastest_matmul
 from quantkit.memory import memory_plan
 from quantkit.prepare import Prepared, prepare_run
-from quantkit.ranks import Team
+from quantkit.ranks import ALONE, Team
 from quantkit.recipe import Recipe
 from quantkit.report import MatrixReport, RunReport, Totals, worst_five
 from quantkit.usage import cpu_seconds, peak_memory
@@ -47,7 +47,7 @@ class Request:
     computing: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(request: Request, progress: Progress, team: Team) -> RunReport:
+def run(request: Request, progress: Progress, team: Team = ALONE) -> RunReport:
     """Quantize a model folder into an artifact at `request.out`, which appears complete or not at all.
 
     The others of the team call `assist` meanwhile.

@@ -27,10 +27,8 @@ class EngineOptions:
     kv_memory: Annotated[
         str | None, typer.Option(help="Memory of the KV cache, e.g. 2GiB; default: half of what is free.")
     ] = None
-    kv_policy: Annotated[
-        str, typer.Option(help="What a sequence keeps of its past: full, window, sinks (the start, too) or scored.")
-    ] = FULL
-    kv_budget: Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens that it keeps, for all but full.")] = None
+    kv_policy: options.KvPolicy = FULL
+    kv_budget: options.KvBudget = None
     kv_offload: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Host memory for known prefixes that leave the cache, e.g. 4GiB.")
     ] = None

@@ -13,6 +13,7 @@ from quantkit.errors import RecipeError
 from quantkit.evaluate.run import EvalReport, EvalRequest
 from quantkit.evaluate.run import evaluate as run
 from quantkit.evaluate.speed import measure_apart
+from quantkit.runtime.eviction import FULL, Budget
 
 EXAMPLE = "Example: quantkit eval demo-w4 --baseline demo --max-ppl-increase 5% --max-kl 0.2   (exit status 1 if a gate fails)"
 
@@ -28,6 +29,8 @@ def evaluate(
     kv_dtype: Annotated[
         str | None, typer.Option(help="Run through the engine's KV cache of this type: auto, bf16, fp8, int8, int4 or int4+4.")
     ] = None,
+    kv_policy: options.KvPolicy = FULL,
+    kv_budget: options.KvBudget = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure speed and memory instead of quality.")] = False,
     device: options.Device = "auto",
     json_file: options.JsonFile = None,
@@ -45,8 +48,10 @@ def evaluate(
     if speed:
         if limit is not None or max_kl is not None:
             raise RecipeError("--speed measures no quality, so --max-ppl-increase and --max-kl cannot gate it; run eval twice")
-        if kv_dtype is not None:
-            raise RecipeError("--speed runs with the model's own type of KV cache; leave --kv-dtype out, or --speed")
+        if kv_dtype is not None or kv_policy != FULL:
+            raise RecipeError(
+                "--speed runs with the model's own KV cache, whole; leave --kv-dtype and --kv-policy out, or --speed"
+            )
         _speed(model, baseline, device, json_file, quiet=quiet)
         return
     request = EvalRequest(
@@ -57,6 +62,7 @@ def evaluate(
         seq_len=seq_len,
         device=options.device(device),
         kv_dtype=kv_dtype,
+        budget=Budget(kv_policy, kv_budget),
     )
     with tables.stage_bar(enabled=not quiet and sys.stderr.isatty()) as advance:
         report = run(request, advance)

@@ -17,6 +17,10 @@ from quantkit.runtime.draft_length import MOST_DRAFTED
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, Hub id, or 'demo' (SmolLM2-135M-Instruct).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 KvDtype = Annotated[str, typer.Option(help="Type of the KV cache: auto, bf16, fp8, int8, int4 or int4+4.")]
+KvPolicy = Annotated[
+    str, typer.Option(help="What a sequence keeps of its past: full, window, sinks (the start, too) or scored.")
+]
+KvBudget = Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens that it keeps, for all but full.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything shown as JSON ('-': stdout).")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on error.")]

@@ -109,7 +109,8 @@ def eval_table(report: EvalReport, model: str, baseline: str | None) -> Table:
     table = named("model", "perplexity", "change", "KL mean", "KL p99", "top-1", "bits/weight", "size")
     table.title = f"{report.windows} windows of {report.seq_len} tokens, text: {report.text}"
     if report.kv_bytes_per_token is not None:
-        table.caption = f"{model}: KV cache {report.kv_dtype}, {report.kv_bytes_per_token:,.0f} bytes a token"
+        kept = "" if report.kv_budget is None else f", {report.kv_policy} within {report.kv_budget:,} tokens"
+        table.caption = f"{model}: KV cache {report.kv_dtype or 'auto'}, {report.kv_bytes_per_token:,.0f} bytes a token{kept}"
 
     def row(name: str, entry: EvalRow, change: str) -> None:
         m = entry.metrics

@@ -8,6 +8,7 @@ window: n = windows * (T - 1) predictions.
     top-1 agreement = share of predictions whose most likely token is the baseline's
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +31,6 @@ class Metrics:
     top1_agreement: float | None = None
 
 
-def _log_probabilities(model: BlockModel, hidden: Tensor) -> Tensor:
-    """float32 [1, C, V]."""
-    return model.logits(hidden.to(model.device)).float().log_softmax(-1)
-
-
-@torch.no_grad()
 def measure(model: BlockModel, hidden: Tensor, tokens: Tensor, baseline: tuple[BlockModel, Tensor] | None = None) -> Metrics:
     """Metrics from final hidden states.
 
@@ -45,24 +40,50 @@ def measure(model: BlockModel, hidden: Tensor, tokens: Tensor, baseline: tuple[B
         tokens: int64 [windows, T].
         baseline: the reference model and its own final hidden states for the same tokens.
     """
+    last = tokens.shape[1] - 1
+
+    def chunks(window: int) -> Iterator[Tensor]:
+        for start in range(0, last, _CHUNK):
+            yield _logits(model, hidden, window, start, min(start + _CHUNK, last))
+
+    return measure_logits(chunks, tokens, baseline)
+
+
+@torch.no_grad()
+def measure_logits(
+    chunks: Callable[[int], Iterable[Tensor]], tokens: Tensor, baseline: tuple[BlockModel, Tensor] | None = None
+) -> Metrics:
+    """Metrics from logits.
+
+    Args:
+        chunks: from the number of a window to the logits behind all of its tokens but the last, some [n, V] at a time.
+        tokens: int64 [windows, T].
+        baseline: as for `measure`.
+    """
     windows, length = tokens.shape
     nll = 0.0
     agreed = 0
     divergences = []
     for window in range(windows):
-        for start in range(0, length - 1, _CHUNK):
-            stop = min(start + _CHUNK, length - 1)
-            part = (slice(window, window + 1), slice(start, stop))
-            logp = _log_probabilities(model, hidden[part])[0]
+        start = 0
+        for logits in chunks(window):
+            logp, stop = logits.float().log_softmax(-1), start + len(logits)
             target = tokens[window, start + 1 : stop + 1].to(logp.device)
             nll -= float(logp.gather(1, target[:, None]).double().sum())
             if baseline is not None:
-                base = _log_probabilities(baseline[0], baseline[1][part])[0].to(logp.device)
+                base = _logits(*baseline, window, start, stop).float().log_softmax(-1).to(logp.device)
                 agreed += int((base.argmax(-1) == logp.argmax(-1)).sum())
                 divergences.append((base.exp() * (base - logp)).sum(-1).clamp_(min=0).cpu())
+            start = stop
+        assert start == length - 1
     count = windows * (length - 1)
     perplexity = float(torch.tensor(nll / count, dtype=torch.float64).exp())
     if baseline is None:
         return Metrics(perplexity, count)
     kl = torch.cat(divergences).double()
     return Metrics(perplexity, count, float(kl.mean()), float(kl.quantile(0.99)), agreed / count)
+
+
+def _logits(model: BlockModel, hidden: Tensor, window: int, start: int, stop: int) -> Tensor:
+    """Behind some tokens of a window, [stop - start, V]."""
+    return model.logits(hidden[window : window + 1, start:stop].to(model.device))[0]

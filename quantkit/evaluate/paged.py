@@ -1,17 +1,20 @@
 """Logits of a text as the engine computes them: through the paged cache, in chunks, with eviction."""
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from random import Random
 
+import torch
 from torch import Tensor
 
 from quantkit.runtime.detokenize import TextStream
-from quantkit.runtime.eviction import Eviction
+from quantkit.runtime.eviction import Budget, Eviction, check_windows
 from quantkit.runtime.forward import forward
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.model import Model
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
 from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.sequence import Scheduled, Sequence, Timing
 
@@ -52,3 +55,37 @@ def paged_logits(model: Model, sequence: Sequence, eviction: Eviction | None = N
         logits = forward(model, kv, [Scheduled(sequence, count, count)])
         kv.commit(sequence, count)
         yield logits
+
+
+def open_bounded(folder: Path, device: torch.device, kv_dtype: str, length: int, budget: Budget) -> PagedModel:
+    """A model that computes windows of `length` tokens within a budget that drops some of them.
+
+    Raises:
+        QuantkitError: it cannot be loaded, or cannot have such a cache or budget.
+    """
+    options = CacheOptions(max_model_len=length, max_batch=1, dtype=kv_dtype, budget=budget)
+    model = open_model(folder, device, options)
+    eviction = budget.eviction(model.block_size)
+    assert eviction is not None
+    check_windows(eviction, model.block_size, model.sliding_window)
+    return model
+
+
+def bounded_logits(
+    model: PagedModel, budget: Budget, tokens: Tensor, advance: Callable[[int, int], None]
+) -> Callable[[int], Iterator[Tensor]]:
+    """What `metrics.measure_logits` wants: from the number of a window to its logits, each window a sequence of its own.
+
+    Args:
+        model: from `open_bounded`.
+        budget: the same.
+        tokens: int64 [windows, T].
+        advance: called with (windows done, windows) after each.
+    """
+    eviction = budget.eviction(model.block_size)
+
+    def chunks(window: int) -> Iterator[Tensor]:
+        yield from paged_logits(model, scored_text(tokens[window, :-1].tolist()), eviction)
+        advance(window + 1, len(tokens))
+
+    return chunks

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from quantkit.checkpoint.demo import cache_folder
 from quantkit.checkpoint.files import write_tensors
 from quantkit.checkpoint.reader import Checkpoint, sha256
 from quantkit.corpus import evaluation_rows, load_tokenizer, tokens_sha256
+from quantkit.definition import read_config
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.evaluate.metrics import Metrics, measure
-from quantkit.evaluate.stream import final_hidden, open_cached, open_model
+from quantkit.evaluate.metrics import Metrics, measure, measure_logits
+from quantkit.evaluate.paged import bounded_logits, open_bounded
+from quantkit.evaluate.stream import CachedBlockModel, PackedBlockModel, final_hidden, open_cached, open_model
+from quantkit.runtime.eviction import Budget
+from quantkit.runtime.paged_model import PagedModel
 from quantkit.usage import cpu_seconds, peak_memory
 
 #: Tokens over which kernels are compared with dequantized weights: enough for a perplexity, a fraction of the whole.
@@ -33,7 +38,8 @@ class EvalRequest:
     """What to evaluate: folders, text (see `corpus`), windows of seq_len tokens, device.
 
     With `kv_dtype` the model, not the baseline, runs through the engine's kernels and a paged KV cache of that type; what
-    this adds to the numbers without it is what the cache costs.
+    this adds to the numbers without it is what the cache costs. With a `budget` that drops tokens it runs as the engine does,
+    in memory as a whole.
     """
 
     model: Path
@@ -43,6 +49,7 @@ class EvalRequest:
     seq_len: int
     device: torch.device
     kv_dtype: str | None = None
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class EvalReport:
     baseline: EvalRow | None
     kernel_difference: float | None
     kv_dtype: str | None
+    kv_policy: str
+    kv_budget: int | None
     kv_bytes_per_token: float | None
     cpu_seconds: float
     peak_memory_bytes: int
@@ -107,39 +116,52 @@ def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> 
     """
     checkpoint = Checkpoint(request.model)
     tokens = evaluation_rows(request.text, request.windows, request.seq_len, load_tokenizer(checkpoint))
-    packed = "quantization_config" in checkpoint.config and request.kv_dtype is None
-    cached = None
-    if request.kv_dtype is not None:
-        cached = open_cached(checkpoint, request.device, request.kv_dtype, request.seq_len)
-    model = open_model(checkpoint, request.device, packed=packed) if cached is None else cached
+    model = _open(request, checkpoint)
     reference: tuple[BlockModel, Tensor] | None = None
     baseline: EvalRow | None = None
     if request.baseline is not None:
         source = Checkpoint(request.baseline)
         base = open_model(source, request.device)
-        if base.config.vocab_size != model.config.vocab_size:
+        vocab_size = read_config(checkpoint).vocab_size
+        if base.config.vocab_size != vocab_size:
             raise CheckpointError(
-                f"{request.baseline}: has {base.config.vocab_size} tokens, {request.model} has {model.config.vocab_size}; "
+                f"{request.baseline}: has {base.config.vocab_size} tokens, {request.model} has {vocab_size}; "
                 "a baseline must share the vocabulary"
             )
         reference = base, _cached_hidden(base, tokens, lambda done, total: advance("baseline", done, total))
         baseline = _row(source, measure(base, reference[1], tokens))
-    hidden = final_hidden(model, tokens, lambda done, total: advance("model", done, total))
-    row = _row(checkpoint, measure(model, hidden, tokens, reference))
-    difference = _kernel_difference(model, hidden, tokens, advance) if packed else None
+    difference = None
+    if isinstance(model, PagedModel):
+        metrics = measure_logits(bounded_logits(model, request.budget, tokens, partial(advance, "model")), tokens, reference)
+    else:
+        hidden = final_hidden(model, tokens, partial(advance, "model"))
+        metrics = measure(model, hidden, tokens, reference)
+        if type(model) is PackedBlockModel:
+            difference = _kernel_difference(model, hidden, tokens, advance)
     return EvalReport(
         text=request.text,
         windows=request.windows,
         seq_len=request.seq_len,
         tokens_sha256=tokens_sha256(tokens),
-        model=row,
+        model=_row(checkpoint, metrics),
         baseline=baseline,
         kernel_difference=difference,
         kv_dtype=request.kv_dtype,
-        kv_bytes_per_token=None if cached is None else cached.cache.bytes_per_token,
+        kv_policy=request.budget.policy,
+        kv_budget=request.budget.tokens,
+        kv_bytes_per_token=model.cache.bytes_per_token if isinstance(model, PagedModel | CachedBlockModel) else None,
         cpu_seconds=cpu_seconds(),
         peak_memory_bytes=peak_memory(),
     )
+
+
+def _open(request: EvalRequest, checkpoint: Checkpoint) -> BlockModel | PagedModel:
+    """The model as it is to be measured."""
+    if request.budget.tokens is not None:
+        return open_bounded(request.model, request.device, request.kv_dtype or "auto", request.seq_len, request.budget)
+    if request.kv_dtype is not None:
+        return open_cached(checkpoint, request.device, request.kv_dtype, request.seq_len)
+    return open_model(checkpoint, request.device, packed="quantization_config" in checkpoint.config)
 
 
 def _kernel_difference(model: BlockModel, hidden: Tensor, tokens: Tensor, advance: Callable[[str, int, int], None]) -> float:
@@ -165,7 +187,8 @@ def _cached_hidden(model: BlockModel, tokens: Tensor, advance: Callable[[int, in
     """The baseline's final hidden states, which every evaluation against it needs again, from the user's cache."""
     files = (model.checkpoint.folder / "config.json", *model.checkpoint.files)
     versions = torch.__version__, transformers.__version__, quantkit.__version__
-    parts = [*versions, model.device.type, tokens_sha256(tokens), *map(sha256, files)]
+    # The same tokens in other windows are another evaluation.
+    parts = [*versions, model.device.type, tokens_sha256(tokens), str(tuple(tokens.shape)), *map(sha256, files)]
     path = cache_folder() / "baselines" / (hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32] + ".safetensors")
     try:
         stored = load_file(path)

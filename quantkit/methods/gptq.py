@@ -67,14 +67,22 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse | Non
     while True:
         damped = hessian.clone()
         damped.diagonal().copy_(alive + damping * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped[order[:, None], order])
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed and bool(upper.isfinite().all()):
-                return Inverse(order, upper, damped, damping)
+        # One matrix becomes factor, inverse and its factor in turn. As a view of its transpose it is what LAPACK works on.
+        factor = damped[order[:, None], order].mT
+        if factor_in_place(factor):
+            torch.cholesky_inverse(factor, out=factor)
+            if factor_in_place(factor, upper=True) and bool(factor.isfinite().all()):
+                return Inverse(order, factor, damped, damping)
         if damping >= LARGEST_DAMPING:
             return None
         damping = min(damping * DAMPING_STEP, LARGEST_DAMPING)
+
+
+def factor_in_place(matrix: Tensor, *, upper: bool = False) -> bool:
+    """Put the Cholesky factor of a symmetric matrix, stored by columns, in its place; False where it has none."""
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
+    return not failed
 
 
 def gptq(weight: Tensor, inverse: Inverse, scheme: Scheme, dtype: torch.dtype, shrink: tuple[float, ...]) -> QuantizedWeight:

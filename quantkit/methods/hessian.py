@@ -16,8 +16,12 @@ _BLOCKS = 8
 #: Column blocks of the drift, which is not symmetric; narrower ones are slower.
 _DRIFT_BLOCKS = 4
 
-#: Relative work of every part of the sums: the column blocks, then those of the drift, to which a quarter of the rows adds.
-PARTS = (*range(1, _BLOCKS + 1), *([_BLOCKS * _BLOCKS / 4 / _DRIFT_BLOCKS] * _DRIFT_BLOCKS))
+#: Relative work of every part of the sums: the column blocks, then those of the drift, to which an eighth of the rows adds.
+PARTS = (*range(1, _BLOCKS + 1), *([_BLOCKS * _BLOCKS / 8 / _DRIFT_BLOCKS] * _DRIFT_BLOCKS))
+
+
+#: Rows that are mirrored at the diagonal at a time.
+_MIRRORED = 256
 
 
 class Hessian:
@@ -32,6 +36,7 @@ class Hessian:
         self._blocks = [_columns(part, columns) for part in parts if part < _BLOCKS]
         self._drift_blocks = [_columns(part, columns) for part in parts if part >= _BLOCKS]
         self.tokens = self.paired_tokens = 0
+        self._ended = False
         self._sum = torch.zeros(columns, columns, device=device)
         self._cross: Tensor | None = None
         self._paired_sum = self._sum
@@ -42,6 +47,7 @@ class Hessian:
 
         Micro-batches with a reference come before those without.
         """
+        assert not self._ended, "inputs came after the mean was taken"
         x = self._widened(0, inputs)
         if reference is not None:
             assert self.paired_tokens == self.tokens, "a micro-batch with a reference came after one without"
@@ -75,14 +81,26 @@ class Hessian:
         return buffer[: len(rows)].copy_(rows)
 
     def mean(self) -> Tensor:
-        """H = X^T X / T over all tokens, float32 [K, K], symmetric."""
-        return _mean(self._sum, self.tokens)
+        """H = X^T X / T over all tokens, float32 [K, K], symmetric. Nothing can be added any more."""
+        self._end()
+        return self._sum
 
     def drift(self) -> "Drift | None":
-        """How the inputs stray from the reference, None if no micro-batch had one."""
-        if self._cross is None:
-            return None
-        return Drift(self._cross / self.paired_tokens, _mean(self._paired_sum, self.paired_tokens))
+        """How the inputs stray from the reference, None if no micro-batch had one. Nothing can be added any more."""
+        self._end()
+        return None if self._cross is None else Drift(self._cross, self._paired_sum)
+
+    def _end(self) -> None:
+        """Turn the sums into means where they lie: at a wide input each is a large part of the memory that there is."""
+        if self._ended:
+            return
+        self._ended = True
+        self._buffers = [None, None]
+        _settle(self._sum, self.tokens)
+        if self._cross is not None:
+            self._cross /= self.paired_tokens
+            if self._paired_sum is not self._sum:
+                _settle(self._paired_sum, self.paired_tokens)
 
 
 @dataclass(frozen=True)
@@ -110,8 +128,11 @@ def _columns(part: int, columns: int) -> slice:
     return slice(min(number * step, columns), min((number + 1) * step, columns))
 
 
-def _mean(upper: Tensor, tokens: int) -> Tensor:
-    """A sum, of which the part below the diagonal is incomplete, as the symmetric mean."""
-    mean = (upper / tokens).triu_()
-    mean += mean.triu(1).T
-    return mean
+def _settle(upper: Tensor, tokens: int) -> None:
+    """Make a sum, of which the part below the diagonal is incomplete, the symmetric mean."""
+    upper /= tokens
+    for start in range(0, len(upper), _MIRRORED):
+        block, stop = upper[start : start + _MIRRORED], start + _MIRRORED
+        square = block[:, start:stop].triu_()
+        square += square.triu(1).T
+        upper[stop:, start:stop] = block[:, stop:].T

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantkit.methods.awq import clipped
-from quantkit.methods.gptq import Inverse, descend, factorise, gptq
+from quantkit.methods.gptq import Inverse, descend, factor_in_place, factorise, gptq
 from quantkit.methods.grid import QuantizedWeight, Scheme
 from quantkit.methods.hessian import Drift
 from quantkit.methods.rtn import rtn
@@ -88,12 +88,13 @@ def matched(weight: Tensor, drift: Drift, strength: float) -> Tensor:
     With strength 1 this is the asymmetric calibration of Li et al., "GPTAQ" (arXiv 2504.02692), solved before rounding
     instead of during it. Returns `weight` itself where the regression cannot be solved.
     """
-    damped = drift.hessian.clone()
-    damped.diagonal().add_(RIDGE * drift.hessian.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed or strength == 0:
+    factor = drift.hessian.clone().mT
+    factor.diagonal().add_(RIDGE * drift.hessian.diagonal().mean())
+    if strength == 0 or not factor_in_place(factor):
         return weight
-    return weight + strength * torch.cholesky_solve(drift.cross @ weight.T, factor).T
+    # Two triangular solves, because `cholesky_solve` copies the factor.
+    half = torch.linalg.solve_triangular(factor, drift.cross @ weight.T, upper=False)
+    return weight + strength * torch.linalg.solve_triangular(factor.mT, half, upper=True).T
 
 
 def solve(weight: Tensor, moments: Moments | None, scheme: Scheme, settings: Settings) -> tuple[QuantizedWeight, Tensor]:

@@ -1,10 +1,9 @@
 """What steps cost on this machine: running medians of measured times, so that one slow step changes nothing.
 
-The first step over a number of rows is not counted, nor is the first round of drafts: kernels may be compiled in it, or graphs
-captured.
+The first time of everything is not counted: kernels may be compiled in it, or graphs captured.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import deque
 from statistics import median
 
@@ -18,44 +17,88 @@ _GUESSED_SLOPE = 0.3
 #: than never timed.
 _HOPE = 0.5
 
+#: Steps from which on their cost is taken for known.
+_FEWEST = 3
+
 #: A draft's backlog of up to this many tokens a sequence is the ordinary one, and part of a draft step's cost.
 ORDINARY_BACKLOG = 2
 
 
-class Costs:
-    """Seconds of a forward with verification by its rows, of a draft step, and of a token of a drafter's backlog."""
+class Curve:
+    """Seconds by a count: linear between the counts that were timed, less steep beyond.
+
+    Attributes:
+        samples: times that were counted.
+    """
 
     def __init__(self) -> None:
-        self._steps: dict[int, deque[float]] = {}
-        self._has_drafted = False
-        self._draft: deque[float] = deque(maxlen=_WINDOW)
+        self.samples = 0
+        self._times: dict[int, deque[float]] = {}
+        #: Counts with a time, ascending, and the median of each.
+        self._counts: list[int] = []
+        self._medians: dict[int, float] = {}
+
+    def note(self, count: int, seconds: float) -> None:
+        """Add a time."""
+        if count not in self._times:
+            self._times[count] = deque(maxlen=_WINDOW)
+            return
+        if count not in self._medians:
+            insort(self._counts, count)
+        self._times[count].append(seconds)
+        self._medians[count] = median(self._times[count])
+        self.samples += 1
+
+    def is_timed(self, count: int) -> bool:
+        """Whether that count was timed."""
+        return count in self._medians
+
+    def at(self, count: int) -> float:
+        """Seconds; something must have been timed."""
+        known = self._counts
+        if len(known) == 1:
+            (only,) = known
+            return self._medians[only] * (1 + _GUESSED_SLOPE * max(count - only, 0) / only)
+        place = min(max(bisect_left(known, count), 1), len(known) - 1)
+        low, high = known[place - 1], known[place]
+        below, above = self._medians[low], self._medians[high]
+        # More does not cost less, whatever the noise; nor is the line followed to nothing where little is asked about.
+        slope = (above - below) / (high - low)
+        guess = below + slope * (min(count, high) - low) + _HOPE * slope * max(count - high, 0)
+        return max(guess, below if count > low else 0.25 * below)
+
+
+class Costs:
+    """Seconds of a forward with verification by its rows, of a draft step by its sequences, and of a token of backlog.
+
+    Attributes:
+        steps: over newest tokens and drafts, verification included, by rows.
+        drafts: of one token more for every sequence that drafts, by these.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.drafts = Curve(), Curve()
         self._backlog: deque[float] = deque(maxlen=_WINDOW)
         self._prompt: deque[float] = deque(maxlen=_WINDOW)
-
-    def note_step(self, rows: int, seconds: float) -> None:
-        """Add a forward over `rows` tokens, all of them newest tokens or drafts."""
-        if rows in self._steps:
-            self._steps[rows].append(seconds)
-        else:
-            self._steps[rows] = deque(maxlen=_WINDOW)
 
     def note_prompt(self, rows: int, seconds: float) -> None:
         """Add a forward over `rows` tokens, most of them of prompts."""
         self._prompt.append(seconds / rows)
 
-    def note_draft(self, longest: int, backlog: int, seconds: float) -> None:
+    def note_draft(self, sequences: int, longest: int, backlog: int, seconds: float) -> None:
         """Add a round of proposals, the longest of `longest` tokens, that had `backlog` tokens beyond the ordinary to do."""
-        if not self._has_drafted:
-            self._has_drafted = True
-        elif backlog == 0:
-            self._draft.append(seconds / longest)
+        if backlog == 0:
+            self.drafts.note(sequences, seconds / longest)
         else:
-            self._backlog.append(max(seconds - longest * self.draft_step, 0.0) / backlog)
+            self._backlog.append(max(seconds - longest * self.draft_step(sequences), 0.0) / backlog)
 
-    @property
-    def draft_step(self) -> float:
+    def step(self, rows: int) -> float | None:
+        """Seconds of a forward over `rows` tokens; None before three steps were timed."""
+        return self.steps.at(rows) if self.steps.samples >= _FEWEST else None
+
+    def draft_step(self, sequences: int) -> float:
         """Seconds of one token more in a round of drafts; 0 while unknown."""
-        return median(self._draft) if self._draft else 0.0
+        return self.drafts.at(sequences) if self.drafts.samples else 0.0
 
     def backlog(self, tokens: int, plain: float) -> float:
         """Seconds that `tokens` tokens of backlog take; `plain`: of a step without drafts.
@@ -65,33 +108,12 @@ class Costs:
         known = self._backlog or self._prompt
         return tokens * (median(known) if known else plain / 8)
 
-    def is_timed(self, rows: int) -> bool:
-        """Whether a step over that many rows was timed."""
-        return bool(self._steps.get(rows))
-
-    def step(self, rows: int) -> float | None:
-        """Seconds of a forward over `rows` tokens: linear between the numbers of rows that were timed, less steep beyond.
-
-        None before three steps were timed.
-        """
-        known = sorted(each for each, times in self._steps.items() if times)
-        if sum(len(self._steps[each]) for each in known) < 3:
-            return None
-        if len(known) == 1:
-            (only,) = known
-            return median(self._steps[only]) * (1 + _GUESSED_SLOPE * max(rows - only, 0) / only)
-        place = min(max(bisect_left(known, rows), 1), len(known) - 1)
-        low, high = known[place - 1], known[place]
-        below, above = median(self._steps[low]), median(self._steps[high])
-        # More rows do not cost less, whatever the noise; nor is the line followed to nothing where few rows are asked about.
-        slope = (above - below) / (high - low)
-        guess = below + slope * (min(rows, high) - low) + _HOPE * slope * max(rows - high, 0)
-        return max(guess, below if rows > low else 0.25 * below)
-
     def rounds(self, sequences: int, longest: int) -> list[float]:
         """Seconds of a step in which `sequences` sequences draft 0, 1, ... `longest` tokens each, the drafting included.
 
         Empty while the cost of a step is unknown.
         """
-        steps = (self.step(sequences * (1 + length)) for length in range(longest + 1))
-        return [step + length * self.draft_step for length, step in enumerate(steps) if step is not None]
+        if self.step(sequences) is None:
+            return []
+        drafting = self.draft_step(sequences)
+        return [self.steps.at(sequences * (1 + length)) + length * drafting for length in range(longest + 1)]

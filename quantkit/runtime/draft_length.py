@@ -1,19 +1,28 @@
-"""How many tokens to draft: what pays by the running acceptance rate and the measured costs, and nothing where it does not.
+"""How many tokens to draft: what pays by the running acceptance rate and the measured costs, within what may be lost.
 
 A draft of d tokens of which each is accepted with probability a gives E = 1 + a + ... + a^d tokens (Leviathan et al., arXiv
 2211.17192, equation 1) in the time of d draft steps and a forward over d + 1 rows. The length with the most tokens a second
 is taken; 0 is one of them. With rows that cost alike, what is right for a batch in which all draft alike is right for one
 sequence of it, so each decides as if the others did as it does.
 
-Two things keep bad guesses cheap. A sequence that does not draft probes only after a pause, which doubles with each probe
-in vain. And losses are bounded: time lost against plain steps is taken out of a credit that grows by a small share of a plain
-step with each token, and by what speculation gains, up to a cap; without credit nothing is drafted. A drafter that would have
-to catch up on more than the rest of the text can repay is left behind; as long as nothing is known of its drafts, on more
-than a small share of the rest.
+However wrong these estimates are, little can be lost. Accounts are kept, one for the engine and one for each request: what
+drafting has gained or lost in seconds that really passed, against plain steps for the same tokens, and a small share of the
+time of these. A draft is as long as both accounts cover it if nothing of it is accepted. So at any moment the time lost, of a
+request and of all together, is at most
+
+    _SHARE of the time that plain steps would have taken, and _START plain steps
+
+but for what a round takes longer than rounds did before, which the next ones pay off, and for kernels compiled in the first
+rounds of their kind. A drafter that has to catch up on a text, which buys drafts far ahead, may spend another _SHARE of the
+rest of the text on it.
+
+A sequence for which drafts do not pay probes now and then, after a pause that doubles with each probe in vain. Costs are
+known to all requests of an engine, and a new one starts with the latest requests' acceptance rate and pause.
 
 Times come from outside, so that every decision is a function of what was noted.
 """
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -26,31 +35,31 @@ MOST_DRAFTED = 15
 #: A length must promise this much more speed than none.
 _MARGIN = 1.03
 
-#: Credit, in plain steps: at the start, at most, and its growth a token.
-_CREDIT, _MOST_CREDIT, _SHARE = 1.5, 4.0, 0.02
+#: What may be lost: a share of the time of plain steps, and as many of them at once.
+_SHARE, _START = 0.02, 1.0
 
-#: Drafts from which on a rate is taken for knowledge.
-_KNOWN = 8
+#: Tokens of a probe. While the cost of drafts is unknown, one.
+_PROBE = 2
 
-#: Tokens of a probe; steps before the first one, and before any.
-_PROBE, _FIRST_PAUSE, _LONGEST_PAUSE = 2, 8, 512
+#: Steps before a probe: at first, at most, and at most for a new request.
+_FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_INHERITED = 8, 512, 64
 
 #: After this many steps with drafts comes one without, so that the cost of a plain step stays known.
 _STREAK = 32
 
-#: What older outcomes count after each draft, and after each probe: what was long ago says little.
-_KEEP, _KEEP_AT_PROBE = 0.9, 0.5
+#: What older outcomes count after each token that was judged: the last 25 or so have the say.
+_FADE = 0.96
+
+#: Tokens that a new request's rate counts for.
+_PRIOR = 4.0
 
 
-def best_length(rate: float, seconds: SequenceOf[float]) -> tuple[int, float]:
-    """The draft length that gives the most tokens a second, and its speed over that of no draft.
+def best_length(rate: float, seconds: SequenceOf[float]) -> int:
+    """The draft length that gives the most tokens a second; 0 where none is faster than no draft by a margin.
 
     Args:
         rate: probability that a draft token is accepted.
         seconds: of a step with drafts of 0, 1, 2, ... tokens.
-
-    Returns:
-        0 and 1.0 where no length is faster than none by a margin.
     """
     best, most, tokens = 0, _MARGIN, 1.0
     for length in range(1, len(seconds)):
@@ -58,7 +67,7 @@ def best_length(rate: float, seconds: SequenceOf[float]) -> tuple[int, float]:
         gain = tokens * seconds[0] / seconds[length]
         if gain > most:
             best, most = length, gain
-    return best, most if best else 1.0
+    return best
 
 
 @dataclass
@@ -69,22 +78,48 @@ class Record:
         accepted, judged: tokens accepted; tokens accepted or rejected, those behind a rejected one left out. Both fade.
         pause: steps between probes.
         waited: steps since the last draft.
+        balance: seconds gained and allowed to be lost, less those lost.
     """
 
     accepted: float
     judged: float
     pause: int = _FIRST_PAUSE
     waited: int = 0
+    balance: float = 0.0
 
     @property
     def rate(self) -> float:
         """Probability that a token is accepted."""
         return self.accepted / self.judged
 
-    def note(self, drafted: int, accepted: int, keep: float) -> None:
+    @property
+    def hope(self) -> float:
+        """That probability if the tokens so far were unlucky, by one standard deviation."""
+        return min(self.rate + math.sqrt(self.rate * (1 - self.rate) / self.judged), 1.0)
+
+    def note(self, drafted: int, accepted: int) -> None:
         """Add a draft of which the first `accepted` tokens were accepted."""
-        self.accepted = keep * self.accepted + accepted
-        self.judged = keep * self.judged + min(accepted + 1, drafted)
+        judged = min(accepted + 1, drafted)
+        self.accepted = _FADE**judged * self.accepted + accepted
+        self.judged = _FADE**judged * self.judged + judged
+        self.waited = 0
+
+
+@dataclass(frozen=True)
+class Round:
+    """What came of a step.
+
+    Attributes:
+        outcomes: of every sequence that decoded: tokens drafted, and of these accepted.
+        backlog: tokens beyond the ordinary that drafters caught up on.
+        draft_seconds: of proposing.
+        verify_seconds: of the forward and the verification; None where it computed prompts, too.
+    """
+
+    outcomes: dict[Sequence, tuple[int, int]]
+    backlog: int
+    draft_seconds: float
+    verify_seconds: float | None
 
 
 class AdaptiveLength:
@@ -97,10 +132,8 @@ class AdaptiveLength:
     def __init__(self) -> None:
         self.costs = Costs()
         self._records: dict[Sequence, Record] = {}
-        #: Of all requests; a new one starts from it.
+        #: Of all requests.
         self._common = Record(accepted=2.0, judged=4.0)
-        self._drafts = 0
-        self._credit = _CREDIT
         self._streak = 0
         #: Of the last number of sequences that was asked about, until a step is timed.
         self._known: tuple[int, list[float]] = 0, []
@@ -113,66 +146,88 @@ class AdaptiveLength:
             running: sequences that decode.
             backlog: what its drafter must catch up on, in tokens.
         """
-        seconds = self._seconds(running)
-        if not seconds or self._credit <= 0 or self._streak >= _STREAK:
-            return 0
-        record = self._records.setdefault(sequence, Record(4 * self._common.rate, 4.0))
+        seconds, record = self._seconds(running), self._record(sequence)
         record.waited += 1
-        length, gain = best_length(record.rate, seconds)
-        extra = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0), seconds[0]) / seconds[0]
-        saved = 1 - 1 / gain if self._drafts >= _KNOWN else _SHARE
-        if length and extra <= saved * (sequence.limit - len(sequence.tokens)):
-            return length
-        risk = seconds[_PROBE] / seconds[0] - 1 + extra
-        return _PROBE if record.waited > record.pause and risk <= self._credit else 0
+        if not seconds or self._streak >= _STREAK:
+            return 0
+        # Were all to draft alike.
+        covered = seconds[0] * (1 + _START) + min(self._common.balance, running * record.balance)
+        length = best_length(record.rate, seconds)
+        if not length and (record.waited > record.pause or best_length(record.hope, seconds)):
+            length = _PROBE if self.costs.drafts.samples else 1
+        while length and seconds[length] > covered:
+            length -= 1
+        catching_up = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0), seconds[0])
+        rest = (sequence.limit - len(sequence.tokens)) * seconds[0]
+        return length if catching_up <= _SHARE * rest else 0
 
-    def note_draft(self, sequence: Sequence, running: int, drafted: int, accepted: int) -> None:
-        """Add a draft, not empty, and how many of its tokens were accepted."""
-        record = self._records[sequence]
-        probed = best_length(record.rate, self._seconds(running))[0] == 0
-        record.note(drafted, accepted, _KEEP_AT_PROBE if probed else _KEEP)
-        self._common.note(drafted, accepted, _KEEP)
-        self._drafts += 1
-        record.waited = 0
-        if accepted == drafted:
-            record.waited, record.pause = record.pause, _FIRST_PAUSE  # It is worth another look at once.
-        elif probed:
-            record.pause = min(2 * record.pause, _LONGEST_PAUSE)
-
-    def note_step(
-        self, running: int, rows: int, longest: int, backlog: int, tokens: int, seconds: tuple[float, float]
-    ) -> None:
-        """Add a step in which nothing but newest tokens and drafts was computed.
-
-        Args:
-            running: sequences in it.
-            rows: tokens computed.
-            longest: of its drafts.
-            backlog: tokens beyond the ordinary that drafters caught up on.
-            tokens: new tokens that came out.
-            seconds: of proposing, and of the rest.
-        """
-        drafting, verifying = seconds
-        plain, usual = self.costs.step(running), self.costs.step(rows)
-        self.costs.note_step(rows, verifying)
-        if usual is not None and not self.costs.is_timed(rows):
-            verifying = min(verifying, usual)  # what was compiled for the first step over so many rows is not lost
-        self._known = 0, []
-        self._streak = self._streak + 1 if longest else 0
+    def note(self, step: Round) -> None:
+        """Add a step."""
+        running, longest = len(step.outcomes), max(drafted for drafted, _ in step.outcomes.values())
         if longest:
-            if backlog or not self.costs.draft_step:
-                # Catching up was weighed before, and what it buys comes later; the first round may compile something.
-                drafting = longest * self.costs.draft_step
-            self.costs.note_draft(longest, backlog, seconds[0])
-        if plain is None:
-            return
-        gained = tokens / running - (drafting + verifying) / plain if longest else 0.0
-        self._credit = min(self._credit + _SHARE * tokens / running + gained, _MOST_CREDIT)
+            self._judge(step.outcomes, running)
+        plain = self.costs.step(running)
+        if plain is not None:
+            self._settle(step, plain, self._lost(step, plain) if longest else 0.0)
+        if step.verify_seconds is not None:
+            self.costs.steps.note(running + sum(drafted for drafted, _ in step.outcomes.values()), step.verify_seconds)
+        if longest:
+            drafting = sum(drafted > 0 for drafted, _ in step.outcomes.values())
+            self.costs.note_draft(drafting, longest, step.backlog, step.draft_seconds)
+        self._streak = self._streak + 1 if longest else 0
+        self._common.waited += 1
+        self._known = 0, []
 
     def released(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended; one that was preempted comes back."""
         if sequence.status is Status.FINISHED:
             self._records.pop(sequence, None)
+
+    def _judge(self, outcomes: dict[Sequence, tuple[int, int]], running: int) -> None:
+        """Learn from the drafts of a step."""
+        seconds = self._seconds(running)
+        for sequence, (drafted, accepted) in outcomes.items():
+            if drafted:
+                record = self._record(sequence)
+                probed = best_length(record.rate, seconds) == 0
+                record.note(drafted, accepted)
+                self._common.note(drafted, accepted)
+                if accepted == drafted and best_length(1.0, seconds):
+                    record.waited, record.pause = record.pause, _FIRST_PAUSE  # It is worth another look at once.
+                elif probed:
+                    record.pause = min(2 * record.pause, _LONGEST_PAUSE)
+                self._common.pause = record.pause
+
+    def _lost(self, step: Round, plain: float) -> float:
+        """Seconds that a step with drafts took longer than a plain one."""
+        rows, longest = len(step.outcomes), max(drafted for drafted, _ in step.outcomes.values())
+        rows += sum(drafted for drafted, _ in step.outcomes.values())
+        usual, drafting = self.costs.step(rows), step.draft_seconds
+        assert usual is not None
+        verifying = usual if step.verify_seconds is None else step.verify_seconds
+        if not self.costs.steps.is_timed(rows):
+            verifying = min(verifying, 2 * usual)  # What was compiled for the first step over so many rows is not lost.
+        if step.backlog:
+            drafting = longest * self.costs.draft_step(len(step.outcomes))  # Catching up has an allowance of its own.
+        elif not self.costs.drafts.samples:
+            drafting = min(drafting, longest * plain)
+        return drafting + verifying - plain
+
+    def _settle(self, step: Round, plain: float, lost: float) -> None:
+        """Enter a step in the accounts: each sequence pays for its part of the drafts."""
+        token = plain / len(step.outcomes)
+        drafts = max(sum(drafted for drafted, _ in step.outcomes.values()), 1)
+        for sequence, (drafted, accepted) in step.outcomes.items():
+            change = token * (accepted + _SHARE * (1 + accepted)) - lost * drafted / drafts
+            self._record(sequence).balance += change
+            self._common.balance += change
+
+    def _record(self, sequence: Sequence) -> Record:
+        if sequence not in self._records:
+            common = self._common
+            pause = min(common.pause, _LONGEST_INHERITED)
+            self._records[sequence] = Record(_PRIOR * common.rate, _PRIOR, pause, common.waited)
+        return self._records[sequence]
 
     def _seconds(self, running: int) -> list[float]:
         """Of a step with drafts of 0, 1, 2, ... tokens for `running` sequences."""

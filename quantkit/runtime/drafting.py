@@ -48,12 +48,12 @@ def _choose(
     ahead = [tokens[sequence] for sequence in sequences]
     apply_constraints(logits, sequences, ahead)
     apply_penalties(logits, sequences, ahead)
-    for sequence, token in zip(sequences, argmax(logits).tolist(), strict=True):
-        tokens[sequence].append(token)
     drawing = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
+    chosen = argmax(logits).tolist() if len(drawing) < len(sequences) else [0] * len(sequences)
     if drawing:
         found = distribution(logits[drawing], [sequences[row].params for row in drawing])
         for row, probabilities in zip(drawing, found, strict=True):
-            sequence = sequences[row]
-            tokens[sequence][-1] = invert(probabilities, sequence.random.random())
-            drawn[sequence].append(probabilities)
+            chosen[row] = invert(probabilities, sequences[row].random.random())
+            drawn[sequences[row]].append(probabilities)
+    for sequence, token in zip(sequences, chosen, strict=True):
+        tokens[sequence].append(token)

@@ -16,7 +16,11 @@ from quantkit.kernels.kv_store import Cache, Store
 #: Names of `--kv-dtype`. "auto" is the checkpoint's own type.
 KV_DTYPES = ("auto", "bf16", "fp8", "int8", "int4", "int4+4")
 
-#: Tokens in a block; of pages, in a block whose keys share a scale a channel (KIVI's group).
+#: Tokens in a block; of pages, in a block whose keys share a scale a channel (KIVI's group; QuantSpec's has 128).
+#: On SmolLM2-135M (2 x 1,024 tokens) pages of 32, 64 and 128 cost a KL of 0.0075, 0.0080 and 0.0083 with int4 and of 0.00008,
+#: 0.00008 and 0.00009 with int4+4, and 6,840, 6,480 and 6,300 bytes a token; of 4-token drafts behind 768 tokens 91 to 94%, 93
+#: to 98% and 88 to 94% are accepted, which is no clear order. So the shortest: prefixes are shared and evicted in finer steps,
+#: and 16-bit open pages take a quarter of the memory.
 _BLOCK, _PAGE = 16, 32
 
 

@@ -23,7 +23,7 @@ from quantkit.runtime.selection import argmax, largest
 from quantkit.runtime.sequence import Sample, Sequence, TokenLogprobs
 
 #: Likeliest tokens that are selected, one number after another until every kept prefix is inside; at last all are sorted.
-_WIDTHS = (256, 1024, 4096)
+_WIDTHS = (64, 256, 1024, 4096)
 
 
 @torch.inference_mode()
@@ -126,9 +126,8 @@ def distribution(logits: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
         for rows, ids, weights, kept in _ranked(logits[filtered], [params[row] for row in filtered]):
             inside = torch.arange(weights.shape[1], device=weights.device) < kept
             weights = weights.where(inside, 0)
-            out[[filtered[row] for row in rows]] = torch.zeros(len(rows), logits.shape[1], device=logits.device).scatter_(
-                1, ids, weights / weights.sum(-1, keepdim=True)
-            )
+            places = torch.tensor([filtered[row] for row in rows], device=weights.device)[:, None]
+            out[places, ids] = weights / weights.sum(-1, keepdim=True)
     if nucleus:
         found = _nucleus(logits[nucleus], [params[row] for row in nucleus])
         out[nucleus] = found.masses.where(found.inside(), 0) / found.kept.float()
@@ -198,7 +197,9 @@ def _ranked(logits: Tensor, params: SequenceOf[SamplingParams]) -> Iterator[tupl
         them are kept, int64 [r, 1]. Every row comes once.
     """
     vocab, rows = logits.shape[1], list(range(len(params)))
-    for width in (*(width for width in _WIDTHS if width < vocab), vocab):
+    # Fewer are not enough for top-k, nor often without it.
+    fewest = max(each.top_k or _WIDTHS[0] for each in params)
+    for width in (*(width for width in _WIDTHS if fewest < width < vocab), vocab):
         values, ids = largest(logits if len(rows) == len(params) else logits[rows], width)
         left = [params[row] for row in rows]
         weights = ((values - values[:, :1]) / _column([each.temperature for each in left], values)).exp_()

@@ -7,7 +7,7 @@ a draft is shortened instead, and after the step every block that it did not fil
 from collections.abc import Sequence as SequenceOf
 
 from quantkit.runtime.costs import ORDINARY_BACKLOG
-from quantkit.runtime.draft_length import AdaptiveLength
+from quantkit.runtime.draft_length import AdaptiveLength, Round
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.proposer import Proposer
 from quantkit.runtime.sequence import Draft, Sample, Scheduled, Sequence
@@ -85,22 +85,21 @@ class Speculation:
         """
         if self._proposer is None:
             return
-        pure = all(entry.num_tokens == entry.num_logits == 1 + len(entry.draft.tokens) for entry in scheduled)
-        longest = max((len(draft.tokens) for draft in self._drafts.values()), default=0)
+        decoding = {each.sequence for each in scheduled if each.num_tokens == each.num_logits == 1 + len(each.draft.tokens)}
+        pure = len(decoding) == len(scheduled)
+        outcomes = {
+            each: (len(self._drafts.get(each, Draft()).tokens), len(got) - 1) for each, got in chosen if each in decoding
+        }
+        longest = max((drafted for drafted, _ in outcomes.values()), default=0)
         self._tally.time(longest, draft_seconds, seconds, pure=pure and not self._backlog)
-        drafted = [(each, len(self._drafts[each].tokens), len(got) - 1) for each, got in chosen if each in self._drafts]
-        for _, length, accepted in drafted:
-            self._tally.count(length, accepted)
+        for drafted, accepted in outcomes.values():
+            self._tally.count(drafted, accepted)
         if self._adaptive is None:
             return
-        running = len(scheduled)
-        for sequence, length, accepted in drafted:
-            self._adaptive.note_draft(sequence, running, length, accepted)
-        rows, tokens = sum(entry.num_tokens for entry in scheduled), sum(len(got) for _, got in chosen)
-        if not pure and not drafted:
-            self._adaptive.costs.note_prompt(rows, seconds)
-        elif pure:
-            self._adaptive.note_step(running, rows, longest, self._backlog, tokens, (draft_seconds, seconds))
+        if outcomes:
+            self._adaptive.note(Round(outcomes, self._backlog, draft_seconds, seconds if pure else None))
+        if not pure and not longest:
+            self._adaptive.costs.note_prompt(sum(entry.num_tokens for entry in scheduled), seconds)
 
     def settle(self, sequence: Sequence, accepted: int) -> None:
         """A sequence has the first tokens of its draft for good, if it had one: room for the others is given back."""

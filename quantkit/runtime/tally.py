@@ -45,8 +45,8 @@ class Tally:
     _verify_steps: int = 0
 
     def count(self, drafted: int, accepted: int) -> None:
-        """Add a draft of `drafted` tokens, at least one, of which the first `accepted` were accepted."""
-        self.drafts += 1
+        """Add a draft of `drafted` tokens, of which the first `accepted` were accepted."""
+        self.drafts += drafted > 0
         missing = drafted - len(self.reached)
         self.reached.extend([0] * missing)
         self.passed.extend([0] * missing)

@@ -17,10 +17,13 @@ from pydantic import BaseModel
 import quantkit
 from quantkit.runtime.session import Prompt, Session
 from quantkit.server import errors
-from quantkit.server.constrain import require_plain
+from quantkit.server.constrain import schema_of
 from quantkit.server.errors import ApiError
 from quantkit.server.forms import ChatForm, CompletionForm
 from quantkit.server.guards import BodyLimit, KeyGuard
+from quantkit.server.live import Live
+from quantkit.server.metrics import Metrics
+from quantkit.server.monitor import monitor_routes
 from quantkit.server.reply import Reply
 from quantkit.server.runner import Runner
 from quantkit.server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -37,7 +40,7 @@ class ServerConfig:
         max_waiting: sequences that may wait beside them; beyond these, requests get 429.
         request_timeout: seconds after which a request is ended.
         max_body: bytes of a request's body at most.
-        api_key: what every route but /health asks for; None: nothing.
+        api_key: what every route but /health and the page asks for; None: nothing.
     """
 
     name: str
@@ -78,7 +81,6 @@ class Served:
 
     async def chat(self, body: ChatBody) -> Reply:
         """`POST /v1/chat/completions`."""
-        require_plain(body.response_format)
         return await self._reply(body, [[m.plain() for m in body.messages]], ChatForm(self.config.name, self.texts.piece))
 
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
@@ -99,8 +101,9 @@ class Served:
         self, body: CompletionBody | ChatBody, prompts: Sequence[Prompt | list[int]], form: CompletionForm | ChatForm
     ) -> Reply:
         self.check_model(body.model)
-        params = body.params()
-        requests = [await self.texts.request(prompt, params) for prompt in prompts]
+        params, schema = body.params(), schema_of(body.response_format)
+        constraint = None if schema is None else await self.texts.constraint(schema)
+        requests = [await self.texts.request(prompt, params, constraint) for prompt in prompts]
         timeout, stream = self.config.request_timeout, bool(body.stream)
         return Reply(self.runner, requests, form, timeout, stream=stream, include_usage=body.include_usage)
 
@@ -139,6 +142,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def create_app(session: Session, config: ServerConfig) -> FastAPI:
     """The application; its engine thread runs from start-up to shutdown, and `app.state.served` is what it serves."""
     served = Served(session, config)
+    stats = session.engine.stats
+    metrics, live = Metrics(config.name, session.model.max_model_len, stats), Live(config.name, stats)
+    served.runner.observers.extend((metrics, live))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -152,6 +158,7 @@ def create_app(session: Session, config: ServerConfig) -> FastAPI:
     errors.install(app)
     app.include_router(_generation(served))
     app.include_router(_state(served))
+    app.include_router(monitor_routes(metrics, live))
     app.add_middleware(BodyLimit, limit=config.max_body)
     if config.api_key is not None:
         app.add_middleware(KeyGuard, key=config.api_key)

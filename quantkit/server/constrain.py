@@ -1,14 +1,13 @@
 """What `response_format` asks of generation."""
 
-from quantkit.server.errors import ApiError
+from collections.abc import Mapping
+from typing import Any
+
 from quantkit.server.schemas import JsonObjectFormat, JsonSchemaFormat, TextFormat
 
 
-def require_plain(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> None:
-    """
-    Raises:
-        ApiError: anything but plain text is asked for.
-    """
-    if wanted is not None and wanted.type != "text":
-        message = f"response_format {wanted.type} is not supported by this server; use text"
-        raise ApiError(400, message, param="response_format", code="unsupported_value")
+def schema_of(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> Mapping[str, Any] | None:
+    """The JSON schema that texts must fit; None: they may be anything. `strict` changes nothing: a schema always binds."""
+    if isinstance(wanted, JsonSchemaFormat):
+        return wanted.json_schema.schema_
+    return {"type": "object"} if isinstance(wanted, JsonObjectFormat) else None

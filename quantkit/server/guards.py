@@ -7,8 +7,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantkit.server.errors import ApiError
 
-#: Open to everybody: probes have no key.
-OPEN_PATHS = frozenset({"/health"})
+#: Open to everybody: probes have no key, and a browser has none before the page has asked for it.
+OPEN_PATHS = frozenset({"/health", "/"})
 
 
 class KeyGuard:

@@ -74,6 +74,37 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+class TextFormat(Body):
+    """No constraint."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    """A schema and its name."""
+
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
 class Sampling(Body):
     """What completions and chat completions have in common, in the terms of `SamplingParams`."""
 
@@ -94,6 +125,7 @@ class Sampling(Body):
     stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -161,37 +193,6 @@ class ChatMessage(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": parts}
 
 
-class TextFormat(Body):
-    """No constraint."""
-
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Body):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class JsonSchema(Body):
-    """A schema and its name."""
-
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    description: str | None = None
-    strict: bool | None = None
-
-
-class JsonSchemaFormat(Body):
-    """JSON that a schema describes."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-
-
 class ChatBody(Sampling):
     """`POST /v1/chat/completions`."""
 
@@ -199,7 +200,6 @@ class ChatBody(Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> "ChatBody":

@@ -1,11 +1,12 @@
 """Text to tokens and back, outside of the event loop: a long prompt must not hold up other streams."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
+from quantkit.runtime.constraint import Constraint
 from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.session import Prompt, Session
 
@@ -22,11 +23,21 @@ class Texts:
         # One thread: tokenizing is spread over cores by the tokenizer itself.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
-    async def request(self, prompt: Prompt | list[int], params: SamplingParams) -> Request:
+    async def request(
+        self, prompt: Prompt | list[int], params: SamplingParams, constraint: Constraint | None = None
+    ) -> Request:
         """The engine's request for a text, for chat messages, or for tokens; see `encode`."""
         if isinstance(prompt, list) and isinstance(prompt[0], int):
-            return Request(cast(list[int], prompt), params)
-        return Request(await self.encode(cast(Prompt, prompt)), params)
+            return Request(cast(list[int], prompt), params, constraint)
+        return Request(await self.encode(cast(Prompt, prompt)), params, constraint)
+
+    async def constraint(self, schema: Mapping[str, Any]) -> Constraint:
+        """What makes texts fit a JSON schema.
+
+        Raises:
+            RequestError: the schema is refused, or llguidance is not installed.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._compile, schema)
 
     async def encode(self, prompt: Prompt) -> Sequence[int]:
         """Tokens of a text, or of chat messages.
@@ -48,6 +59,9 @@ class Texts:
     def close(self) -> None:
         """End the worker."""
         self._worker.shutdown(cancel_futures=True)
+
+    def _compile(self, schema: Mapping[str, Any]) -> Constraint:
+        return self._session.grammars.compile(schema)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

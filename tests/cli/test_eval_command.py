@@ -68,7 +68,9 @@ def test_a_model_is_no_worse_than_itself(llama: Path) -> None:
         (("--baseline", "nowhere"), "nowhere: no such folder"),
         (("--device", "tpu"), "--device tpu"),
         (("--kv-dtype", "int5"), "--kv-dtype int5: there is no such type"),
-        (("--kv-dtype", "int8", "--speed"), "leave --kv-dtype out"),
+        (("--kv-dtype", "int8", "--speed"), "leave --kv-dtype and --kv-policy out"),
+        (("--kv-policy", "sinks"), "--kv-policy sinks needs to know how many tokens to keep"),
+        (("--kv-policy", "sinks", "--kv-budget", 20), "--kv-budget 20 is less than 3 blocks"),
     ],
 )
 def test_bad_options(llama: Path, options: tuple[object, ...], words: str) -> None:
@@ -109,3 +111,27 @@ def test_what_a_kv_cache_costs(llama: Path, two_bits: Path) -> None:
     assert costs["int4+4"] < costs["int4"] / 4
     report = json.loads(quantkit("eval", two_bits, *SIZES, "--kv-dtype", "int8", "--json", "-").out)
     assert (report["kv_dtype"], report["kernel_difference"]) == ("int8", None)
+
+
+def test_what_a_kv_budget_costs(llama: Path) -> None:
+    """A budget that holds the windows drops nothing; a smaller one is not free, and tells so."""
+    sizes = ("--windows", 2, "--seq-len", 128)
+    costs = {}
+    for tokens in (128, 64):
+        budget = ("--kv-policy", "window", "--kv-budget", tokens)
+        done = quantkit("eval", llama, "--baseline", llama, *sizes, *budget, "--json", "-")
+        assert done.status == 0, done.err
+        report = json.loads(done.out)
+        assert (report["kv_policy"], report["kv_budget"]) == ("window", tokens)
+        assert f"window within {tokens} tokens" in done.err
+        costs[tokens] = report["model"]["metrics"]["kl_mean"]
+    assert costs[128] < 1e-6 < costs[64]
+
+
+def test_the_same_tokens_in_other_windows(llama: Path) -> None:
+    """A baseline that was kept for two windows is not taken for one that is twice as long."""
+    for windows, length in ((2, 64), (1, 128)):
+        sizes = ("--windows", windows, "--seq-len", length)
+        done = quantkit("eval", llama, "--baseline", llama, *sizes, "--json", "-")
+        assert done.status == 0, done.err
+        assert json.loads(done.out)["model"]["metrics"]["kl_mean"] == pytest.approx(0, abs=1e-9)

@@ -1,0 +1,58 @@
+"""A tiny model, served in a thread of the tests' own process."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import uvicorn
+from tiny import make_model
+
+from quantkit.runtime.engine import EngineConfig
+from quantkit.runtime.paged_model import CacheOptions
+from quantkit.runtime.session import Session
+from quantkit.server.app import Served, ServerConfig, create_app
+
+
+def tiny_folder(folder: Path) -> Path:
+    """A random model with a chat template."""
+    make_model(folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}:")
+    return folder
+
+
+@contextmanager
+def serving(folder: Path, config: ServerConfig) -> Iterator[tuple[str, Served]]:
+    """Its address and what it serves; at the end nothing may be left of any request."""
+    cache = CacheOptions(memory=2**22, max_batch=config.max_batch, step_tokens=64)
+    session = Session(folder, torch.device("cpu"), cache, EngineConfig(config.max_batch, token_budget=64), None, "off")
+    app = create_app(session, config)
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
+    thread = threading.Thread(target=server.run, args=([sock],))
+    thread.start()
+    served: Served = app.state.served
+    wait(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}", served
+        wait(lambda: served.runner.idle and not session.engine.has_work)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        sock.close()
+    session.engine.check()
+    stats = session.engine.stats
+    assert stats.running == stats.waiting == stats.used_blocks == 0
+
+
+def wait(done: Callable[[], bool]) -> None:
+    """Until `done`; a hang fails."""
+    for _ in range(1000):
+        if done():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it never came to that")

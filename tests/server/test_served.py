@@ -1,0 +1,130 @@
+"""The whole server on a tiny model: constrained replies, what it tells about itself meanwhile, and the page in front of it."""
+
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+import torch
+import uvicorn
+from playwright.sync_api import expect, sync_playwright
+from prometheus_client.parser import text_string_to_metric_families
+from tiny import make_model
+
+from quantkit.runtime.engine import EngineConfig
+from quantkit.runtime.paged_model import CacheOptions
+from quantkit.runtime.session import Session
+from quantkit.server.app import ServerConfig, create_app
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "colour": {"enum": ["red", "green", 7]},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["colour", "sizes"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+KEY = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a server listens that wants the key "secret"."""
+    folder = make_model(tmp_path_factory.mktemp("served"))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}:")
+    cache = CacheOptions(memory=2**22, max_batch=8, step_tokens=64)
+    session = Session(folder, torch.device("cpu"), cache, EngineConfig(max_batch=8, token_budget=64), None, "ngram")
+    app = create_app(session, ServerConfig("tiny", 8, api_key="secret"))
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run, args=([sock],))
+    thread.start()
+    yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+    sock.close()
+
+
+def post(url: str, path: str, **fields: Any) -> httpx.Response:
+    return httpx.post(url + path, json={"max_tokens": 200, "seed": 3, **fields}, headers=KEY, timeout=60)
+
+
+def values(url: str) -> dict[str, float]:
+    """Every metric that has no label of its own."""
+    text = httpx.get(url + "/metrics", headers=KEY).text
+    families = list(text_string_to_metric_families(text))
+    return {s.name: s.value for family in families for s in family.samples if set(s.labels) <= {"model_name", "engine"}}
+
+
+def test_completions_fit_the_schema_and_are_counted(url: str) -> None:
+    before = values(url)
+    body = post(url, "/v1/completions", prompt=["Hello", "World"], n=2, response_format=FORMAT).json()
+    for choice in body["choices"]:
+        jsonschema.validate(json.loads(choice["text"]), SCHEMA)
+        assert choice["finish_reason"] == "stop"
+    after = values(url)
+    assert after["vllm:prompt_tokens_total"] - before["vllm:prompt_tokens_total"] == body["usage"]["prompt_tokens"] == 10
+    generated = after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]
+    assert generated == body["usage"]["completion_tokens"]
+    assert after["vllm:num_requests_running"] == after["vllm:kv_cache_usage_perc"] == 0
+    state = httpx.get(url + "/state", headers=KEY).json()
+    assert (state["model"], state["running"]) == ("tiny", 0)
+    assert state["served"] >= 4
+
+
+def test_chats_stream_json(url: str) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    text = ""
+    reply = post(url, "/v1/chat/completions", messages=messages, response_format=FORMAT, stream=True)
+    for line in reply.text.split("\n\n")[:-2]:
+        text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
+    jsonschema.validate(json.loads(text), SCHEMA)
+    whole = post(url, "/v1/chat/completions", messages=messages, response_format={"type": "json_object"}, max_tokens=9).json()
+    (choice,) = whole["choices"]
+    assert choice["message"]["content"].startswith("{")
+    assert choice["finish_reason"] in ("length", "stop")
+
+
+def test_bad_schemas_get_a_400_that_says_why(url: str) -> None:
+    refused = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "foo"}}}
+    reply = post(url, "/v1/completions", prompt="Hello", response_format=refused)
+    assert reply.status_code == 400
+    assert "the JSON schema is refused (Invalid type: foo)" in reply.json()["error"]["message"]
+    assert post(url, "/v1/completions", prompt="Hello", response_format={"type": "xml"}).status_code == 400
+
+
+def test_only_the_page_and_the_probe_need_no_key(url: str) -> None:
+    assert {path: httpx.get(url + path).status_code for path in ("/", "/health", "/state", "/metrics")} == {
+        "/": 200,
+        "/health": 200,
+        "/state": 401,
+        "/metrics": 401,
+    }
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH; on Debian: apt-get install chromium")
+def test_a_person_chats_with_the_model(url: str, tmp_path: Path) -> None:
+    with sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
+        page.goto(url)
+        page.get_by_label("API key").fill("secret")
+        page.get_by_label("API key").press("Enter")
+        expect(page.locator("#model")).to_have_text("tiny")
+        page.get_by_label("Message").fill("Hi")
+        page.get_by_label("Message").press("Enter")
+        expect(page.locator("#chat .assistant")).not_to_be_empty()
+        expect(page.locator("#send")).to_be_visible(timeout=30_000)
+        expect(page.locator("#chat .error")).to_have_count(0)
+        page.context.browser.close()  # type: ignore[union-attr]
