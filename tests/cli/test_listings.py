@@ -24,7 +24,7 @@ def shipped(folder: str) -> set[str]:
 
 
 def test_verbs() -> None:
-    assert VERBS == ["quantize", "eval", "generate", "inspect", "convert", "recipes", "calib"]
+    assert VERBS == ["quantize", "eval", "generate", "serve", "inspect", "convert", "recipes", "calib"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,0 +1,111 @@
+"""Memory of a server over time, under streams of random lengths of which a third is left in the middle.
+
+Every line: minutes since the start, requests ended and left so far, resident memory of the server (MB), share of the KV
+cache in use. Memory that goes on growing after the first minutes is a leak.
+
+usage: python -m benchmarks.soak [--model demo] [--minutes 2] [--concurrency 8] [--every 10] [--json FILE]
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import httpx
+
+from benchmarks.quality import QUANTKIT
+
+TEXT = " ".join(topics[name] for name in sorted(topics))
+
+
+class Tally:
+    """What became of the requests."""
+
+    ended = left = 0
+
+
+async def client(http: httpx.AsyncClient, chance: random.Random, tally: Tally, until: float) -> None:
+    """One request after another."""
+    while time.monotonic() < until:
+        start, length = chance.randrange(len(TEXT) - 2000), chance.randrange(20, 1500)
+        body = {"prompt": TEXT[start : start + length], "max_tokens": chance.randrange(1, 100), "stream": True}
+        leaves = chance.randrange(1, 40) if chance.random() < 1 / 3 else None
+        async with http.stream("POST", "/v1/completions", json=body) as reply:
+            reply.raise_for_status()
+            events = 0
+            async for _ in reply.aiter_lines():
+                events += 1
+                if events == leaves:
+                    break
+            done = events != leaves
+        tally.ended += done
+        tally.left += not done
+
+
+async def watch(http: httpx.AsyncClient, pid: int, tally: Tally, every: float, until: float) -> list[dict[str, float]]:
+    """Print and return a row every so many seconds."""
+    rows, started = [], time.monotonic()
+    while time.monotonic() < until:
+        await asyncio.sleep(every)
+        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        usage = re.search(r"^vllm:kv_cache_usage_perc\S* (\S+)", (await http.get("/metrics")).text, re.MULTILINE)
+        assert found is not None
+        assert usage is not None
+        numbers = ((time.monotonic() - started) / 60, tally.ended, tally.left, int(found[1]) * 1024 / 1e6, float(usage[1]))
+        rows.append(dict(zip(("minutes", "ended", "left", "MB", "kv use"), numbers, strict=True)))
+        print(" | ".join(f"{value:.2f}" for value in numbers), flush=True)
+    return rows
+
+
+async def soak(url: str, pid: int, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Load the server, watch it."""
+    until, tally = time.monotonic() + 60 * options.minutes, Tally()
+    async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+        crowd = [client(http, random.Random(number), tally, until) for number in range(options.concurrency)]
+        rows, *_ = await asyncio.gather(watch(http, pid, tally, options.every, until), *crowd)
+    return rows
+
+
+def main() -> None:
+    """Start a server, load it, print rows and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--every", type=float, default=10, help="seconds between rows")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    server = subprocess.Popen([*QUANTKIT, "serve", options.model, "--port", str(port), "-q", "--kv-memory", "256MiB"])
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while server.poll() is None and not _ready(url):
+            time.sleep(0.2)
+        print("minutes | ended | left | MB | kv use")
+        rows = asyncio.run(soak(url, server.pid, options))
+    finally:
+        server.terminate()
+        server.wait()
+    result = json.dumps({"model": options.model, "concurrency": options.concurrency, "rows": rows}, indent=2)
+    print(result)
+    if options.json:
+        options.json.write_text(result + "\n")
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(url + "/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
