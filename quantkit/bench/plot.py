@@ -27,7 +27,8 @@ def draw(report: BenchReport) -> Figure:
     """TTFT and TPOT over system TPS, a point a load, side by side."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     w = report.workload
-    figure.suptitle(f"{report.model}: {w.prompt_tokens} prompt and up to {w.max_tokens} new tokens a request")
+    unit = report.points[0].load.split(" ", 1)[1]
+    figure.suptitle(f"{report.model}: {w.prompt_tokens} prompt and up to {w.max_tokens} new tokens; at the points: {unit}")
     left, right = figure.subplots(1, 2)
     _panel(left, "TTFT", report.points, lambda f: f.ttft, report.limits.ttft)
     _panel(right, "TPOT", report.points, lambda f: f.tpot, report.limits.tpot)
@@ -43,10 +44,12 @@ def _panel(
     axes.plot(throughput, [1000 * spread.median for _, spread in found], marker="o", label="median")
     axes.plot(throughput, [1000 * spread.p99 for _, spread in found], marker="o", linestyle="--", label="p99")
     for (point, spread), x in zip(found, throughput, strict=True):
-        axes.annotate(point.load, (x, 1000 * spread.median), textcoords="offset points", xytext=(4, -12), fontsize="small")
+        place = x, 1000 * spread.median
+        axes.annotate(f"{point.level:g}", place, textcoords="offset points", xytext=(0, -14), ha="center", fontsize="small")
     if limit is not None:
         axes.axhline(1000 * limit, color="grey", linewidth=0.8, label="limit")
     axes.set_xlabel("system TPS, output tokens/s")
     axes.set_ylabel(f"{name}, ms")
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend()

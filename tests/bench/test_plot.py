@@ -35,7 +35,7 @@ def test_lines() -> None:
         assert list(median.get_ydata()) == pytest.approx([1000 * getattr(each, name).median for each in shown])
         assert list(p99.get_ydata()) == pytest.approx([1000 * getattr(each, name).p99 for each in shown])
         assert len(limit) == (name == "ttft")
-        assert [text.get_text() for text in axes.texts] == ["1 concurrent", "2 concurrent"]
+        assert [text.get_text() for text in axes.texts] == ["1", "2"]
 
 
 def test_a_png(tmp_path: Path) -> None:
