@@ -15,7 +15,7 @@ $(BIN)/quantkit: pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(BIN)/quantkit
-	$(BIN)/pip install --quiet --editable ".[demo,interop,serve,test]"
+	$(BIN)/pip install --quiet --editable ".[demo,interop,serve,bench,test]"
 	touch $@
 
 setup: $(BIN)/quantkit

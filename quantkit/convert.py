@@ -39,6 +39,15 @@ def convert(source: Path, out: Path, form: str, *, overwrite: bool) -> int:
     return len(packed.modules)
 
 
+def holds(checkpoint: Checkpoint, packed: PackedReader, form: str) -> bool:
+    """Whether `form` can hold an artifact, as far as headers and config show."""
+    try:
+        _require_room(checkpoint.folder, packed, _plan(checkpoint, packed), form)
+    except FormatError:
+        return False
+    return True
+
+
 def _require_room(source: Path, packed: PackedReader, plan: Plan, form: str) -> None:
     """Refuse, before any work, what headers and config already show.
 

@@ -62,6 +62,7 @@ ALLOWED = {
     "quantkit.methods": ("torch", "quantkit.methods"),
     "quantkit.formats": ("torch", "quantkit.formats", "quantkit.methods.grid", "quantkit.errors"),
     "quantkit.kernels": ("torch", "triton", "quantkit.kernels"),
+    "quantkit.bench": ("httpx", "matplotlib", "numpy", "quantkit.bench", "quantkit.errors"),
     "quantkit.calibrate": ("torch", "greenlet", "quantkit.architecture", "quantkit.ranks"),
     "quantkit.ranks": ("torch", "quantkit.errors"),
     "quantkit.architecture": ("quantkit.errors",),

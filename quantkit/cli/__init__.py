@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 import quantkit
-from quantkit.cli import calib, convert, eval, generate, inspect, quantize, recipes, serve
+from quantkit.cli import bench, calib, convert, deploy, eval, generate, inspect, quantize, recipes, serve
 from quantkit.errors import QuantkitError
 from quantkit.memory import is_out_of_memory
 from quantkit.usage import return_freed_memory
@@ -79,6 +79,8 @@ for _name, _verb, _example in (
     ("eval", eval.evaluate, eval.EXAMPLE),
     ("generate", generate.generate, generate.EXAMPLE),
     ("serve", serve.serve, serve.EXAMPLE),
+    ("bench", bench.bench, bench.EXAMPLE),
+    ("deploy", deploy.deploy, deploy.EXAMPLE),
     ("inspect", inspect.inspect, inspect.EXAMPLE),
     ("convert", convert.convert, convert.EXAMPLE),
     ("recipes", recipes.recipes, recipes.EXAMPLE),

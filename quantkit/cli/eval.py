@@ -1,4 +1,4 @@
-"""`quantkit eval`: perplexity, divergence from a baseline, and gates for CI."""
+"""`quantkit eval`: perplexity, divergence from a baseline, gates for CI; speed; tasks."""
 
 import sys
 from dataclasses import asdict
@@ -9,6 +9,8 @@ import typer
 
 from quantkit.checkpoint.locate import locate
 from quantkit.cli import options, tables
+from quantkit.cli.engine_options import EngineOptions
+from quantkit.cli.eval_tasks import evaluate_tasks
 from quantkit.errors import RecipeError
 from quantkit.evaluate.run import EvalReport, EvalRequest
 from quantkit.evaluate.run import evaluate as run
@@ -32,28 +34,48 @@ def evaluate(
     kv_policy: options.KvPolicy = FULL,
     kv_budget: options.KvBudget = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure speed and memory instead of quality.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Run tasks of the lm-evaluation-harness instead.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of --tasks: documents of each at most.")] = None,
+    task_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --tasks: a folder of more tasks (YAML).")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Of --tasks: examples in each prompt.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Of --tasks: put prompts into the chat template.")] = False,
     device: options.Device = "auto",
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure perplexity, KL divergence from a baseline, top-1 agreement, bits per weight and size; or speed.
+    """Measure perplexity, KL divergence from a baseline, top-1 agreement, bits per weight and size; or speed; or tasks.
 
     perplexity = exp(mean negative log-likelihood) over windows that do not overlap, each window's first token unscored.
     """
     options.require_writable(json_file)
-    limit = options.fraction(max_ppl_increase, "--max-ppl-increase")
-    if baseline is None and (limit is not None or max_kl is not None):
+    increase = options.fraction(max_ppl_increase, "--max-ppl-increase")
+    gated = increase is not None or max_kl is not None
+    if baseline is None and gated:
         raise RecipeError("--max-ppl-increase and --max-kl compare with a baseline; name it with --baseline")
     if speed:
-        if limit is not None or max_kl is not None:
-            raise RecipeError("--speed measures no quality, so --max-ppl-increase and --max-kl cannot gate it; run eval twice")
+        if gated or tasks is not None:
+            raise RecipeError("--speed measures no quality, so no gates and no --tasks go with it; run eval twice")
         if kv_dtype is not None or kv_policy != FULL:
             raise RecipeError(
                 "--speed runs with the model's own KV cache, whole; leave --kv-dtype and --kv-policy out, or --speed"
             )
         _speed(model, baseline, device, json_file, quiet=quiet)
         return
+    if tasks is not None:
+        if gated:
+            raise RecipeError("--tasks measures neither perplexity nor KL, so these cannot gate it; run eval twice")
+        models = {} if baseline is None else {"baseline": baseline}
+        engine = EngineOptions(device, kv_dtype=kv_dtype or "auto", kv_policy=kv_policy, kv_budget=kv_budget)
+        wanted = {"names": tasks.split(","), "limit": limit, "folder": task_dir, "num_fewshot": num_fewshot, "chat": chat}
+        evaluate_tasks(models | {"model": model}, engine, wanted, json_file, quiet=quiet)
+        return
+    if (limit, task_dir, num_fewshot, chat) != (None, None, None, False):
+        raise RecipeError(
+            "--limit, --task-dir, --num-fewshot and --chat are about tasks of the harness; name some with --tasks"
+        )
     request = EvalRequest(
         model=locate(model),
         baseline=None if baseline is None else locate(baseline),
@@ -67,7 +89,7 @@ def evaluate(
     with tables.stage_bar(enabled=not quiet and sys.stderr.isatty()) as advance:
         report = run(request, advance)
     options.console(json_file, quiet=quiet).print(tables.eval_table(report, model, baseline))
-    failures = _failures(report, limit, max_kl)
+    failures = _failures(report, increase, max_kl)
     options.write_json(json_file, report.to_json() | {"failed_gates": failures})
     for failure in failures:
         typer.echo(f"gate failed: {failure}", err=True)

@@ -1,5 +1,6 @@
 """Tables for people. Everything in them is also in `--json`."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,9 +188,9 @@ def speculated(stats: SpeculationStats) -> str:
 
 @contextmanager
 def stage_bar(*, enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar a stage; yields advance(stage, done, total)."""
+    """A progress bar a stage, on what is stderr now; yields advance(stage, done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as progress:
+    with Progress(*columns, console=Console(file=sys.stderr), disable=not enabled) as progress:
         tasks = {}
 
         def advance(stage: str, done: int, total: int) -> None:

@@ -42,7 +42,8 @@ def accept(sequence: Sequence, samples: Iterable[Sample], now: float) -> Output:
     timing = sequence.timing
     first, finished = timing.first_token or now, None if reason is None else now
     sequence.timing = Timing(timing.arrival, first, finished)
-    return Output(*_identity(sequence), shown, tokens, logprobs, reason, stop)
+    of_prompt, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+    return Output(*_identity(sequence), shown, tokens, logprobs, reason, stop, prompt_logprobs=of_prompt)
 
 
 def ended(sequence: Sequence, reason: FinishReason, now: float, error: Exception | None = None) -> Output:
@@ -58,6 +59,7 @@ def joined(outputs: SequenceOf[Output]) -> Output:
         text="".join(output.text for output in outputs),
         token_ids=[token for output in outputs for token in output.token_ids],
         logprobs=[each for output in outputs for each in output.logprobs],
+        prompt_logprobs=[each for output in outputs for each in output.prompt_logprobs],
     )
 
 

@@ -72,14 +72,14 @@ def build_batch(scheduled: Sequence[Scheduled], block_size: int, measured: Seque
     """
     tokens, positions, slots, rows = array("q"), array("q"), array("q"), array("q")
     starts, lengths = array("i", [0]), array("i")
-    for sequence, num_tokens, num_logits, draft in scheduled:
+    for sequence, num_tokens, num_logits, draft, num_scored in scheduled:
         first, stop, blocks = sequence.num_computed, sequence.num_computed + num_tokens, sequence.blocks
         tokens.extend(sequence.tokens[first:stop])
         tokens.extend(draft.tokens)
         positions.extend(range(first, stop))
         held = range(sequence.num_held, sequence.num_held + num_tokens)
         slots.extend([blocks[i // block_size] * block_size + i % block_size for i in held])
-        rows.extend(range(len(tokens) - num_logits, len(tokens)))
+        rows.extend(range(len(tokens) - num_logits - num_scored, len(tokens)))
         starts.append(len(tokens))
         lengths.append(held.stop)
     table = _block_table([entry.sequence.blocks for entry in scheduled])

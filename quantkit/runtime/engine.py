@@ -22,8 +22,9 @@ from quantkit.runtime.model import Model
 from quantkit.runtime.proposer import Proposer
 from quantkit.runtime.request import Request
 from quantkit.runtime.scheduler import Scheduler
-from quantkit.runtime.sequence import FinishReason, Output, Sequence, Stats, Timing
+from quantkit.runtime.sequence import FinishReason, Output, Sequence, Timing
 from quantkit.runtime.speculation import Speculation
+from quantkit.runtime.stats import Stats
 from quantkit.runtime.step import Stepper
 
 

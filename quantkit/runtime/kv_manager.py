@@ -191,10 +191,10 @@ class KVManager:
         return sequence.num_computed
 
     def _match(self, sequence: Sequence) -> list[Entry]:
-        """Cached entries of the longest known prefix that leaves a token to compute, and a block of a budget."""
+        """Cached entries of the longest known prefix that leaves the tokens that must be computed, and a block of a budget."""
         nodes: list[Entry] = []
         size, node = self.block_size, ROOT
-        for stop in range(size, min(len(sequence.tokens), self.capacity), size):
+        for stop in range(size, min(sequence.num_reusable + 1, self.capacity), size):
             entry = self.cache.find(node, sequence.tokens[stop - size : stop])
             if entry is None:
                 break

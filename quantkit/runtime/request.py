@@ -34,6 +34,8 @@ class SamplingParams:
         include_stop: whether the text keeps the stop string or the stop token's text. Token ids always keep all.
         ignore_eos: go on past the model's end-of-sequence tokens.
         logprobs: log probabilities of each chosen token and of this many likeliest ones; None: no log probabilities.
+        prompt_logprobs: the same for the tokens of the prompt, the first of which never has one.
+        prompt_logprobs_from: the first token of the prompt that gets one; those before it may come from the prefix cache.
 
     Raises:
         RequestError: a value that cannot be sampled with.
@@ -54,6 +56,8 @@ class SamplingParams:
     include_stop: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
 
     def __post_init__(self) -> None:
         # Every condition is false for NaN.
@@ -68,7 +72,9 @@ class SamplingParams:
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             "stop": (all(self.stop), "strings that are not empty"),
-            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
+            "logprobs": (0 <= (self.logprobs or 0) <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
+            "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
+            "prompt_logprobs_from": (self.prompt_logprobs_from >= 1, "at least 1"),
         }
         for name, (holds, wanted) in rules.items():
             if not holds:

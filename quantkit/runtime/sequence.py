@@ -13,12 +13,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from quantkit.runtime.block_store import OffloadStats
 from quantkit.runtime.constraint import Constraint
 from quantkit.runtime.detokenize import TextStream
 from quantkit.runtime.logits import History
 from quantkit.runtime.request import SamplingParams
-from quantkit.runtime.tally import SpeculationStats
 
 
 class Status(Enum):
@@ -117,6 +115,8 @@ class Sequence:
         mass: attention that the token that filled the budget pays to each block.
         num_cached: prompt tokens found in the prefix cache; None before it was first admitted.
         history: what penalties need to know; owned by the sampler.
+        num_scored: tokens of the prompt before this one have their log probabilities, or need none.
+        prompt_logprobs: those that are known and were not handed out yet.
     """
 
     request_id: int
@@ -142,6 +142,12 @@ class Sequence:
     mass: list[float] = field(default_factory=list)
     num_cached: int | None = None
     history: History = field(default_factory=History)
+    num_scored: int = field(init=False)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        asked = self.params.prompt_logprobs is not None
+        self.num_scored = min(self.params.prompt_logprobs_from, self.num_prompt) if asked else self.num_prompt
 
     @property
     def order(self) -> tuple[int, int]:
@@ -170,6 +176,11 @@ class Sequence:
         return self.num_pending == 1 and len(self.tokens) > self.num_prompt
 
     @property
+    def num_reusable(self) -> int:
+        """Leading tokens that need no computing if their keys and values are known: logits behind the others are wanted."""
+        return (len(self.tokens) if self.num_scored == self.num_prompt else self.num_scored) - 1
+
+    @property
     def num_slots(self) -> int:
         """Running sequences that it is or will be."""
         return 1 + len(self.forks)
@@ -184,12 +195,14 @@ class Scheduled(NamedTuple):
     """A sequence's part in a step: its next `num_tokens` tokens, the last `num_logits` of which are to be followed.
 
     The last tokens are those of `draft`, which the sequence does not have: each of them and the one before it need logits.
+    So do the `num_scored` tokens before these, because the prompt's tokens that follow them want log probabilities.
     """
 
     sequence: Sequence
     num_tokens: int
     num_logits: int
     draft: Draft = Draft()
+    num_scored: int = 0
 
 
 @dataclass
@@ -207,6 +220,7 @@ class Output:
         finish_reason: see `FinishReason`.
         stop: the stop string or the token that ended it.
         error: what failed, where a failed step ended it.
+        prompt_logprobs: one a token of the prompt, where asked for, beside the first output.
     """
 
     request_id: int
@@ -219,30 +233,4 @@ class Output:
     finish_reason: FinishReason | None = None
     stop: str | int | None = None
     error: Exception | None = None
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Where an engine stands.
-
-    Attributes:
-        running, waiting: sequences.
-        used_blocks, num_blocks: KV blocks that sequences hold, and all there are.
-        prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found, since the start.
-        preemptions, steps: since the start.
-        evicted_blocks: that sequences dropped to stay within their budget, since the start.
-        offload: of blocks outside of the model's cache; None without a store.
-        speculation: what became of drafts since the start; None without a proposer.
-    """
-
-    running: int
-    waiting: int
-    used_blocks: int
-    num_blocks: int
-    prefix_queries: int
-    prefix_hits: int
-    preemptions: int
-    steps: int
-    evicted_blocks: int
-    offload: OffloadStats | None
-    speculation: SpeculationStats | None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

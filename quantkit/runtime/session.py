@@ -78,6 +78,7 @@ class Session:
         model: with its cache.
         tokenizer: of the model.
         engine: which owns the cache.
+        eos_token_ids: tokens that end a text.
         load_seconds: how long it took to load.
     """
 
@@ -109,11 +110,12 @@ class Session:
         self.load_seconds = time.monotonic() - started
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)
-        self._eos = _eos_token_ids(checkpoint, self.tokenizer)
+        self.eos_token_ids = _eos_token_ids(checkpoint, self.tokenizer)
         store = None if offload is None else BlockStore(self.model.cache, offload)
         config = replace(config, eviction=cache.budget.eviction(self.model.block_size))
         proposer = None if new_proposer is None else new_proposer()
-        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=self._eos, store=store, proposer=proposer)
+        eos = self.eos_token_ids
+        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, store=store, proposer=proposer)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -129,7 +131,7 @@ class Session:
             from quantkit.runtime.json_grammar import JsonGrammars  # an extra, and only needed here
         except ImportError:
             raise RequestError("JSON of a given form needs llguidance; run: pip install 'quantkit[serve]'") from None
-        return JsonGrammars(self.tokenizer, self.model.vocab_size, self._eos)
+        return JsonGrammars(self.tokenizer, self.model.vocab_size, self.eos_token_ids)
 
     def request(self, prompt: Prompt, params: SamplingParams, *, chat: bool, constraint: Constraint | None = None) -> Request:
         """A request for a prompt.

@@ -126,4 +126,4 @@ class Speculation:
 
 def _with_draft(entry: Scheduled, draft: Draft) -> Scheduled:
     count = len(draft.tokens)
-    return Scheduled(entry.sequence, entry.num_tokens + count, entry.num_logits + count, draft)
+    return entry._replace(num_tokens=entry.num_tokens + count, num_logits=entry.num_logits + count, draft=draft)

@@ -10,6 +10,7 @@ from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.logits import flaws
 from quantkit.runtime.model import Model
 from quantkit.runtime.scheduler import Scheduler
+from quantkit.runtime.scoring import score_prompts
 from quantkit.runtime.sequence import Draft, Sample, Scheduled, Sequence
 from quantkit.runtime.speculation import Speculation
 from quantkit.runtime.verify import verify
@@ -49,6 +50,7 @@ class Stepper:
         going = [entry for entry in scheduled if entry.sequence.request_id not in failed]
         for entry in going:
             self._kv.commit(entry.sequence, entry.num_tokens - len(entry.draft.tokens))
+        score_prompts(logits, scheduled, failed)
         followed, drafts, rows = self._followed(scheduled, failed, flawed)
         if not followed:
             return Stepped([], failed)
@@ -69,6 +71,7 @@ class Stepper:
         rows: list[int] = []
         first = 0
         for entry in scheduled:
+            first += entry.num_scored
             if entry.num_logits and entry.sequence.request_id not in failed:
                 sound = next((i for i in range(entry.num_logits) if first + i in flawed), entry.num_logits)
                 for sequence in (entry.sequence, *self._scheduler.fork(entry.sequence)):
@@ -80,16 +83,19 @@ class Stepper:
 
 
 def _failed(scheduled: list[Scheduled], flawed: Mapping[int, str]) -> dict[int, NumericsError]:
-    """Requests with a sequence behind whose own last token the logits are flawed."""
+    """Requests with a sequence behind whose own tokens, not those of its draft, the logits are flawed."""
     failed = {}
     first = 0
     for entry in scheduled:
-        if entry.num_logits and first in flawed:
+        own = range(first, first + entry.num_scored + bool(entry.num_logits))
+        wrong = next((row for row in own if row in flawed), None)
+        if wrong is not None:
             sequence = entry.sequence
-            where = f"request {sequence.request_id}: the model's logits behind token {len(sequence.tokens)}"
-            reason = f"are {flawed[first]}, so no token can be chosen; run its weights in a wider type"
+            token = sequence.num_computed + entry.num_tokens - len(entry.draft.tokens) - (own.stop - 1 - wrong)
+            where = f"request {sequence.request_id}: the model's logits behind token {token}"
+            reason = f"are {flawed[wrong]}, so no token can be chosen; run its weights in a wider type"
             failed[sequence.request_id] = NumericsError(f"{where} {reason}")
-        first += entry.num_logits
+        first += entry.num_scored + entry.num_logits
     return failed
 
 

@@ -5,7 +5,7 @@ their own includes their router there.
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 import quantkit
+from quantkit.runtime.request import Request
 from quantkit.runtime.session import Prompt, Session
 from quantkit.server import errors
 from quantkit.server.constrain import schema_of
 from quantkit.server.errors import ApiError
-from quantkit.server.forms import ChatForm, CompletionForm
+from quantkit.server.forms import ChatForm, CompletionForm, Echo, Form
 from quantkit.server.guards import BodyLimit, KeyGuard
 from quantkit.server.live import Live
 from quantkit.server.metrics import Metrics
@@ -76,12 +77,19 @@ class Served:
 
     async def completions(self, body: CompletionBody) -> Reply:
         """`POST /v1/completions`."""
-        form = CompletionForm(self.config.name, self.texts.piece)
-        return await self._reply(body, body.prompts, form)
+        prompts, samples = body.prompts, body.n or 1
+
+        def form(requests: Sequence[Request]) -> CompletionForm:
+            echoes = [Echo(p if isinstance(p, str) else None, r.prompt) for p, r in zip(prompts, requests, strict=True)]
+            chosen = [echo for echo in echoes for _ in range(samples)] if body.echo else []
+            return CompletionForm(self.config.name, self.texts.text, chosen)
+
+        return await self._reply(body, prompts, form)
 
     async def chat(self, body: ChatBody) -> Reply:
         """`POST /v1/chat/completions`."""
-        return await self._reply(body, [[m.plain() for m in body.messages]], ChatForm(self.config.name, self.texts.piece))
+        form = ChatForm(self.config.name, self.texts.text)
+        return await self._reply(body, [[m.plain() for m in body.messages]], lambda _: form)
 
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
         """`POST /tokenize`."""
@@ -98,14 +106,17 @@ class Served:
         return {"prompt": await self.texts.decode(body.tokens)}
 
     async def _reply(
-        self, body: CompletionBody | ChatBody, prompts: Sequence[Prompt | list[int]], form: CompletionForm | ChatForm
+        self,
+        body: CompletionBody | ChatBody,
+        prompts: Sequence[Prompt | list[int]],
+        form: Callable[[Sequence[Request]], Form],
     ) -> Reply:
         self.check_model(body.model)
         params, schema = body.params(), schema_of(body.response_format)
         constraint = None if schema is None else await self.texts.constraint(schema)
         requests = [await self.texts.request(prompt, params, constraint) for prompt in prompts]
         timeout, stream = self.config.request_timeout, bool(body.stream)
-        return Reply(self.runner, requests, form, timeout, stream=stream, include_usage=body.include_usage)
+        return Reply(self.runner, requests, form(requests), timeout, stream=stream, include_usage=body.include_usage)
 
 
 class ErrorDetail(BaseModel):

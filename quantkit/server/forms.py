@@ -3,12 +3,19 @@
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from quantkit.runtime.sequence import Output, TokenLogprobs
 
-#: The text of one token.
-Piece = Callable[[int], str]
+#: The text of tokens.
+Text = Callable[[Sequence[int]], str]
+
+
+class Echo(NamedTuple):
+    """A prompt that stands before its output: as it was sent, None where that was tokens; and its tokens."""
+
+    text: str | None
+    tokens: Sequence[int]
 
 
 class Form(Protocol):
@@ -32,8 +39,8 @@ class _Envelope:
 
     prefix, name, chunk_name = "", "", ""
 
-    def __init__(self, model: str, piece: Piece) -> None:
-        self._model, self._piece = model, piece
+    def __init__(self, model: str, text: Text) -> None:
+        self._model, self._text = model, text
         self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
@@ -41,14 +48,25 @@ class _Envelope:
         name = self.chunk_name if chunk else self.name
         return {"id": self._id, "object": name, "created": self._created, "model": self._model, "choices": list(choices)}
 
+    def _piece(self, token: int) -> str:
+        return self._text([token])
+
 
 class CompletionForm(_Envelope):
     """`text_completion` objects."""
 
     prefix, name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, piece: Piece) -> None:
-        super().__init__(model, piece)
+    def __init__(self, model: str, text: Text, echoes: Sequence[Echo] = ()) -> None:
+        """
+        Args:
+            model: its name.
+            text: of tokens.
+            echoes: the prompt of each choice, if it is to stand before the output.
+        """
+        super().__init__(model, text)
+        #: What is still to be echoed, by choice.
+        self._echoes = dict(enumerate(echoes))
         #: Characters of each choice's tokens so far.
         self._offsets: dict[int, int] = {}
 
@@ -58,30 +76,39 @@ class CompletionForm(_Envelope):
 
     def delta(self, index: int, output: Output) -> dict[str, Any]:
         """See `Form`."""
-        logprobs = self._logprobs(index, output.logprobs) if output.logprobs else None
-        return {"index": index, "text": output.text, "logprobs": logprobs, "finish_reason": _reason(output)}
+        text, logprobs = output.text, None
+        if (echo := self._echoes.pop(index, None)) is not None:
+            text = (self._text(echo.tokens) if echo.text is None else echo.text) + text
+        if output.logprobs:
+            first = None if echo is None else echo.tokens[0]
+            logprobs = self._logprobs(index, [*output.prompt_logprobs, *output.logprobs], first)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": _reason(output)}
 
     def whole(self, index: int, output: Output) -> dict[str, Any]:
         """See `Form`."""
         return self.delta(index, output)
 
-    def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Parallel lists; of several tokens with the same text, `top_logprobs` has the likeliest."""
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprobs], first: int | None) -> dict[str, Any]:
+        """Parallel lists; of several tokens with the same text, `top_logprobs` has the likeliest.
+
+        `first` is a prompt's first token, which follows nothing and has no log probability.
+        """
         offsets, end = [], self._offsets.get(index, 0)
-        pieces = [self._piece(entry.token) for entry in entries]
+        head = [] if first is None else [None]
+        pieces = [self._piece(token) for token in [*([] if first is None else [first]), *(entry.token for entry in entries)]]
         for piece in pieces:
             offsets.append(end)
             end += len(piece)
         self._offsets[index] = end
         tops: list[dict[str, float]] = []
-        for entry, piece in zip(entries, pieces, strict=True):
+        for entry, piece in zip(entries, pieces[len(head) :], strict=True):
             best: dict[str, float] = {}
             for token, logprob in entry.top:
                 best.setdefault(self._piece(token), logprob)
             best.setdefault(piece, entry.logprob)
             tops.append(best)
-        chosen = [entry.logprob for entry in entries]
-        return {"tokens": pieces, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+        chosen = [*head, *(entry.logprob for entry in entries)]
+        return {"tokens": pieces, "token_logprobs": chosen, "top_logprobs": [*head, *tops], "text_offset": offsets}
 
 
 class ChatForm(_Envelope):

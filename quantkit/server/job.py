@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from quantkit.runtime.request import Request
-from quantkit.runtime.sequence import Output, Stats
+from quantkit.runtime.sequence import Output
+from quantkit.runtime.stats import Stats
 
 
 class Observer(Protocol):

@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from quantkit.runtime.request import Request
-from quantkit.runtime.sequence import FinishReason, Output, Stats
+from quantkit.runtime.sequence import FinishReason, Output
+from quantkit.runtime.stats import Stats
 from quantkit.server import latency
 
 #: vLLM's buckets (vllm/v1/metrics/loggers.py), in seconds.

@@ -82,7 +82,7 @@ class Reply(Response):
                 await self._send_choices(send, [choice])
         async for index, output in job.outputs():
             self._note(index, output)
-            if output.text or output.logprobs or output.finish_reason is not None:
+            if output.text or output.logprobs or output.prompt_logprobs or output.finish_reason is not None:
                 await self._send_choices(send, [self._form.delta(index, output)])
         if self._include_usage:
             await _event(send, json.dumps(self._form.envelope([], chunk=True) | {"usage": self._usage(job)}))

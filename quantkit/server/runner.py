@@ -17,7 +17,8 @@ from queue import Empty, SimpleQueue
 from quantkit.errors import RequestError
 from quantkit.runtime.engine import Engine
 from quantkit.runtime.request import Request
-from quantkit.runtime.sequence import Output, Stats
+from quantkit.runtime.sequence import Output
+from quantkit.runtime.stats import Stats
 from quantkit.server.job import BusyError, DrainingError, EngineDiedError, Entry, Job, Observer
 
 logger = logging.getLogger("quantkit.server")

@@ -5,6 +5,7 @@ for nothing, because client libraries do. `user`, `metadata`, `safety_identifier
 labels for the operator of an API, and asking for nothing they change nothing.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -161,6 +162,7 @@ class CompletionBody(Sampling):
 
     prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -171,7 +173,8 @@ class CompletionBody(Sampling):
 
     def params(self) -> SamplingParams:
         """As the engine has it; OpenAI's default of 16 tokens."""
-        return self.sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+        params = self.sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+        return replace(params, prompt_logprobs=self.logprobs if self.echo else None)
 
 
 class TextPart(Body):

@@ -50,11 +50,11 @@ class Texts:
 
     async def decode(self, tokens: list[int]) -> str:
         """The text of tokens, special ones included."""
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self.text, tokens)
 
-    def piece(self, token: int) -> str:
-        """The text of one token; characters that span several tokens show as U+FFFD."""
-        return self._decode([token])
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones included, from any thread; parts of characters show as U+FFFD."""
+        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def close(self) -> None:
         """End the worker."""
@@ -62,6 +62,3 @@ class Texts:
 
     def _compile(self, schema: Mapping[str, Any]) -> Constraint:
         return self._session.grammars.compile(schema)
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

@@ -10,8 +10,9 @@ from runtime.fake_model import VOCAB, FakeModel, expected
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.ngram import NgramProposer
 from quantkit.runtime.request import Request, SamplingParams
-from quantkit.runtime.sequence import Draft, Output, Sequence, Stats, Timing, Usage
+from quantkit.runtime.sequence import Draft, Output, Sequence, Timing, Usage
 from quantkit.runtime.sequence import FinishReason as End
+from quantkit.runtime.stats import Stats
 from quantkit.server.live import WINDOW, Live, percentiles
 from quantkit.server.metrics import REQUEST_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, Metrics
 

@@ -1,0 +1,57 @@
+"""`quantkit deploy`: serve a model with vLLM or SGLang."""
+
+import os
+import shlex
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from quantkit import deploy as job
+from quantkit.checkpoint.locate import locate
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.cli import options
+from quantkit.errors import QuantkitError
+
+EXAMPLE = "Example: quantkit deploy vllm demo-w4 --tensor-parallel 3 -- --max-model-len 4096"
+
+
+def deploy(
+    engine: Annotated[Literal["vllm", "sglang"], typer.Argument(metavar="vllm|sglang", help="Who serves.")],
+    model: options.Model,
+    extra: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="More options of the engine, passed on as they are.")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs that share every matrix.")] = 1,
+    run: Annotated[bool, typer.Option("--run", help="Run the command instead of printing it.")] = False,
+    json_file: options.JsonFile = None,
+    debug: options.Debug = False,
+) -> None:
+    """Check that vLLM or SGLang loads MODEL, and print the command that serves it."""
+    options.require_writable(json_file)
+    folder = locate(model)
+    named = str(folder) if model == "demo" or Path(model).expanduser().is_dir() else model
+    found = job.deployment(Checkpoint(folder), named, engine, tensor_parallel, extra or ())
+    for note in found.notes:
+        typer.echo(f"note: {note}", err=True)
+    options.write_json(json_file, {"engine": engine, "command": found.command, "notes": found.notes})
+    if run:
+        _become(engine, found.command)
+    elif str(json_file) != "-":
+        typer.echo(shlex.join(found.command))
+
+
+def _become(engine: str, command: list[str]) -> None:
+    """Go on as the engine: signals and exit status are its own.
+
+    Raises:
+        QuantkitError: it is not installed.
+    """
+    program = sys.executable if command[0] == "python" else shutil.which(command[0])
+    if program is None or find_spec(engine) is None:
+        raise QuantkitError(f"{engine} is not installed here; install it, or run the command without --run where it is")
+    sys.stdout.flush()
+    os.execv(program, [program, *command[1:]])
