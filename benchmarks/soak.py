@@ -9,17 +9,16 @@ usage: python -m benchmarks.soak [--model demo] [--minutes 2] [--concurrency 8] 
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
-import socket
-import subprocess
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import httpx
 
-from benchmarks.quality import QUANTKIT
+from quantkit.bench.child import serving
 
 TEXT = " ".join(topics[name] for name in sorted(topics))
 
@@ -81,30 +80,15 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=10, help="seconds between rows")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    server = subprocess.Popen([*QUANTKIT, "serve", options.model, "--port", str(port), "-q", "--kv-memory", "256MiB"])
-    try:
-        url = f"http://127.0.0.1:{port}"
-        while server.poll() is None and not _ready(url):
-            time.sleep(0.2)
+    with serving(options.model, ["--kv-memory", "256MiB"]) as url:
+        # The server is this process's only child.
+        pid = int(Path(f"/proc/self/task/{os.getpid()}/children").read_text())
         print("minutes | ended | left | MB | kv use")
-        rows = asyncio.run(soak(url, server.pid, options))
-    finally:
-        server.terminate()
-        server.wait()
+        rows = asyncio.run(soak(url, pid, options))
     result = json.dumps({"model": options.model, "concurrency": options.concurrency, "rows": rows}, indent=2)
     print(result)
     if options.json:
         options.json.write_text(result + "\n")
-
-
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(url + "/ready").status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 if __name__ == "__main__":

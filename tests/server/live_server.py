@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -25,25 +26,32 @@ def tiny_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def serving(folder: Path, config: ServerConfig) -> Iterator[tuple[str, Served]]:
-    """Its address and what it serves; at the end nothing may be left of any request."""
-    cache = CacheOptions(memory=2**22, max_batch=config.max_batch, step_tokens=64)
-    session = Session(folder, torch.device("cpu"), cache, EngineConfig(config.max_batch, token_budget=64), None, "off")
-    app = create_app(session, config)
+def listening(app: Any) -> Iterator[str]:
+    """Where an ASGI application is served."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
-    served: Served = app.state.served
-    wait(lambda: server.started)
     try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}", served
-        wait(lambda: served.runner.idle and not session.engine.has_work)
+        wait(lambda: server.started)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)
         sock.close()
+
+
+@contextmanager
+def serving(folder: Path, config: ServerConfig, spec: str = "off") -> Iterator[tuple[str, Served]]:
+    """Its address and what it serves; at the end nothing may be left of any request."""
+    cache = CacheOptions(memory=2**22, max_batch=config.max_batch, step_tokens=64)
+    session = Session(folder, torch.device("cpu"), cache, EngineConfig(config.max_batch, token_budget=64), None, spec)
+    app = create_app(session, config)
+    served: Served = app.state.served
+    with listening(app) as url:
+        yield url, served
+        wait(lambda: served.runner.idle and not session.engine.has_work)
     session.engine.check()
     stats = session.engine.stats
     assert stats.running == stats.waiting == stats.used_blocks == 0

@@ -7,16 +7,14 @@ Playwright only drives it; nothing is downloaded.
 import asyncio
 import json
 import shutil
-import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from live_server import listening
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 from runtime.fake_model import FakeModel
 
@@ -85,15 +83,8 @@ class Talker:
 def address(request: pytest.FixtureRequest) -> Iterator[tuple[Talker, str]]:
     """A server that listens, and where."""
     talker = Talker(getattr(request, "param", None))
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(talker.app, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run, args=([sock],))
-    thread.start()
-    yield talker, f"http://127.0.0.1:{sock.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(30)
-    sock.close()
+    with listening(talker.app) as url:
+        yield talker, url + "/"
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,11 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
-import torch
-import uvicorn
+from live_server import serving, tiny_folder
 from playwright.sync_api import expect, sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
-from tiny import make_model
 
-from quantkit.runtime.engine import EngineConfig
-from quantkit.runtime.paged_model import CacheOptions
-from quantkit.runtime.session import Session
-from quantkit.server.app import ServerConfig, create_app
+from quantkit.server.app import ServerConfig
 
 SCHEMA = {
     "type": "object",
@@ -38,20 +31,9 @@ KEY = {"Authorization": "Bearer secret"}
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where a server listens that wants the key "secret"."""
-    folder = make_model(tmp_path_factory.mktemp("served"))
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}:")
-    cache = CacheOptions(memory=2**22, max_batch=8, step_tokens=64)
-    session = Session(folder, torch.device("cpu"), cache, EngineConfig(max_batch=8, token_budget=64), None, "ngram")
-    app = create_app(session, ServerConfig("tiny", 8, api_key="secret"))
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run, args=([sock],))
-    thread.start()
-    yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
-    sock.close()
+    folder = tiny_folder(tmp_path_factory.mktemp("served"))
+    with serving(folder, ServerConfig("tiny", 8, api_key="secret"), "ngram") as (address, _):
+        yield address
 
 
 def post(url: str, path: str, **fields: Any) -> httpx.Response:
