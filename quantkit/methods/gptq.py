@@ -2,12 +2,14 @@
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv 2210.17323),
 Algorithm 1: with U the upper Cholesky factor of H^-1, column j rounds to q_j and every later column k moves by
--(w_j - q_j) * U[j, k] / U[j, j]. Updates inside a run of 128 columns are applied at once, the rest of the matrix once a run.
+-(w_j - q_j) * U[j, k] / U[j, j]. Updates inside a run of columns are applied at once, the rest of the matrix once a run.
 
 All rows are independent given H, so matrices that read the same input are solved stacked. Work is transposed, [K, N], so
 that a column is one contiguous run of memory.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from quantkit.methods.grid import QuantizedWeight, Scheme, search_grid, storable_scales
 
-#: Columns whose updates to the rest of the matrix are applied together (the paper's B).
-RUN = 128
+#: Columns whose updates to the rest of the matrix are applied together (the paper's B, there 128).
+RUN = 32
 
 #: Damping starts at the recipe's fraction of the mean diagonal and grows by this factor until the factorisation succeeds.
 DAMPING_STEP = 10.0
@@ -78,6 +80,18 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse | Non
         damping = min(damping * DAMPING_STEP, LARGEST_DAMPING)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For loops over columns: of operations this small a second thread shares next to nothing, but every one of many
+    thousands would wake it and wait for it, which cost 5% of a run's processor time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def factor_in_place(matrix: Tensor, *, upper: bool = False) -> bool:
     """Put the Cholesky factor of a symmetric matrix, stored by columns, in its place; False where it has none."""
     failed = torch.empty((), dtype=torch.int32, device=matrix.device)
@@ -85,6 +99,7 @@ def factor_in_place(matrix: Tensor, *, upper: bool = False) -> bool:
     return not failed
 
 
+@one_thread()
 def gptq(weight: Tensor, inverse: Inverse, scheme: Scheme, dtype: torch.dtype, shrink: tuple[float, ...]) -> QuantizedWeight:
     """Quantize `weight` so that the output error under `inverse.hessian` is small.
 
@@ -102,27 +117,27 @@ def gptq(weight: Tensor, inverse: Inverse, scheme: Scheme, dtype: torch.dtype, s
     columns = weight.shape[1]
     order, upper = inverse.order, inverse.upper
     scales, zeros = search_grid(weight, scheme, inverse.cost, dtype, shrink)
-    group_of = order // scheme.group_columns(columns)
+    group_of = (order // scheme.group_columns(columns)).tolist()
     left = weight.T[order].contiguous()
     codes = torch.empty_like(left)
-    column_scales, column_zeros = scales.T.contiguous(), zeros.T.contiguous()
+    column_scales, column_zeros = scales.T.contiguous().unbind(), zeros.T.contiguous().unbind()
+    pivots = upper.diagonal().tolist()
     for start in range(0, columns, RUN):
         stop = min(start + RUN, columns)
         run, errors = left[start:stop], torch.empty_like(left[start:stop])
-        for j in range(stop - start):
-            group = int(group_of[start + j])
-            scale, zero = column_scales[group], column_zeros[group]
-            code = (run[j] / scale).round_().add_(zero).clamp_(0, scheme.levels)
-            codes[start + j] = code
-            pivot = upper[start + j]
-            torch.sub(run[j], code.sub_(zero).mul_(scale), out=errors[j]).div_(pivot[start + j])
-            run[j + 1 :].addr_(pivot[start + j + 1 : stop], errors[j], alpha=-1)
+        for j, (column, code, error) in enumerate(zip(run, codes[start:stop], errors, strict=True)):
+            scale, zero = column_scales[group_of[start + j]], column_zeros[group_of[start + j]]
+            torch.div(column, scale, out=code).round_().add_(zero).clamp_(0, scheme.levels)
+            torch.sub(code, zero, out=error).mul_(scale)
+            torch.sub(column, error, out=error).div_(pivots[start + j])
+            run[j + 1 :].addr_(upper[start + j, start + j + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     original = torch.empty_like(codes)
     original[order] = codes
     return QuantizedWeight(original.T.contiguous().to(torch.uint8), scales, zeros.to(torch.uint8), scheme)
 
 
+@one_thread()
 def descend(weight: Tensor, start: QuantizedWeight, hessian: Tensor, dtype: torch.dtype, sweeps: int) -> QuantizedWeight:
     """Lower tr(E H E^T), E = weight - dequantized, by exact coordinate steps over scales, zero points and codes.
 
@@ -153,9 +168,10 @@ def descend(weight: Tensor, start: QuantizedWeight, hessian: Tensor, dtype: torc
             now = (codes[part] - zeros[group]) * scales[group]
             local.addmm_(block, now - before, alpha=-1)
             _settle(codes[part], now, scales[group], zeros[group], local, block, scheme.levels)
-            # pull = H @ error holds for the whole matrix again.
-            pull.addmm_(hessian[:, part], now - before, alpha=-1)
-            error[part] -= now - before
+            # pull = H @ error holds again for the groups to come.
+            moved, rest = now.sub_(before), slice(first + width, None)
+            pull[rest].addmm_(hessian[rest, part], moved, alpha=-1)
+            error[part] -= moved
     return QuantizedWeight(
         codes.T.contiguous().to(torch.uint8), scales.T.contiguous(), zeros.T.contiguous().to(torch.uint8), scheme
     )
@@ -190,10 +206,11 @@ def _refit(
 
 
 def _settle(codes: Tensor, values: Tensor, scale: Tensor, zero: Tensor, pull: Tensor, block: Tensor, levels: int) -> None:
-    """One pass of coordinate descent over the codes of a group; updates codes, values and pull in place ([g, N] each)."""
-    diagonal = block.diagonal().tolist()
-    for k, curvature in enumerate(diagonal):
-        code = ((values[k] + pull[k] / curvature) / scale).round_().add_(zero).clamp_(0, levels)
-        value = (code - zero).mul_(scale)
-        pull.addr_(block[k], value - values[k], alpha=-1)
-        codes[k], values[k] = code, value
+    """One pass of coordinate descent over the codes of a group; updates codes, values and, where it is still to be read, pull
+    in place ([g, N] each)."""
+    rows = zip(codes, values, pull, block.diagonal().tolist(), strict=True)
+    for k, (code, value, drawn, curvature) in enumerate(rows):
+        torch.add(value, drawn, alpha=1 / curvature, out=code).div_(scale).round_().add_(zero).clamp_(0, levels)
+        moved = (code - zero).mul_(scale)
+        pull[k + 1 :].addr_(block[k, k + 1 :], moved - value, alpha=-1)
+        value.copy_(moved)
