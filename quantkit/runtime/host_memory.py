@@ -45,7 +45,7 @@ class HostMemory:
         if asked > free:
             found = f"--kv-offload: there are {free / 2**30:.1f} GiB of free memory and not {asked / 2**30:,.1f}"
             raise ResourceError(f"{found}; ask for less")
-        self._blocks, self.places = blocks, places
+        self._blocks = blocks
         self._memory = torch.empty(places, blocks.block_bytes, dtype=torch.uint8, pin_memory=on_gpu)
         self._stream = torch.cuda.Stream(blocks.device) if on_gpu else None
         #: Of the last copy into a place.

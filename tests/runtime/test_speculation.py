@@ -275,8 +275,8 @@ def test_the_speed_up_is_over_steps_without_drafts(monkeypatch: pytest.MonkeyPat
     stats = running.stats.speculation
     assert stats is not None
     assert stats.drafted > 0
-    # Not counted: the prompt's step and four steps, behind which the cost of a step is known, with a token each.
-    assert stats.speed_up == pytest.approx((60 - 5) / (len(model.batches) - 5))
+    # Not counted: the prompt's step and six steps, behind which the cost of a step is known, with a token each.
+    assert stats.speed_up == pytest.approx((60 - 7) / (len(model.batches) - 7))
     assert (stats.speed_up > 2) == (guess is right)
 
 
