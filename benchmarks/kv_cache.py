@@ -82,14 +82,14 @@ def main() -> None:
     options = parser.parse_args()
     contexts = sorted(int(context) for context in options.contexts.split(","))
     folder, results = locate(options.model), {}
-    print(" | ".join(["type", "bytes", *(f"tg@{context}" for context in contexts), "ppl", "KL", "top-1"]))
+    print(" | ".join(["type", "bytes", *(f"tg@{context}" for context in contexts), "ppl", "KL", "top-1"]), flush=True)
     for dtype in KV_DTYPES:
         results[dtype] = measure(folder, dtype, contexts, options.windows)
         print(row(dtype, results[dtype]), flush=True)
-    result = json.dumps({"model": options.model, "threads": torch.get_num_threads(), "results": results}, indent=2)
+        result = json.dumps({"model": options.model, "threads": torch.get_num_threads(), "results": results}, indent=2)
+        if options.json:  # what was measured is kept even when a later type is cut off
+            options.json.write_text(result + "\n")
     print(result)
-    if options.json:
-        options.json.write_text(result + "\n")
 
 
 if __name__ == "__main__":

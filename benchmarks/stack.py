@@ -86,16 +86,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    print(" | ".join(COLUMNS))
+    print(" | ".join(COLUMNS), flush=True)
     measured = []
     with tempfile.TemporaryDirectory() as scratch:
         for row in rows(options, Path(scratch)):
             measured.append(row)
             print(" | ".join(str(value) for value in row.values()), flush=True)
-    result = json.dumps({"layers": measured}, indent=2)
-    print(result)
-    if options.json:
-        options.json.write_text(result + "\n")
+            if options.json:  # what was measured is kept even when a later row is cut off
+                options.json.write_text(json.dumps({"layers": measured}, indent=2) + "\n")
+    print(json.dumps({"layers": measured}, indent=2))
 
 
 if __name__ == "__main__":

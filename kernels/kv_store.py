@@ -12,6 +12,10 @@ its last token is known, so new tokens go to a 16-bit copy of their page, its op
 The rule of pages: a query sees its own page in 16 bit, and every earlier page quantized. That depends on positions only, so a
 token's output is the same however a prompt is cut into steps, in any batch, and behind a cached prefix.
 
+QuantSpec verifies with its newest 128 to 256 tokens in 16 bit. Such a buffer would reach into earlier pages, which then could
+not be shared, fetched or begun behind without their 16-bit copies. Nor is there anything to gain: on SmolLM2-135M 4+4 bit cost
+a KL of 0.00008 and bfloat16 one of 0.00004, and of 4-token drafts behind 4,096 tokens of text 96% are accepted.
+
 A page is quantized from its open page whenever its last slot is written. Where that was a draft token and is rejected, the
 open page is still there, later tokens overwrite it, and the page is quantized again when it is full again: nobody reads the
 first version, because all who do stand behind the page.

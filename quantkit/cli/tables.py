@@ -180,9 +180,10 @@ def speculated(stats: SpeculationStats) -> str:
     if stats.acceptance_rate is None or stats.mean_accepted_length is None:
         return "speculation: nothing was drafted"
     cost = "" if stats.cost_ratio is None else f"; a draft step costs {stats.cost_ratio:.3f} of a verifying one"
+    speed_up = "" if stats.speed_up is None else f"; {stats.speed_up:.2f} times as fast as without"
     return (
         f"speculation: {stats.accepted} of {stats.drafted} drafted tokens accepted ({stats.acceptance_rate:.0%}), "
-        f"{stats.mean_accepted_length:.2f} tokens a draft, the one behind it included{cost}"
+        f"{stats.mean_accepted_length:.2f} tokens a draft, the one behind it included{cost}{speed_up}"
     )
 
 

@@ -3,18 +3,26 @@
 Blocks are found as in the prefix cache, by the node before them and by their own tokens, and keep the number of their node,
 so that what was known behind them still is. A block that cannot be had back intact is one that was never stored: its tokens
 are computed anew.
+
+Nothing here waits for the disk. Blocks on their way to the file are copies in a share of the memory that is kept for them;
+when that is full, because the disk is too slow, those that would follow are dropped.
 """
 
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from quantkit.errors import ResourceError
-from quantkit.runtime.host_memory import BlockFile, Blocks, HostMemory
+from quantkit.runtime.block_file import BlockFile
+from quantkit.runtime.host_memory import Blocks, HostMemory
 
 #: The node before a block, and the block's tokens.
 Key = tuple[int, tuple[int, ...]]
+
+#: One block in so many that the memory holds is kept for those on their way to the file.
+_WAITING_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Offload:
     """Where blocks go.
 
     Attributes:
-        memory: bytes of host memory.
+        memory: bytes of host memory, blocks on their way to the file included.
         folder: for a file that takes what the memory does not hold; None: it is dropped.
     """
 
@@ -31,7 +39,7 @@ class Offload:
 
 
 class OffloadStats(NamedTuple):
-    """Blocks saved and fetched back since the start; lost ones could not be written to the file or came back damaged."""
+    """Blocks saved and fetched back since the start; lost ones the file did not take, or not in time, or gave back damaged."""
 
     saved: int
     fetched: int
@@ -42,7 +50,6 @@ class OffloadStats(NamedTuple):
 class _Stored:
     node: int
     place: int
-    digest: bytes = b""
 
 
 class _Tier:
@@ -60,13 +67,9 @@ class _Tier:
         # All places below were given out, and none of them came back.
         return len(self.held) if len(self.held) < self.places else None
 
-    def give_back(self, place: int) -> None:
-        """Take back a place in which nothing was stored after all."""
-        self._given_back.append(place)
-
     def remove(self, key: Key) -> None:
         """Forget a block."""
-        self.give_back(self.held.pop(key).place)
+        self._given_back.append(self.held.pop(key).place)
 
     def check(self) -> None:
         """Assert that each place is held by one block or free."""
@@ -87,20 +90,27 @@ class BlockStore:
         Raises:
             ResourceError: no memory, not even for one block, or no file.
         """
-        places = offload.memory // blocks.block_bytes
-        if places == 0:
-            size = blocks.block_bytes / 2**20
-            raise ResourceError(f"--kv-offload of {offload.memory:,} bytes does not hold a block of {size:.2f} MiB; give more")
-        self._memory = HostMemory(blocks, places)
-        self.file = None if offload.folder is None else BlockFile(offload.folder, blocks.block_bytes)
-        self._near, self._far = _Tier(places), _Tier(0 if self.file is None else self.file.places)
-        self._saved = self._fetched = self._lost = 0
+        places, waiting = offload.memory // blocks.block_bytes, 0
+        if offload.folder is not None:
+            waiting = max(1, places // _WAITING_SHARE)
+        if places <= waiting:
+            least = f"{'two blocks' if waiting else 'a block'} of {blocks.block_bytes / 2**20:.2f} MiB"
+            raise ResourceError(f"--kv-offload of {offload.memory:,} bytes does not hold {least}; give more")
+        self._memory = HostMemory(blocks, places - waiting)
+        self.file = None if offload.folder is None else BlockFile(offload.folder, blocks.block_bytes, waiting)
+        self._near, self._far = _Tier(places - waiting), _Tier(0 if self.file is None else self.file.places)
+        self._saved = self._fetched = self._dropped = 0
+        if self.file is not None:
+            weakref.finalize(self, self.file.close)
 
     def __len__(self) -> int:
         return len(self._near.held) + len(self._far.held)
 
     def find(self, key: Key) -> int | None:
         """The node at the end of a stored block, which is then the last to go; None where it is not stored."""
+        far = self._far.held.get(key)
+        if far is not None and self.file is not None and not self.file.holds(far.place):
+            self._far.remove(key)  # The disk did not take it.
         for tier in (self._near, self._far):
             if key in tier.held:
                 tier.held.move_to_end(key)
@@ -110,7 +120,8 @@ class BlockStore:
     @property
     def stats(self) -> OffloadStats:
         """Counts so far."""
-        return OffloadStats(self._saved, self._fetched, self._lost)
+        lost = self._dropped + (0 if self.file is None else self.file.lost)
+        return OffloadStats(self._saved, self._fetched, lost)
 
     def save(self, key: Key, node: int, block: int) -> None:
         """Keep a block of the device that is about to hold something else."""
@@ -130,12 +141,10 @@ class BlockStore:
         if key in self._near.held:
             self._memory.get(self._near.held[key].place, block)
         elif key in self._far.held:
-            stored = self._far.held[key]
             assert self.file is not None
-            data = self.file.read(stored.place, stored.digest)
+            data = self.file.read(self._far.held[key].place)
             if data is None:
                 self._far.remove(key)
-                self._lost += 1
                 return False
             self._memory.send(data, block)
         else:
@@ -154,18 +163,21 @@ class BlockStore:
         return {key: stored.node for tier in (self._near, self._far) for key, stored in tier.held.items()}
 
     def _spill(self) -> None:
-        """Move the longest unused block from memory to the file, whose own longest unused one makes way."""
+        """Move the longest unused block out of memory, to the file if there is one that keeps up."""
         key, stored = next(iter(self._near.held.items()))
         if self.file is not None and self._far.places:
-            place = self._far.free_place()
-            if place is None:
-                self._far.remove(next(iter(self._far.held)))
-                place = self._far.free_place()
-            assert place is not None
-            digest = self.file.write(place, self._memory.read(stored.place))
-            if digest is None:
-                self._lost += 1
-                self._far.give_back(place)
+            if self.file.busy:
+                self._dropped += 1
             else:
-                self._far.held[key] = _Stored(stored.node, place, digest)
+                self._file_away(self.file, key, stored)
         self._near.remove(key)
+
+    def _file_away(self, file: BlockFile, key: Key, stored: _Stored) -> None:
+        """Have a block written that is in memory; the file's own longest unused one makes way."""
+        place = self._far.free_place()
+        if place is None:
+            self._far.remove(next(iter(self._far.held)))
+            place = self._far.free_place()
+        assert place is not None
+        file.write(place, self._memory.read(stored.place).clone())
+        self._far.held[key] = _Stored(stored.node, place)

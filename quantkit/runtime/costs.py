@@ -1,13 +1,18 @@
-"""What steps cost on this machine: running medians of measured times, so that one slow step changes nothing.
+"""What steps cost on this machine: the least of the latest times of their kind.
 
-The first time of everything is not counted: kernels may be compiled in it, or graphs captured.
+Whatever else a machine does makes a step slower and never faster, by several times where it does not run at all for 30 ms. A
+mean counts that as a step's cost, and so does a median where it befell two of the first three plain steps; drafts would look
+cheap beside these, for as long as they keep plain steps from being timed.
+
+The first time of everything is not counted: kernels may be compiled in it, or graphs captured. Of backlog and prompts, which
+come in pieces of all sizes, it is a median.
 """
 
 from bisect import bisect_left, insort
 from collections import deque
 from statistics import median
 
-#: Times that a median is taken of.
+#: Latest times of a kind that count.
 _WINDOW = 7
 
 #: Where only one number of rows was timed yet: what twice as many rows are taken to cost more, as a share.
@@ -17,8 +22,8 @@ _GUESSED_SLOPE = 0.3
 #: than never timed.
 _HOPE = 0.5
 
-#: Steps from which on their cost is taken for known.
-_FEWEST = 3
+#: Steps from which on their cost is taken for known: that none of these was left alone is unlikely.
+_FEWEST = 5
 
 #: A draft's backlog of up to this many tokens a sequence is the ordinary one, and part of a draft step's cost.
 ORDINARY_BACKLOG = 2
@@ -34,34 +39,34 @@ class Curve:
     def __init__(self) -> None:
         self.samples = 0
         self._times: dict[int, deque[float]] = {}
-        #: Counts with a time, ascending, and the median of each.
+        #: Counts with a time, ascending, and the least of each one's.
         self._counts: list[int] = []
-        self._medians: dict[int, float] = {}
+        self._least: dict[int, float] = {}
 
     def note(self, count: int, seconds: float) -> None:
         """Add a time."""
         if count not in self._times:
             self._times[count] = deque(maxlen=_WINDOW)
             return
-        if count not in self._medians:
+        if count not in self._least:
             insort(self._counts, count)
         self._times[count].append(seconds)
-        self._medians[count] = median(self._times[count])
+        self._least[count] = min(self._times[count])
         self.samples += 1
 
     def is_timed(self, count: int) -> bool:
         """Whether that count was timed."""
-        return count in self._medians
+        return count in self._least
 
     def at(self, count: int) -> float:
         """Seconds; something must have been timed."""
         known = self._counts
         if len(known) == 1:
             (only,) = known
-            return self._medians[only] * (1 + _GUESSED_SLOPE * max(count - only, 0) / only)
+            return self._least[only] * (1 + _GUESSED_SLOPE * max(count - only, 0) / only)
         place = min(max(bisect_left(known, count), 1), len(known) - 1)
         low, high = known[place - 1], known[place]
-        below, above = self._medians[low], self._medians[high]
+        below, above = self._least[low], self._least[high]
         # More does not cost less, whatever the noise; nor is the line followed to nothing where little is asked about.
         slope = (above - below) / (high - low)
         guess = below + slope * (min(count, high) - low) + _HOPE * slope * max(count - high, 0)
@@ -93,7 +98,7 @@ class Costs:
             self._backlog.append(max(seconds - longest * self.draft_step(sequences), 0.0) / backlog)
 
     def step(self, rows: int) -> float | None:
-        """Seconds of a forward over `rows` tokens; None before three steps were timed."""
+        """Seconds of a forward over `rows` tokens; None before five steps were timed."""
         return self.steps.at(rows) if self.steps.samples >= _FEWEST else None
 
     def draft_step(self, sequences: int) -> float:

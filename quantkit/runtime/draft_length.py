@@ -13,8 +13,9 @@ request and of all together, is at most
     _SHARE of the time that plain steps would have taken, and _START plain steps
 
 but for what a round takes longer than rounds did before, which the next ones pay off, and for kernels compiled in the first
-rounds of their kind. A drafter that has to catch up on a text, which buys drafts far ahead, may spend another _SHARE of the
-rest of the text on it.
+rounds of their kind. A stall of the machine in a step with drafts is charged to these, and one in a plain step is not
+believed (see `costs`): stalls make drafts rarer, and never the loss greater. A drafter that has to catch up on a text, which
+buys drafts far ahead, may spend another _SHARE of the rest of the text on it.
 
 A sequence for which drafts do not pay probes now and then, after a pause that doubles with each probe in vain. Costs are
 known to all requests of an engine, and a new one starts with the latest requests' acceptance rate and pause.

@@ -1,25 +1,15 @@
-"""Copies of KV blocks in host memory, and in a file behind it: places and bytes, no names.
+"""Copies of KV blocks in host memory: places and bytes, no names.
 
 From a GPU the copies run beside the next forward, on a stream of their own and into pinned memory. On a CPU they are copies.
 """
 
-import contextlib
-import hashlib
-import os
-import shutil
-import weakref
-from pathlib import Path
-from tempfile import mkstemp
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import ResourceError
 from quantkit.usage import available_memory
-
-#: Share of the free disk that the file takes at most, as for memory.
-_DISK_SHARE = 0.5
 
 
 class Blocks(Protocol):
@@ -55,7 +45,7 @@ class HostMemory:
         if asked > free:
             found = f"--kv-offload: there are {free / 2**30:.1f} GiB of free memory and not {asked / 2**30:,.1f}"
             raise ResourceError(f"{found}; ask for less")
-        self._blocks, self.places = blocks, places
+        self._blocks = blocks
         self._memory = torch.empty(places, blocks.block_bytes, dtype=torch.uint8, pin_memory=on_gpu)
         self._stream = torch.cuda.Stream(blocks.device) if on_gpu else None
         #: Of the last copy into a place.
@@ -89,52 +79,3 @@ class HostMemory:
         if self._stream is not None:
             self._written[place].synchronize()
         return self._memory[place]
-
-
-class BlockFile:
-    """Places for blocks in a scratch file, which goes when this does.
-
-    What comes back is what was written or nothing: the caller keeps a digest of every block.
-    """
-
-    def __init__(self, folder: Path, block_bytes: int) -> None:
-        """
-        Raises:
-            ResourceError: no file can be made in the folder.
-        """
-        try:
-            number, name = mkstemp(dir=folder, prefix="quantkit-kv-", suffix=".blocks")
-            self.places = int(_DISK_SHARE * shutil.disk_usage(folder).free) // block_bytes
-        except OSError as error:
-            found = f"--kv-offload-dir {folder}: cannot be written to ({error.strerror})"
-            raise ResourceError(f"{found}; name a folder that can") from None
-        self.path, self._size = Path(name), block_bytes
-        self._file = os.fdopen(number, "w+b", buffering=0)
-        weakref.finalize(self, _discard, self._file, self.path)
-
-    def write(self, place: int, data: Tensor) -> bytes | None:
-        """Store uint8 [block_bytes]; its digest, or None where the disk does not take it."""
-        view = data.numpy().data
-        try:
-            self._file.seek(place * self._size)
-            whole = self._file.write(view) == self._size
-        except OSError:
-            return None
-        return hashlib.sha256(view).digest() if whole else None
-
-    def read(self, place: int, digest: bytes) -> Tensor | None:
-        """What was stored, or None where it cannot be read or is not what was stored."""
-        try:
-            self._file.seek(place * self._size)
-            data = self._file.read(self._size)
-        except OSError:
-            return None
-        if hashlib.sha256(data).digest() != digest:
-            return None
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _discard(file: BinaryIO, path: Path) -> None:
-    with contextlib.suppress(OSError):
-        file.close()
-        path.unlink(missing_ok=True)

@@ -175,8 +175,8 @@ def open_model(folder: Path, device: torch.device, options: CacheOptions) -> Pag
 def open_with_draft(folder: Path, draft: Path, device: torch.device, options: CacheOptions) -> tuple[PagedModel, PagedModel]:
     """Load a model and a smaller one that drafts for it. The memory is shared out so that both caches hold as many tokens.
 
-    The drafter's cache drops nothing: it drafts for texts that it holds whole. It is not quantized by pages either, which
-    would have to know which of its tokens are for good.
+    The drafter's cache drops nothing: it drafts for texts that it holds whole. It is not quantized by pages either, but token
+    by token: a sequence may go without drafts for long, and its open page would have to be kept for it meanwhile.
 
     Raises:
         QuantkitError: one of them cannot be loaded or the memory is too small.
@@ -185,7 +185,7 @@ def open_with_draft(folder: Path, draft: Path, device: torch.device, options: Ca
     trim_memory()
     memory = _memory(options, device)
     paged = cache_format(options.dtype, _declared(main), main.layers, device).paged
-    of_draft = replace(options, dtype="auto" if paged else options.dtype, budget=Budget())
+    of_draft = replace(options, dtype="int8" if paged else options.dtype, budget=Budget())
     (main_bytes, main_tokens), (size, block_size) = _block(main, options), _block(small, of_draft)
     left = memory * size * main_tokens // (main_bytes * block_size + size * main_tokens)
     model = PagedModel(main, replace(options, memory=memory - left))

@@ -96,6 +96,10 @@ class Speculation:
             self._tally.count(drafted, accepted)
         if self._adaptive is None:
             return
+        plain = self._adaptive.costs.step(len(outcomes)) if pure and outcomes else None
+        if plain is not None:
+            taken, tokens = draft_seconds + seconds, sum(1 + accepted for _, accepted in outcomes.values())
+            self._tally.compare(taken, plain * tokens / len(outcomes) if longest else taken)
         if outcomes:
             self._adaptive.note(Round(outcomes, self._backlog, draft_seconds, seconds if pure else None))
         if not pure and not longest:

@@ -18,6 +18,8 @@ class SpeculationStats:
         draft_seconds: spent on proposing, in all.
         cost_ratio: seconds of a draft step (one token more for all sequences) / seconds of a step that verifies; without
             steps in which the model or the drafter computes prompts.
+        speed_up: seconds without drafts / seconds, of decoding steps: those with drafts against as many tokens in steps
+            without, as the same run timed these. None where drafts have a fixed length, and so nothing to compare them with.
     """
 
     drafts: int
@@ -29,6 +31,7 @@ class SpeculationStats:
     acceptance_by_position: list[float]
     draft_seconds: float
     cost_ratio: float | None
+    speed_up: float | None
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Tally:
     _pure_verify_seconds: float = 0.0
     _draft_steps: int = 0
     _verify_steps: int = 0
+    _compared_seconds: float = 0.0
+    _compared_plain_seconds: float = 0.0
 
     def count(self, drafted: int, accepted: int) -> None:
         """Add a draft of `drafted` tokens, of which the first `accepted` were accepted."""
@@ -69,6 +74,11 @@ class Tally:
             self._draft_steps += longest
             self._verify_steps += 1
 
+    def compare(self, seconds: float, plain_seconds: float) -> None:
+        """Add a decoding step's time, and what its tokens would have taken without drafts."""
+        self._compared_seconds += seconds
+        self._compared_plain_seconds += plain_seconds
+
     def stats(self) -> SpeculationStats:
         """The numbers so far."""
         drafted, accepted = sum(self.reached), sum(self.passed)
@@ -83,6 +93,7 @@ class Tally:
             acceptance_by_position=_shares(self.passed, self.reached),
             draft_seconds=self.draft_seconds,
             cost_ratio=self._pure_draft_seconds / self._draft_steps / verify if verify else None,
+            speed_up=self._compared_plain_seconds / self._compared_seconds if self._compared_seconds else None,
         )
 
 

@@ -3,7 +3,9 @@
 import os
 import random
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from fake_model import FakeModel, expected
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime.block_file import BlockFile
 from quantkit.runtime.block_store import BlockStore, Offload
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache import KVCache
@@ -40,10 +43,25 @@ class StoredModel(FakeModel):
 
 
 def opened(places: int, folder: Path | None = None, blocks: int = 12) -> tuple[Engine, BlockStore]:
-    """An engine whose store holds `places` blocks in memory; the cache holds one text and a third of another."""
+    """An engine whose store holds `places` blocks in memory; the cache holds one text and a third of another.
+
+    As many as come may wait for a file, so that nothing depends on the disk's pace.
+    """
     model = StoredModel(blocks)
-    store = BlockStore(model, Offload(places * model.block_bytes, folder))
+    total = places if folder is None else next(n for n in count(places + 1) if n - max(1, n // 8) == places)
+    store = BlockStore(model, Offload(total * model.block_bytes, folder))
+    assert store._near.places == places
+    if store.file is not None:
+        store.file.room = 1000
     return Engine(model, EngineConfig(max_batch=2, token_budget=64), store=store), store
+
+
+def written(store: BlockStore) -> None:
+    """Wait until no block waits for the file."""
+    file = store.file
+    assert file is not None
+    with file._lock:
+        assert file._lock.wait_for(lambda: not file._waiting, timeout=60)
 
 
 def run(running: Engine, *texts: list[int]) -> list[int]:
@@ -122,6 +140,7 @@ def _shift(path: Path) -> None:
 def test_what_comes_back_damaged_is_computed_anew(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     running, store = opened(places=1, folder=tmp_path)
     run(running, *TEXTS[:6])
+    written(store)
     (path,) = tmp_path.iterdir()
     damage(path)
     run(running, *TEXTS[:6])  # asserts the tokens
@@ -129,36 +148,101 @@ def test_what_comes_back_damaged_is_computed_anew(tmp_path: Path, damage: Callab
 
 
 def test_a_file_that_was_deleted_is_still_read(tmp_path: Path) -> None:
-    running, _ = opened(places=1, folder=tmp_path)
+    running, store = opened(places=1, folder=tmp_path)
     run(running, *TEXTS[:6])
+    written(store)
     (path,) = tmp_path.iterdir()
     path.unlink()
     assert run(running, *TEXTS[:6]) == [32] * 6
 
 
-class _FullDisk:
-    """Writes part of a block, or nothing."""
+class _Gate:
+    """Stands for `os.pwrite`: a disk that takes nothing before it is opened."""
 
-    def __init__(self, whole: object, written: int | None) -> None:
-        self._whole, self._written = whole, written
+    def __init__(self) -> None:
+        self.open, self.begun, self._write = threading.Event(), threading.Event(), os.pwrite
 
-    def write(self, _: object) -> int:
-        if self._written is None:
-            raise OSError(28, "No space left on device")
-        return self._written
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._whole, name)
+    def __call__(self, file: int, data: memoryview, offset: int) -> int:
+        self.begun.set()
+        assert self.open.wait(60)
+        return self._write(file, data, offset)
 
 
-@pytest.mark.parametrize("written", [None, 17])
-def test_a_full_disk_costs_what_it_does_not_take(tmp_path: Path, written: int | None) -> None:
-    running, store = opened(places=8, folder=tmp_path)
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Gate]:
+    disk = _Gate()
+    monkeypatch.setattr(os, "pwrite", disk)
+    yield disk
+    disk.open.set()
+
+
+def test_no_step_waits_for_the_disk_and_what_waits_comes_back_from_memory(tmp_path: Path, gate: _Gate) -> None:
+    running, store = opened(places=2, folder=tmp_path)
+    assert run(running, *TEXTS[:6], *TEXTS[:6]) == [0] * 6 + [32] * 6
     assert store.file is not None
-    store.file._file = _FullDisk(store.file._file, written)  # type: ignore[assignment]
+    assert store.file.path.stat().st_size == 0
+    gate.open.set()
+    written(store)
+    assert run(running, *TEXTS[:6]) == [32] * 6
+    assert store.stats.lost == 0
+
+
+def test_a_disk_that_is_too_slow_costs_what_may_not_wait(tmp_path: Path, gate: _Gate) -> None:
+    running, store = opened(places=14, folder=tmp_path)
+    assert store.file is not None
+    store.file.room = 3
     assert run(running, *TEXTS[:6]) == [0] * 6
-    assert store.stats.lost > 0
-    assert run(running, TEXTS[5]) == [32]
+    assert store.stats.lost == store.stats.saved - 14 - 3
+    assert len(store) == 14 + 3
+    # What waits are the last blocks of the first text: ends of prefixes leave before their starts.
+    assert run(running, TEXTS[5], TEXTS[0]) == [32, 0]
+    gate.open.set()  # for whoever closes the file
+
+
+def test_a_place_that_is_filled_anew_while_it_is_written_holds_the_newer_block(tmp_path: Path, gate: _Gate) -> None:
+    file = BlockFile(tmp_path, 8, room=2)
+    old, new = (torch.full((8,), byte, dtype=torch.uint8) for byte in (1, 2))
+    file.write(0, old)
+    assert gate.begun.wait(60)
+    file.write(0, new)
+    gate.open.set()
+    with file._lock:
+        assert file._lock.wait_for(lambda: not file._waiting, timeout=60)
+    read = file.read(0)
+    assert read is not None
+    assert torch.equal(read, new)
+    assert file.lost == 0
+    file.close()
+
+
+def test_closing_waits_for_one_write_and_drops_the_others(tmp_path: Path, gate: _Gate) -> None:
+    file = BlockFile(tmp_path, 8, room=100)
+    for place in range(100):
+        file.write(place, torch.zeros(8, dtype=torch.uint8))
+    assert file.busy
+    assert gate.begun.wait(60)
+    threading.Timer(0.05, gate.open.set).start()
+    file.close()
+    assert not file._writer.is_alive()
+    assert len(file._waiting) >= 99
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("taken", [None, 17])
+def test_a_full_disk_costs_what_it_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int | None) -> None:
+    def write(_file: int, _data: memoryview, _offset: int) -> int:
+        if taken is None:
+            raise OSError(28, "No space left on device")
+        return taken
+
+    monkeypatch.setattr(os, "pwrite", write)
+    running, store = opened(places=12, folder=tmp_path)
+    for text in TEXTS[:6]:
+        assert run(running, text) == [0]
+        written(store)
+    assert store.stats.lost == store.stats.saved - 12
+    # What was lost is not taken to be stored: it is saved when it leaves once more.
+    assert run(running, TEXTS[5], TEXTS[0], TEXTS[1], TEXTS[0]) == [32, 0, 0, 32]
 
 
 def test_a_full_file_drops_its_longest_unused(tmp_path: Path) -> None:
@@ -229,6 +313,8 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path) -> None:
     model = StoredModel()
     with pytest.raises(QuantkitError, match=r"^--kv-offload of 63 bytes does not hold a block of 0.00 MiB; give more$"):
         BlockStore(model, Offload(63))
+    with pytest.raises(QuantkitError, match=r"^--kv-offload of 127 bytes does not hold two blocks of 0.00 MiB; give more$"):
+        BlockStore(model, Offload(127, tmp_path))
     with pytest.raises(QuantkitError, match=r"^--kv-offload: there are .* GiB of free memory and not 1,073,741,824.0; ask"):
         BlockStore(model, Offload(1 << 60))
     missing = tmp_path / "missing"

@@ -13,7 +13,7 @@ from quantkit.runtime.batch import lone_batch
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.kv_format import KV_DTYPES, LayerShape, cache_format, plain
-from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model, open_with_draft
 from quantkit.runtime.request import Request, SamplingParams
 
 CPU = torch.device("cpu")
@@ -156,6 +156,14 @@ def test_a_draft_is_worth_less_than_a_verification(llama: Path) -> None:
     assert errors["int4+4"] < errors["int4"] / 3
     # The prompt's own keys differ from layer to layer, so the draft is near the int4 cache, not equal to it.
     assert errors["int4+4"] < errors["draft"] < 3 * errors["int4"]
+
+
+@pytest.mark.parametrize(("dtype", "drafter"), [("int4", "int8"), ("int4+4", "int8"), ("fp8", "fp8"), ("auto", "float32")])
+def test_a_draft_models_cache_is_not_quantized_by_pages(llama: Path, dtype: str, drafter: str) -> None:
+    options = CacheOptions(memory=1 << 22, max_model_len=128, max_batch=1, step_tokens=32, dtype=dtype)
+    main, small = open_with_draft(llama, llama, CPU, options)
+    assert small.cache.format.name == drafter
+    assert main.cache.nbytes + small.cache.nbytes <= 1 << 22
 
 
 def test_what_cannot_be_is_refused_by_name(llama: Path) -> None:

@@ -260,3 +260,10 @@ def test_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert texts[0] == texts[1] == texts[2]
     assert accepted[0] > 0.8
     assert accepted[0] > accepted[1]
+    # The upper half of a cache, behind several pages.
+    cached = open_model(tmp_path / "out", CPU, CacheOptions(memory=1 << 27, max_model_len=256, max_batch=1, dtype="int4+4"))
+    config = EngineConfig(max_batch=1, draft_len=4, prefix_caching=False)
+    plain = Engine(cached, config).generate([Request(prompt, params)])
+    running = Engine(cached, config, proposer=SelfDraft(partial(cached.forward, draft=True), cached.block_size))
+    assert running.generate([Request(prompt, params)])[0].token_ids == plain[0].token_ids
+    assert speculation(running).accepted > 0.8 * speculation(running).drafted

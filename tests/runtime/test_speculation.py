@@ -262,7 +262,22 @@ def test_numbers_add_up() -> None:
     # Of the last eight tokens seven can be drafted for; the drafts end where the text does.
     assert (stats.drafts, stats.drafted, stats.accepted) == (7, 3 * 5 + 2 + 1, 0)
     assert (stats.acceptance_rate, stats.mean_accepted_length) == (0.0, 1.0)
+    assert stats.speed_up is None  # no step without drafts to compare with
     assert engine(None).stats.speculation is None
+
+
+@pytest.mark.parametrize("guess", [right, wrong])
+def test_the_speed_up_is_over_steps_without_drafts(monkeypatch: pytest.MonkeyPatch, guess: Callable[..., int]) -> None:
+    model = FakeModel()
+    running = engine(Guesser(guess), model, draft_len=None)
+    monkeypatch.setattr("time.perf_counter", lambda: float(len(model.batches)))  # A forward takes a second, a draft none.
+    running.generate([Request(PROMPTS[3], SamplingParams(temperature=0, max_tokens=60))])
+    stats = running.stats.speculation
+    assert stats is not None
+    assert stats.drafted > 0
+    # Not counted: the prompt's step and six steps, behind which the cost of a step is known, with a token each.
+    assert stats.speed_up == pytest.approx((60 - 7) / (len(model.batches) - 7))
+    assert (stats.speed_up > 2) == (guess is right)
 
 
 @pytest.mark.parametrize("draft_len", [0, -1, 16])
