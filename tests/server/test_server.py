@@ -1,6 +1,11 @@
 """The server as its clients see it: OpenAI's own client, and requests that are wrong in every way."""
 
 import json
+import re
+import shutil
+import subprocess
+import time
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,10 +138,15 @@ def test_unknown_models_and_paths(url: str) -> None:
 def test_keys(folder: Path) -> None:
     with serving(folder, ServerConfig("tiny", 2, api_key="sécret")) as (url, _):
         assert httpx.get(url + "/health").status_code == 200
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sécret".encode()}):
-            assert httpx.get(url + "/v1/models", headers=headers).status_code == 401  # type: ignore[arg-type]
-        right = {"Authorization": "Bearer sécret".encode()}
-        assert httpx.get(url + "/v1/models", headers=right).status_code == 200  # type: ignore[arg-type]
+        wrong = ["", "Bearer", "Bearer wrong", "Bearer sécre", "Digest sécret", "sécret", "Basic", "Basic sécret"]
+        wrong += [f"Basic {b64encode(text.encode()).decode()}" for text in ("sécret", ":wrong", "sécret:", ":")]
+        right = ["Bearer sécret", "bearer sécret"]
+        right += [f"Basic {b64encode(text.encode()).decode()}" for text in (":sécret", "me:sécret")]
+        for status, keys in ((401, wrong), (200, right)):
+            for key in keys:
+                reply = httpx.get(url + "/v1/models", headers=[(b"Authorization", key.encode())])
+                assert reply.status_code == status, key
+        assert httpx.get(url + "/v1/models").json()["error"]["code"] == "invalid_api_key"
 
 
 def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
@@ -153,16 +163,61 @@ def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
 
 
 def test_time_is_limited(folder: Path) -> None:
-    with serving(folder, ServerConfig("tiny", 2, request_timeout=0.01)) as (url, _):
-        assert httpx.post(url + "/v1/completions", json=LONG).status_code == 504
+    with serving(folder, ServerConfig("tiny", 2, request_timeout=0.02)) as (url, served):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=3)
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(model="tiny", prompt="Hello", max_tokens=200, extra_body={"ignore_eos": True})
+        assert (caught.value.status_code, caught.value.code) == (408, "timeout")
         streamed = httpx.post(url + "/v1/completions", json={**LONG, "stream": True})
-        assert streamed.status_code in (200, 504)
+        assert streamed.status_code in (200, 408)
         last = streamed.text.strip().split("\n\n")[-1].removeprefix("data: ")
         assert json.loads(last)["error"]["code"] == "timeout"
 
+        def drops() -> Iterator[bytes]:
+            yield b'{"prompt": "'
+            time.sleep(0.5)
+            yield b'x"}'
+
+        assert httpx.post(url + "/v1/completions", content=drops()).status_code == 408
+        # OpenAI's client repeats a 408 unless it is told not to, because the same request would take as long again.
+        wait(lambda: served.runner.idle)
+        arrived = re.search(r"vllm:request_params_n_count\S* (\S+)", httpx.get(url + "/metrics").text)
+        assert arrived is not None
+        assert float(arrived[1]) == 2
+
+
+def test_a_server_that_drains_says_so(folder: Path) -> None:
+    with serving(folder, ServerConfig("tiny", 2)) as (url, served):
+        assert httpx.get(url + "/ready").status_code == 200
+        served.runner.draining = True
+        assert (httpx.get(url + "/health").status_code, httpx.get(url + "/ready").status_code) == (200, 503)
+        refused = httpx.post(url + "/v1/completions", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(refused.headers["Retry-After"]) >= 1
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on the PATH")
+def test_curl(url: str) -> None:
+    def curl(path: str, body: dict[str, Any]) -> tuple[str, int]:
+        command = ["curl", "-sS", "-w", "%{stderr}%{http_code}", url + path, "-H", "Content-Type: application/json"]
+        done = subprocess.run([*command, "-d", json.dumps(body)], check=True, capture_output=True, text=True)
+        return done.stdout, int(done.stderr)
+
+    body = {"messages": [USER], "temperature": 0, "max_tokens": 9}
+    whole, status = curl("/v1/chat/completions", body)
+    assert status == 200
+    stream, status = curl("/v1/chat/completions", {**body, "stream": True})
+    assert status == 200
+    events = stream.removesuffix("\n\n").split("\n\n")
+    assert events.pop() == "data: [DONE]"
+    pieces = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for event in events]
+    assert "".join(pieces) == json.loads(whole)["choices"][0]["message"]["content"]
+    refused, status = curl("/v1/chat/completions", {**body, "zzz": 1})
+    assert (status, json.loads(refused)["error"]["param"]) == (400, "zzz")
+
 
 def test_a_failing_step_fails_its_requests_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(folder, ServerConfig("tiny", 2)) as (url, served):
+    with serving(folder, ServerConfig("tiny", 2, request_timeout=60)) as (url, served):
         stepper, broken = served.session.engine._stepper, RuntimeError("secret detail of /some/path")
 
         def fail(_: object) -> None:
