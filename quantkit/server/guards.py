@@ -18,8 +18,8 @@ _PAGE, _BROWSER = "/", 'Basic realm="quantkit", charset="UTF-8"'
 class KeyGuard:
     """Lets requests through that carry `Authorization: Bearer KEY`, or the key as a browser's password (RFC 7617).
 
-    A browser also sends a password where pages of others make it call. That is harmless as long as it takes no more than a
-    form to do so: nothing is changed by GET, and bodies must come as JSON, which a form cannot send.
+    A browser sends its password with calls that pages from elsewhere make, too. They do no harm: GET changes nothing, and
+    bodies must come as JSON, for which a browser asks the server first.
     """
 
     def __init__(self, app: ASGIApp, key: str) -> None:

@@ -81,6 +81,11 @@ def test_bad_schemas_get_a_400_that_says_why(url: str) -> None:
     assert reply.status_code == 400
     assert "the JSON schema is refused (Invalid type: foo)" in reply.json()["error"]["message"]
     assert post(url, "/v1/completions", prompt="Hello", response_format={"type": "xml"}).status_code == 400
+    # Half of a surrogate pair, where nothing says what a string is.
+    halved = b'{"prompt": "x", "response_format": %s}' % json.dumps(FORMAT).replace("green", "\\ud800").encode()
+    reply = httpx.post(url + "/v1/completions", content=halved, headers={**KEY, "Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"]
 
 
 def test_only_the_probe_needs_no_key(url: str) -> None:

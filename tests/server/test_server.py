@@ -18,6 +18,8 @@ from live_server import serving, tiny_folder, wait
 from quantkit.server.app import Served, ServerConfig
 
 LONG = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
+#: Half of a surrogate pair as a text and as a name, and a number that Python refuses to read.
+ODD = [b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"\\ud800": 1}', b'{"seed": %s}' % (b"1" * 5000)]
 USER = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
 
 
@@ -28,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    with serving(folder, ServerConfig("tiny", 8, max_body=4000)) as (address, _):
+    with serving(folder, ServerConfig("tiny", 8, max_body=6000)) as (address, _):
         yield address
 
 
@@ -106,15 +108,22 @@ def test_what_is_wrong_is_named(url: str, body: dict[str, Any], named: str) -> N
     assert "/quantkit" not in reply.text
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b"null", b'"x"', b'{"prompt": "\xff"}', b"[" * 3000])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b"null", b'"x"', b'{"prompt": "\xff"}', b"[" * 3000, *ODD])
 def test_malformed_bodies(url: str, content: bytes) -> None:
     reply = httpx.post(url + "/v1/chat/completions", content=content, headers={"content-type": "application/json"})
     assert reply.status_code == 400
     assert reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_half_a_character_is_no_prompt(url: str, path: str) -> None:
+    reply = httpx.post(url + path, content=b'{"prompt": "a\\udc00"}', headers={"content-type": "application/json"})
+    assert reply.status_code == 400
+    assert "U+DC00" in reply.json()["error"]["message"]
+
+
 def test_bodies_have_a_limit(url: str) -> None:
-    assert httpx.post(url + "/v1/completions", json={"prompt": "x" * 5000}).status_code == 413
+    assert httpx.post(url + "/v1/completions", json={"prompt": "x" * 7000}).status_code == 413
 
     def pieces() -> Iterator[bytes]:
         yield b'{"prompt": "'
