@@ -1,7 +1,8 @@
 """Memory of a server over time, under streams of random lengths of which a third is left in the middle.
 
 Every line: minutes since the start, requests ended and left so far, resident memory of the server (MB), share of the KV
-cache in use. Memory that goes on growing after the first minutes is a leak.
+cache in use. Memory grows until every block of the KV cache was used once; if it goes on growing then, it leaks. The last line
+is that of the idle server, which has no block in use.
 
 usage: python -m benchmarks.soak [--model demo] [--minutes 2] [--concurrency 8] [--every 10] [--json FILE]
 """
@@ -47,27 +48,31 @@ async def client(http: httpx.AsyncClient, chance: random.Random, tally: Tally, u
         tally.left += not done
 
 
-async def watch(http: httpx.AsyncClient, pid: int, tally: Tally, every: float, until: float) -> list[dict[str, float]]:
-    """Print and return a row every so many seconds."""
-    rows, started = [], time.monotonic()
-    while time.monotonic() < until:
-        await asyncio.sleep(every)
-        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-        usage = re.search(r"^vllm:kv_cache_usage_perc\S* (\S+)", (await http.get("/metrics")).text, re.MULTILINE)
-        assert found is not None
-        assert usage is not None
-        numbers = ((time.monotonic() - started) / 60, tally.ended, tally.left, int(found[1]) * 1024 / 1e6, float(usage[1]))
-        rows.append(dict(zip(("minutes", "ended", "left", "MB", "kv use"), numbers, strict=True)))
-        print(" | ".join(f"{value:.2f}" for value in numbers), flush=True)
-    return rows
+async def row(http: httpx.AsyncClient, pid: int, tally: Tally, started: float) -> dict[str, float]:
+    """Where the server stands, printed too."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    usage = re.search(r"^vllm:kv_cache_usage_perc\S* (\S+)", (await http.get("/metrics")).text, re.MULTILINE)
+    assert found is not None
+    assert usage is not None
+    minutes, megabytes = (time.monotonic() - started) / 60, int(found[1]) * 1024 / 1e6
+    numbers = round(minutes, 2), tally.ended, tally.left, round(megabytes, 1), round(float(usage[1]), 3)
+    print(" | ".join(map(str, numbers)), flush=True)
+    return dict(zip(("minutes", "ended", "left", "MB", "kv use"), numbers, strict=True))
 
 
 async def soak(url: str, pid: int, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Load the server, watch it."""
-    until, tally = time.monotonic() + 60 * options.minutes, Tally()
+    """Load the server and watch it; the last row is that of an idle one."""
+    started, tally = time.monotonic(), Tally()
+    until, rows = started + 60 * options.minutes, []
     async with httpx.AsyncClient(base_url=url, timeout=300) as http:
         crowd = [client(http, random.Random(number), tally, until) for number in range(options.concurrency)]
-        rows, *_ = await asyncio.gather(watch(http, pid, tally, options.every, until), *crowd)
+        load = asyncio.gather(*crowd)
+        while not load.done():
+            await asyncio.wait({load}, timeout=options.every)
+            rows.append(await row(http, pid, tally, started))
+        await load
+        await asyncio.sleep(1)
+        rows.append(await row(http, pid, tally, started))
     return rows
 
 
@@ -85,7 +90,8 @@ def main() -> None:
         pid = int(Path(f"/proc/self/task/{os.getpid()}/children").read_text())
         print("minutes | ended | left | MB | kv use")
         rows = asyncio.run(soak(url, pid, options))
-    result = json.dumps({"model": options.model, "concurrency": options.concurrency, "rows": rows}, indent=2)
+    arguments = {name: value for name, value in vars(options).items() if name != "json"}
+    result = json.dumps({"arguments": arguments, "rows": rows}, indent=2)
     print(result)
     if options.json:
         options.json.write_text(result + "\n")

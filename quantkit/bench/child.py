@@ -37,7 +37,8 @@ def serving(
         QuantkitError: the server ended instead; the message is its last line.
     """
     port = _free_port()
-    line = [*command, "serve", model, "--host", "127.0.0.1", "--port", str(port), "-q", *arguments]
+    # The last of two options of a name counts, and where it listens is decided here.
+    line = [*command, "serve", model, *arguments, "--host", "127.0.0.1", "--port", str(port), "-q"]
     key = {} if api_key is None else {"QUANTKIT_API_KEY": api_key}  # Not on the command line, which everybody sees.
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=log, env=os.environ | key)

@@ -19,7 +19,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="QUANTKIT_API_KEY", show_envvar=True, help="What clients must send as a bearer token.")
+        str | None,
+        typer.Option(
+            envvar="QUANTKIT_API_KEY", show_envvar=True, help="What clients must send as a bearer token or password."
+        ),
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the last part of MODEL.")] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Sequences that may wait beside --max-batch; beyond: 429.")] = 256,

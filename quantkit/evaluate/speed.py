@@ -172,10 +172,10 @@ def _requests(count: int, vocab: int) -> list[Request]:
 def _request_times(engine: Engine, vocab: int) -> tuple[float, float]:
     """TTFT and TPOT of one request alone, seconds."""
     (output,) = engine.generate(_requests(1, vocab))
-    arrival, first, finished = output.timing
-    assert first is not None
-    assert finished is not None
-    return first - arrival, (finished - first) / (NEW - 1)
+    timing = output.timing
+    assert timing.first_token is not None
+    assert timing.finished is not None
+    return timing.first_token - timing.arrival, (timing.finished - timing.first_token) / (NEW - 1)
 
 
 def _system_tps(engine: Engine, vocab: int, count: int) -> float:

@@ -40,8 +40,8 @@ def accept(sequence: Sequence, samples: Iterable[Sample], now: float) -> Output:
         if reason is not None:
             break
     timing = sequence.timing
-    first, finished = timing.first_token or now, None if reason is None else now
-    sequence.timing = Timing(timing.arrival, first, finished)
+    finished = None if reason is None else now
+    sequence.timing = timing._replace(first_token=timing.first_token or now, finished=finished)
     of_prompt, sequence.prompt_logprobs = sequence.prompt_logprobs, []
     return Output(*_identity(sequence), shown, tokens, logprobs, reason, stop, prompt_logprobs=of_prompt)
 

@@ -8,8 +8,9 @@ from functools import cached_property
 from quantkit.errors import RequestError
 from quantkit.runtime.constraint import Constraint
 
-#: Below this, dividing by the temperature overflows float32; such a request is greedy.
-COLDEST = 1e-5
+#: Below the first, dividing by the temperature overflows float32; such a request is greedy. Beyond the second all tokens are
+#: equally likely, and in the end the temperature itself overflows; such a request is refused.
+COLDEST, HOTTEST = 1e-5, 1e6
 
 MOST_LOGPROBS = 20
 
@@ -64,7 +65,7 @@ class SamplingParams:
         rules = {
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             "n": (self.n >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            "temperature": (0 <= self.temperature <= HOTTEST, f"between 0 (greedy) and {HOTTEST:g}"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),

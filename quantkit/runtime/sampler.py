@@ -225,7 +225,9 @@ def _kept(weights: Tensor, vocab: int, params: SequenceOf[SamplingParams]) -> tu
     by_k = top_k.clamp(max=width)
     cumulated = weights.cumsum(-1)
     before = torch.nn.functional.pad(cumulated[:, :-1], (1, 0))
-    by_p = torch.where(top_p < 1, (before < top_p * cumulated.gather(1, by_k - 1)).sum(-1, keepdim=True), width)
+    within = before < top_p * cumulated.gather(1, by_k - 1)
+    # In float32 the smallest top_p are 0; the likeliest token is kept all the same.
+    by_p = torch.where(top_p < 1, within.sum(-1, keepdim=True).clamp_(min=1), width)
     by_min = (weights >= min_p).sum(-1, keepdim=True)
     kept = torch.minimum(torch.minimum(by_k, by_p), by_min)
     inside = (weights.gather(1, kept - 1) > weights[:, -1:]) & (top_k <= width)

@@ -10,6 +10,7 @@ Nobody starves: the oldest sequence gets its blocks from all others if need be, 
 arrives), so it advances in every step until it ends, and then the next one is the oldest.
 """
 
+import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ class Scheduler:
         children, parent.forks = parent.forks, []
         for child in children:
             self._kv.fork(parent, child)
-            child.status, child.num_cached = Status.RUNNING, parent.num_cached
+            child.status, child.num_cached, child.timing = Status.RUNNING, parent.num_cached, parent.timing
             child.num_scored, child.prompt_logprobs = parent.num_scored, parent.prompt_logprobs
             insort(self.running, child, key=attrgetter("order"))
         return children
@@ -117,14 +118,15 @@ class Scheduler:
                 return
             self.running.append(self.waiting.popleft())
             sequence.status = Status.RUNNING
-            self._note_prefix(sequence)
+            self._note_start(sequence)
             slots += sequence.num_slots
             spare -= num_tokens
             yield _part(sequence, num_tokens)
 
-    def _note_prefix(self, sequence: Sequence) -> None:
-        """Count what the prefix cache saved; a sequence that was preempted finds its own blocks, which is no merit."""
+    def _note_start(self, sequence: Sequence) -> None:
+        """Note when it first runs, and what the prefix cache saved: later it finds its own blocks, which is no merit."""
         if sequence.num_cached is None:
+            sequence.timing = sequence.timing._replace(scheduled=time.monotonic())
             sequence.num_cached = sequence.num_computed
             self.prefix_queries += sequence.num_prompt
             self.prefix_hits += sequence.num_cached

@@ -78,9 +78,10 @@ class Usage(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds of `time.monotonic()`: when the request was added, had its first token, and ended."""
+    """Seconds of `time.monotonic()`: when the request was added, first ran, had its first token, and ended."""
 
     arrival: float
+    scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
 

@@ -143,18 +143,29 @@ class Session:
             constraint: what every sample must be like, from `grammars`.
 
         Raises:
-            RequestError: the model has no chat template, or the template refuses the messages.
+            RequestError: the model has no chat template, or the template refuses the messages, or they are no text.
         """
         if isinstance(prompt, str) and not chat:
-            return Request(self.tokenizer(prompt, verbose=False)["input_ids"], params, constraint)
+            return Request(self._tokens(prompt, special=True), params, constraint)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if not self.tokenizer.chat_template:
-            raise RequestError("the model has no chat template; leave --chat out and write the prompt as text")
+            raise RequestError(
+                "the model has no chat template; give the prompt as text: without --chat, or to /v1/completions"
+            )
         try:
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # jinja and transformers raise many types
             raise RequestError(f"the chat template refuses the messages ({' '.join(str(error).split())[:200]})") from error
-        return Request(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], params, constraint)
+        return Request(self._tokens(text, special=False), params, constraint)
+
+    def _tokens(self, text: str, *, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can write it ("\\ud800"), and Python reads it.
+            wrong = f"half of a surrogate pair, U+{ord(text[error.start]):X}"
+            raise RequestError(f"the prompt holds {wrong}, which is no character; send whole characters") from None
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def summary(self, outputs: Sequence[Output], seconds: float) -> Summary:
         """What a finished run was like.

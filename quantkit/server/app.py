@@ -39,9 +39,9 @@ class ServerConfig:
         name: of the model, as clients have it.
         max_batch: sequences that run at a time, as the engine was told.
         max_waiting: sequences that may wait beside them; beyond these, requests get 429.
-        request_timeout: seconds after which a request is ended.
+        request_timeout: seconds that a request's body may take to come, and then the request itself.
         max_body: bytes of a request's body at most.
-        api_key: what every route but /health and the page asks for; None: nothing.
+        api_key: what every route but /health asks for; None: nothing.
     """
 
     name: str
@@ -141,11 +141,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         400: "something in the request is wrong",
         401: "no valid API key",
         404: "no such model",
+        408: "the request took too long",
         413: "the body is too large",
         429: "too many requests wait",
         500: "the request failed in the server",
         503: "the server is shutting down",
-        504: "the request took too long",
     }.items()
 }
 
@@ -154,7 +154,7 @@ def create_app(session: Session, config: ServerConfig) -> FastAPI:
     """The application; its engine thread runs from start-up to shutdown, and `app.state.served` is what it serves."""
     served = Served(session, config)
     stats = session.engine.stats
-    metrics, live = Metrics(config.name, session.model.max_model_len, stats), Live(config.name, stats)
+    metrics, live = Metrics(config.name, session.model, stats), Live(config.name, stats)
     served.runner.observers.extend((metrics, live))
 
     @asynccontextmanager
@@ -170,7 +170,7 @@ def create_app(session: Session, config: ServerConfig) -> FastAPI:
     app.include_router(_generation(served))
     app.include_router(_state(served))
     app.include_router(monitor_routes(metrics, live))
-    app.add_middleware(BodyLimit, limit=config.max_body)
+    app.add_middleware(BodyLimit, limit=config.max_body, timeout=config.request_timeout)
     if config.api_key is not None:
         app.add_middleware(KeyGuard, key=config.api_key)
     return app

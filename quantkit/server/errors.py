@@ -54,6 +54,12 @@ class ApiError(HTTPException):
         return JSONResponse(self.body(), self.status_code, self.headers)
 
 
+def timed_out(seconds: float) -> ApiError:
+    """What a request is told that has had all of its time. To clients that repeat a 408: it would take as long again."""
+    message = f"the request took longer than {seconds:g} s"
+    return ApiError(408, message, "timeout_error", code="timeout", headers={"X-Should-Retry": "false"})
+
+
 def api_error(error: Exception) -> ApiError:
     """What a client is told about an exception; what it cannot know of is logged here."""
     if isinstance(error, ApiError):

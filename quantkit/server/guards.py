@@ -1,42 +1,61 @@
 """What stands before the routes: the API key and the limit on bodies. Plain ASGI, so that streams pass untouched."""
 
+import asyncio
 import hmac
+from base64 import b64decode
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quantkit.server.errors import ApiError
+from quantkit.server.errors import ApiError, timed_out
 
-#: Open to everybody: probes have no key, and a browser has none before the page has asked for it.
-OPEN_PATHS = frozenset({"/health", "/"})
+#: Open to everybody: probes have no key.
+_OPEN = "/health"
+#: What makes a browser ask for the key, and then send it with everything that the page calls.
+_PAGE, _BROWSER = "/", 'Basic realm="quantkit", charset="UTF-8"'
 
 
 class KeyGuard:
-    """Lets requests through that carry `Authorization: Bearer KEY`."""
+    """Lets requests through that carry `Authorization: Bearer KEY`, or the key as a browser's password (RFC 7617).
+
+    A browser sends its password with calls that pages from elsewhere make, too. They do no harm: GET changes nothing, and
+    bodies must come as JSON, for which a browser asks the server first.
+    """
 
     def __init__(self, app: ASGIApp, key: str) -> None:
+        assert key, "anybody has an empty key"
         self._app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._holds(Headers(scope=scope)):
-            message = "a valid API key is needed; send it as 'Authorization: Bearer KEY'"
-            error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-            await error.response()(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] != _OPEN and not self._holds(Headers(scope=scope)):
+            message = "a valid API key is needed; send it as 'Authorization: Bearer KEY', or as the password in a browser"
+            headers = {"WWW-Authenticate": _BROWSER if scope["path"] == _PAGE else "Bearer"}
+            await ApiError(401, message, code="invalid_api_key", headers=headers).response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _holds(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        key = _password(given) if scheme.lower() == "basic" else given.encode("latin-1")
         # In a time that does not depend on where the keys differ.
-        return hmac.compare_digest(key.encode("latin-1"), self._key) and scheme.lower() == "bearer"
+        return hmac.compare_digest(key, self._key) and scheme.lower() in ("bearer", "basic")
+
+
+def _password(credentials: str) -> bytes:
+    """What is behind the first colon of base64's `user:password`; whoever the user is."""
+    try:
+        return b64decode(credentials, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 class BodyLimit:
-    """Refuses bodies of more than so many bytes, before they are read where their length is stated."""
+    """Refuses bodies of more than so many bytes, before they are read where their length is stated, and those that take
+    longer than so many seconds to come."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int, timeout: float) -> None:
+        self._app, self._limit, self._timeout = app, limit, timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -45,19 +64,23 @@ class BodyLimit:
             return
         stated = Headers(scope=scope).get("content-length", "")
         if stated.isdecimal() and int(stated[:20]) > self._limit:
-            await self._error().response()(scope, receive, send)
+            await self._too_large().response()(scope, receive, send)
             return
-        seen = 0
+        clock, seen, more = asyncio.get_running_loop().time, 0, True
+        end = clock() + self._timeout
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
+            nonlocal seen, more
+            try:
+                message = await asyncio.wait_for(receive(), end - clock() if more else None)
+            except asyncio.TimeoutError:
+                raise timed_out(self._timeout) from None
+            seen, more = seen + len(message.get("body", b"")), message.get("more_body", False)
             if seen > self._limit:
-                raise self._error()
+                raise self._too_large()
             return message
 
         await self._app(scope, counted, send)
 
-    def _error(self) -> ApiError:
+    def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._limit:,} bytes; send less", code="body_too_large")

@@ -1,32 +1,21 @@
 """`/metrics`: what a Prometheus server reads, under vLLM's names and with its buckets, so that its dashboards fit.
 
-Of vLLM's metrics those are here whose meaning is the same. A sample counts as a request, as there. What drafts are made of and
-how many tokens wait is read when it is asked for; what happens to requests is counted as it happens.
+Of vLLM's metrics those are here whose meaning is the same; left out is what quantkit has not (adapters, images, sleep, KV
+transfer) and what adds nothing to others. A sample counts as a request, as there. What drafts are made of and how many tokens
+wait is read when it is asked for; what happens to requests is counted as it happens.
 """
 
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from quantkit.runtime.model import Model
 from quantkit.runtime.request import Request
 from quantkit.runtime.sequence import FinishReason, Output
 from quantkit.runtime.stats import Stats
 from quantkit.server import latency
-
-#: vLLM's buckets (vllm/v1/metrics/loggers.py), in seconds.
-TTFT_BUCKETS = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
-    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
-)  # fmt: skip
-TOKEN_BUCKETS = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
-    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-)  # fmt: skip
-REQUEST_BUCKETS = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0,
-    30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
-)  # fmt: skip
+from quantkit.server.histograms import MEASURES, N_BUCKETS, STEP_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, length_buckets
 
 #: vLLM's words for why a request ended.
 _REASONS = {
@@ -42,18 +31,20 @@ _LABELS = ("model_name", "engine")
 class Metrics:
     """Implements `Observer`."""
 
-    def __init__(self, model_name: str, max_model_len: int, stats: Stats) -> None:
+    def __init__(self, model_name: str, model: Model, stats: Stats) -> None:
         """
         Args:
             model_name: a label of every metric.
-            max_model_len: longest sequence, the last bucket of its parts.
+            model: what runs.
             stats: where the engine stands before its first step.
         """
         self._values = (model_name, "0")
-        self._stats = stats
+        self._model, self._stats = model, stats
         self._registry = CollectorRegistry()
         self._registry.register(_Standing(self))
+        ProcessCollector(registry=self._registry)
         self._prompt_tokens = self._counter("prompt_tokens", "Number of prefill tokens processed.")
+        self._cached_tokens = self._counter("prompt_tokens_cached", "Those of them that the prefix cache had.")
         self._generated = self._counter("generation_tokens", "Number of generation tokens processed.")
         self._ended = Counter(
             "vllm:request_success", "Requests that ended, by reason.", (*_LABELS, "finished_reason"), registry=self._registry
@@ -63,15 +54,18 @@ class Metrics:
         self._refused = Counter("quantkit:requests_refused", "Requests turned away.", ("reason",), registry=self._registry)
         self._ttft = self._histogram("time_to_first_token_seconds", "First token - arrival.", TTFT_BUCKETS)
         self._itl = self._histogram("inter_token_latency_seconds", "Time between two chunks of a text.", TOKEN_BUCKETS)
-        self._tpot = self._histogram(
-            "request_time_per_output_token_seconds", "(End - first token) / (tokens - 1) of a request.", TOKEN_BUCKETS
+        self._step_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens of a step; a prompt's are those of the step that ends it.", STEP_BUCKETS
         )
-        self._e2e = self._histogram("e2e_request_latency_seconds", "End - arrival.", REQUEST_BUCKETS)
-        lengths = tuple(_one_two_five(max_model_len))
-        self._prompts = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", lengths)
-        self._outputs = self._histogram("request_generation_tokens", "Tokens that a request was given.", lengths)
+        lengths = tuple(length_buckets(model.max_model_len))
+        self._measures = [(self._histogram(each.name, each.text, each.buckets or lengths), each.of) for each in MEASURES]
+        self._n = self._histogram("request_params_n", "Samples that a request asks for.", N_BUCKETS)
+        self._max_tokens = self._histogram("request_params_max_tokens", "Tokens that it allows each of them.", lengths)
+        self._longest = self._histogram("request_max_num_generation_tokens", "Tokens of its longest sample.", lengths)
         #: When each sample that runs had its last token.
         self._last: dict[tuple[int, int], float] = {}
+        #: Requests that run: how many samples they have, and the lengths of those that have ended.
+        self._lengths: dict[int, tuple[int, list[int]]] = {}
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -79,6 +73,11 @@ class Metrics:
 
     def arrived(self, request_id: int, request: Request) -> None:
         """See `Observer`."""
+        params = request.params
+        self._lengths[request_id] = params.n, []
+        self._n.observe(params.n)
+        if params.max_tokens is not None:
+            self._max_tokens.observe(params.max_tokens)
 
     def refused(self, reason: str) -> None:
         """See `Observer`."""
@@ -87,18 +86,18 @@ class Metrics:
     def stepped(self, outputs: Sequence[Output], stats: Stats, at: float) -> None:
         """See `Observer`."""
         self._stats = stats
+        self._step_tokens.observe(sum(self._count_tokens(output, at) for output in outputs if output.token_ids))
         for output in outputs:
-            if output.token_ids:
-                self._count_tokens(output, at)
             if output.finish_reason is not None:
-                self._last.pop((output.request_id, output.index), None)
-                self._ended.labels(*self._values, _REASONS[output.finish_reason]).inc()
-            if latency.is_served(output):
-                self._measure(output)
+                self._end(output)
 
     def standing(self) -> Iterator[Metric]:
         """What is read off the engine's state."""
         stats = self._stats
+        info = {"block_size": str(self._model.block_size), "num_gpu_blocks": str(stats.num_blocks), "engine": "0"}
+        family = GaugeMetricFamily("vllm:cache_config_info", "Tokens in a KV block, and blocks.", labels=tuple(info))
+        family.add_metric(tuple(info.values()), 1)
+        yield family
         yield self._gauge("num_requests_running", "Number of requests in model execution batches.", stats.running)
         yield self._gauge("num_requests_waiting", "Number of requests waiting to be processed.", stats.waiting)
         usage = stats.used_blocks / max(stats.num_blocks, 1)
@@ -113,31 +112,40 @@ class Metrics:
         yield self._total("spec_decode_num_draft_tokens", "Number of draft tokens.", drafts.drafted)
         yield self._total("spec_decode_num_accepted_tokens", "Number of accepted tokens.", drafts.accepted)
         name, text = "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted tokens per draft position."
-        family = CounterMetricFamily(name, text, labels=(*_LABELS, "position"))
+        by_position = CounterMetricFamily(name, text, labels=(*_LABELS, "position"))
         for position, count in enumerate(drafts.accepted_by_position):
-            family.add_metric((*self._values, str(position)), count)
-        yield family
+            by_position.add_metric((*self._values, str(position)), count)
+        yield by_position
 
-    def _count_tokens(self, output: Output, at: float) -> None:
-        key = output.request_id, output.index
-        self._generated.inc(len(output.token_ids))
+    def _count_tokens(self, output: Output, at: float) -> int:
+        """Note new tokens; how many were computed for them, those of the prompt among them."""
+        count, key = len(output.token_ids), (output.request_id, output.index)
+        self._generated.inc(count)
         if latency.is_first(output):
             self._ttft.observe(latency.ttft(output))
             if output.index == 0:  # the samples of a request share its prompt
                 self._prompt_tokens.inc(output.usage.prompt)
+                self._cached_tokens.inc(output.usage.cached)
+                count += output.usage.prompt - output.usage.cached
         else:
             self._itl.observe(at - self._last[key])
         self._last[key] = at
+        return count
 
-    def _measure(self, output: Output) -> None:
-        """A sample that ended as it should."""
-        assert output.timing.finished is not None
-        self._e2e.observe(output.timing.finished - output.timing.arrival)
-        self._prompts.observe(output.usage.prompt)
-        self._outputs.observe(output.usage.generated)
-        per_token = latency.tpot(output)
-        if per_token is not None:
-            self._tpot.observe(per_token)
+    def _end(self, output: Output) -> None:
+        """A sample's last output."""
+        assert output.finish_reason is not None
+        self._last.pop((output.request_id, output.index), None)
+        self._ended.labels(*self._values, _REASONS[output.finish_reason]).inc()
+        if latency.is_served(output):
+            for histogram, of in self._measures:
+                if (value := of(output)) is not None:
+                    histogram.observe(value)
+        samples, lengths = self._lengths[output.request_id]
+        lengths.append(output.usage.generated)
+        if len(lengths) == samples:
+            self._longest.observe(max(lengths))
+            del self._lengths[output.request_id]
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"vllm:{name}", text, _LABELS, registry=self._registry).labels(*self._values)
@@ -165,14 +173,3 @@ class _Standing:
 
     def collect(self) -> Iterator[Metric]:
         return self._metrics.standing()
-
-
-def _one_two_five(most: int) -> Iterator[int]:
-    """1, 2, 5, 10, 20, 50 ... up to `most`."""
-    scale = 1
-    while True:
-        for step in (1, 2, 5):
-            if step * scale > most:
-                return
-            yield step * scale
-        scale *= 10

@@ -15,7 +15,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 def monitor_routes(metrics: Metrics, live: Live) -> APIRouter:
-    """The three routes. The page holds nothing that needs an API key, and asks for one when `/state` does."""
+    """The three routes."""
     router = APIRouter()
     page = resources.files("quantkit.server").joinpath("page.html").read_text(encoding="utf-8")
 

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from quantkit.runtime.accept import joined
 from quantkit.runtime.request import Request
 from quantkit.runtime.sequence import Output
-from quantkit.server.errors import ApiError, api_error
+from quantkit.server.errors import ApiError, api_error, timed_out
 from quantkit.server.forms import Form
 from quantkit.server.job import Job
 from quantkit.server.runner import Runner
@@ -139,7 +139,7 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None], ti
             return task.result()
         if gone.done():
             raise ClientGoneError
-        raise ApiError(504, f"the request took longer than {timeout:g} s", "timeout_error", code="timeout")
+        raise timed_out(timeout)
     finally:
         for each in (task, gone):
             each.cancel()

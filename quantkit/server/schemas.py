@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from quantkit.runtime.request import MOST_LOGPROBS, SamplingParams
+from quantkit.runtime.request import HOTTEST, MOST_LOGPROBS, SamplingParams
 
 #: Fields of OpenAI's API that are not supported -> what asks for nothing, beside null.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -113,7 +113,7 @@ class Sampling(Body):
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=HOTTEST)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1, description="0: all tokens.")] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None

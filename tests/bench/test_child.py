@@ -43,7 +43,7 @@ def test_a_server_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with _serving(tmp_path / "out", "--spec", "ngram", key="secret") as url:
         assert httpx.get(url + "/health").is_success
         line, key = (tmp_path / "out").read_text().split("|")
-    assert line.split() == ["serve", "model", "--host", "127.0.0.1", "--port", url.split(":")[2], "-q", "--spec", "ngram"]
+    assert line.split() == ["serve", "model", "--spec", "ngram", "--host", "127.0.0.1", "--port", url.split(":")[2], "-q"]
     assert key == "secret"
     assert (tmp_path / "out").read_text().endswith("|ended")
     with pytest.raises(httpx.ConnectError):

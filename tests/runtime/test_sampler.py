@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit.errors import RequestError
 from quantkit.runtime.logits import History, Penalty, flaws, likeliest, penalise
-from quantkit.runtime.request import SamplingParams
+from quantkit.runtime.request import HOTTEST, SamplingParams
 from quantkit.runtime.sampler import apply_penalties, distribution, draw, sample
 from quantkit.runtime.selection import argmax, largest
 
@@ -110,12 +110,23 @@ def test_greedy_and_cold_rows_take_the_likeliest() -> None:
     assert draw(logits, params, [0.999] * 4) == logits.argmax(-1).tolist()
 
 
-def test_impossible_tokens_are_never_drawn() -> None:
+@pytest.mark.parametrize("temperature", [1.0, HOTTEST])
+def test_impossible_tokens_are_never_drawn(temperature: float) -> None:
     logits = torch.full((1, VOCAB), -math.inf)
     logits[0, [5, 4000]] = torch.tensor([0.0, -1.0])
     for filters in ({}, {"top_k": 3000}, {"top_p": 0.9999}, {"min_p": 1e-9}):
-        found = {draw(logits, [SamplingParams(**filters)], [u])[0] for u in (0.0, 0.4, 0.8, 1 - 2**-24, 1 - 2**-53)}  # type: ignore[arg-type]
+        params = SamplingParams(temperature=temperature, **filters)  # type: ignore[arg-type]
+        found = {draw(logits, [params], [u])[0] for u in (0.0, 0.4, 0.8, 1 - 2**-24, 1 - 2**-53)}
         assert found == {5, 4000}
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 50, 2**31 - 1])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-50])
+def test_a_share_that_is_0_in_float32_keeps_the_likeliest(top_p: float, top_k: int) -> None:
+    logits, params = _logits(1, 3.0), SamplingParams(top_p=top_p, top_k=top_k)
+    likeliest = logits.argmax(-1).tolist()
+    assert draw(logits, [params], [0.9]) == likeliest
+    assert distribution(logits, [params])[0].nonzero().flatten().tolist() == likeliest
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 20, "min_p": 0.02}], ids=str)
@@ -233,7 +244,8 @@ def test_likeliest_tokens_come_best_first() -> None:
     [
         ({"max_tokens": 0}, "max_tokens is 0, it must be at least 1"),
         ({"n": 0}, "n is 0, it must be at least 1"),
-        ({"temperature": -0.1}, r"temperature is -0.1, it must be 0 \(greedy\) or more"),
+        ({"temperature": -0.1}, r"temperature is -0.1, it must be between 0 \(greedy\) and 1e\+06"),
+        ({"temperature": 1e300}, r"temperature is 1e\+300"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
         ({"top_k": -1}, r"top_k is -1, it must be 0 \(all tokens\) or more"),

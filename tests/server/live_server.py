@@ -29,6 +29,8 @@ def tiny_folder(folder: Path) -> Path:
 def listening(app: Any) -> Iterator[str]:
     """Where an ASGI application is served."""
     sock = socket.socket()
+    # Connections inherit it: with little on its way, a reader who stops is felt soon.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     sock.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
     thread = threading.Thread(target=server.run, args=([sock],))

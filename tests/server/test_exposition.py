@@ -1,7 +1,6 @@
 """What the server tells about itself: Prometheus' text, parsed, and the numbers of the page, against engines that ran."""
 
 import time
-from collections.abc import Callable
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -13,8 +12,9 @@ from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.sequence import Draft, Output, Sequence, Timing, Usage
 from quantkit.runtime.sequence import FinishReason as End
 from quantkit.runtime.stats import Stats
+from quantkit.server.histograms import N_BUCKETS, REQUEST_BUCKETS, STEP_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS
 from quantkit.server.live import WINDOW, Live, percentiles
-from quantkit.server.metrics import REQUEST_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, Metrics
+from quantkit.server.metrics import Metrics
 
 LABELS = {"model_name": "tiny", "engine": "0"}
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -27,45 +27,57 @@ def parsed(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], fl
         for sample in family.samples:
             labels = dict(sample.labels)
             if sample.name.startswith("vllm:"):
-                assert {name: labels.pop(name) for name in LABELS} == LABELS
+                assert {name: labels.pop(name, "tiny") for name in LABELS} == LABELS
             found[sample.name, tuple(sorted(labels.items()))] = sample.value
     return found
 
 
-def watched(engine: Engine) -> tuple[Metrics, Live, Callable[[], list[Output]]]:
-    """An engine's observers, and what steps it before their eyes."""
-    metrics, live = Metrics("tiny", engine.model.max_model_len, engine.stats), Live("tiny", engine.stats)
+class Watched:
+    """An engine before the eyes of its observers."""
 
-    def step() -> list[Output]:
-        outputs = engine.step()
-        for observer in (metrics, live):
-            observer.stepped(outputs, engine.stats, time.monotonic())
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.metrics, self.live = Metrics("tiny", engine.model, engine.stats), Live("tiny", engine.stats)
+
+    def add(self, request: Request) -> int:
+        request_id = self.engine.add(request)
+        for observer in (self.metrics, self.live):
+            observer.arrived(request_id, request)
+        return request_id
+
+    def step(self) -> list[Output]:
+        outputs = self.engine.step()
+        for observer in (self.metrics, self.live):
+            observer.stepped(outputs, self.engine.stats, time.monotonic())
         return outputs
 
-    return metrics, live, step
+    def finish(self) -> list[Output]:
+        outputs = []
+        while self.engine.has_work:
+            outputs += self.step()
+        return outputs
 
 
 def test_counts_are_those_of_the_requests() -> None:
-    engine = Engine(FakeModel(), EngineConfig(max_batch=2, token_budget=32))
-    metrics, live, step = watched(engine)
+    watched = Watched(Engine(FakeModel(), EngineConfig(max_batch=2, token_budget=32)))
+    metrics, live = watched.metrics, watched.live
     assert parsed(metrics)["vllm:num_requests_running", ()] == 0
     for start in (0, 20, 40, 60):
-        engine.add(Request(range(start, start + 9), GREEDY))
-    step()
+        watched.add(Request(range(start, start + 9), GREEDY))
+    watched.step()
     now = parsed(metrics)
     assert (now["vllm:num_requests_running", ()], now["vllm:num_requests_waiting", ()]) == (2, 2)
     # Two prompts of 9 tokens fill 3 blocks of 4 each, of 64.
     assert now["vllm:kv_cache_usage_perc", ()] == 6 / 64
+    assert now["vllm:cache_config_info", (("block_size", "4"), ("num_gpu_blocks", "64"))] == 1
+    # Two prompts, and the token behind each.
+    assert now["vllm:iteration_tokens_total_sum", ()] == 2 * 10
     state = live.snapshot()
     assert (state["running"], state["waiting"], state["kv_usage"], state["served"]) == (2, 2, 6 / 64, 0)
-    engine.cancel(3)
-    while engine.has_work:
-        step()
-    again = engine.add(Request(range(9), GREEDY))
-    outputs = []
-    while engine.has_work:
-        outputs += step()
-    assert outputs[-1].request_id == again
+    watched.engine.cancel(3)
+    watched.finish()
+    again = watched.add(Request(range(9), GREEDY))
+    assert watched.finish()[-1].request_id == again
     now = parsed(metrics)
     reason = "vllm:request_success_total"
     ended = {dict(labels)["finished_reason"]: value for (name, labels), value in now.items() if name == reason}
@@ -74,29 +86,49 @@ def test_counts_are_those_of_the_requests() -> None:
     assert now["vllm:generation_tokens_total", ()] == 4 * 12
     # The request that was cancelled was never looked up; the last one finds two full blocks.
     assert (now["vllm:prefix_cache_queries_total", ()], now["vllm:prefix_cache_hits_total", ()]) == (36, 8)
+    assert now["vllm:prompt_tokens_cached_total", ()] == 8
     for name, count in {
         "time_to_first_token_seconds": 4,
         "inter_token_latency_seconds": 4 * 11,
         "request_time_per_output_token_seconds": 4,
         "e2e_request_latency_seconds": 4,
+        "request_queue_time_seconds": 4,
+        "request_inference_time_seconds": 4,
+        "request_prefill_time_seconds": 4,
+        "request_decode_time_seconds": 4,
         "request_prompt_tokens": 4,
         "request_generation_tokens": 4,
+        "request_prefill_kv_computed_tokens": 4,
+        "request_params_n": 5,
+        "request_params_max_tokens": 5,
+        "request_max_num_generation_tokens": 5,
     }.items():
         assert now[f"vllm:{name}_count", ()] == count
         assert now[f"vllm:{name}_bucket", (("le", "+Inf"),)] == count
     assert now["vllm:request_generation_tokens_sum", ()] == 48
+    assert now["vllm:request_prefill_kv_computed_tokens_sum", ()] == 36 - 8
+    assert now["vllm:iteration_tokens_total_sum", ()] == 36 - 8 + 48
     assert not any("spec_decode" in name for name, _ in now)
     # The sums tell the same story: a request is its first token and the gaps behind it.
     parts = now["vllm:time_to_first_token_seconds_sum", ()] + now["vllm:inter_token_latency_seconds_sum", ()]
     # Outputs are timed in the step, gaps behind it; a step of this model takes far less than this.
-    assert parts == pytest.approx(now["vllm:e2e_request_latency_seconds_sum", ()], abs=0.5)
+    whole = now["vllm:e2e_request_latency_seconds_sum", ()]
+    assert parts == pytest.approx(whole, abs=0.5)
+    queued, ran, prefill, decode = (
+        now[f"vllm:request_{part}_time_seconds_sum", ()] for part in ("queue", "inference", "prefill", "decode")
+    )
+    assert queued + ran == pytest.approx(whole)
+    assert prefill + decode == pytest.approx(ran)
+    assert min(queued, prefill, decode) > 0
     state = live.snapshot()
     assert (state["served"], state["running"], state["acceptance_rate"]) == (4, 0, None)
     assert state["prefix_hit_rate"] == 8 / 36
 
 
 def test_buckets_are_vllms() -> None:
-    metrics = Metrics("tiny", 1000, Engine(FakeModel()).stats)
+    model = FakeModel()
+    model.max_model_len = 1000
+    metrics = Metrics("tiny", model, Engine(model).stats)
     buckets: dict[str, list[float]] = {}
     for name, labels in parsed(metrics):
         if name.endswith("_bucket"):
@@ -108,26 +140,36 @@ def test_buckets_are_vllms() -> None:
         "vllm:inter_token_latency_seconds_bucket": TOKEN_BUCKETS + infinite,
         "vllm:request_time_per_output_token_seconds_bucket": TOKEN_BUCKETS + infinite,
         "vllm:e2e_request_latency_seconds_bucket": REQUEST_BUCKETS + infinite,
+        "vllm:request_queue_time_seconds_bucket": REQUEST_BUCKETS + infinite,
+        "vllm:request_inference_time_seconds_bucket": REQUEST_BUCKETS + infinite,
+        "vllm:request_prefill_time_seconds_bucket": REQUEST_BUCKETS + infinite,
+        "vllm:request_decode_time_seconds_bucket": REQUEST_BUCKETS + infinite,
         "vllm:request_prompt_tokens_bucket": lengths + infinite,
         "vllm:request_generation_tokens_bucket": lengths + infinite,
+        "vllm:request_prefill_kv_computed_tokens_bucket": lengths + infinite,
+        "vllm:request_max_num_generation_tokens_bucket": lengths + infinite,
+        "vllm:request_params_max_tokens_bucket": lengths + infinite,
+        "vllm:request_params_n_bucket": N_BUCKETS + infinite,
+        "vllm:iteration_tokens_total_bucket": STEP_BUCKETS + infinite,
     }
 
 
 def test_samples_share_a_prompt_and_failures_count_as_such() -> None:
     model = FakeModel()
-    engine = Engine(model)
-    metrics, live, step = watched(engine)
-    engine.add(Request([1, 2, 3], SamplingParams(n=3, seed=1, max_tokens=5)))
-    while engine.has_work:
-        step()
+    watched = Watched(Engine(model))
+    metrics, live = watched.metrics, watched.live
+    watched.add(Request([1, 2, 3], SamplingParams(n=3, seed=1, max_tokens=5)))
+    watched.finish()
     model.fail = 50
-    engine.add(Request([50], GREEDY))
-    (failed,) = step()
+    watched.add(Request([50], GREEDY))
+    (failed,) = watched.step()
     assert failed.error is not None
     metrics.refused("busy")
     now = parsed(metrics)
     assert now["vllm:prompt_tokens_total", ()] == 3
     assert now["vllm:generation_tokens_total", ()] == 15
+    assert (now["vllm:request_params_n_sum", ()], now["vllm:request_params_n_count", ()]) == (3 + 1, 2)
+    assert now["vllm:request_max_num_generation_tokens_sum", ()] == 5
     assert now["vllm:request_success_total", (("finished_reason", "length"),)] == 3
     assert now["vllm:request_success_total", (("finished_reason", "error"),)] == 1
     assert now["vllm:e2e_request_latency_seconds_count", ()] == 3
@@ -146,12 +188,11 @@ class HalfRight(NgramProposer):
 
 def test_preemptions_and_drafts() -> None:
     engine = Engine(FakeModel(16), EngineConfig(max_batch=4, token_budget=32, draft_len=3), proposer=HalfRight())
-    metrics, live, step = watched(engine)
+    watched = Watched(engine)
     for start in (0, 10, 20):
-        engine.add(Request([start, start + 1] * 5, SamplingParams(temperature=0, max_tokens=30)))
-    while engine.has_work:
-        step()
-    stats, now = engine.stats, parsed(metrics)
+        watched.add(Request([start, start + 1] * 5, SamplingParams(temperature=0, max_tokens=30)))
+    watched.finish()
+    stats, now = engine.stats, parsed(watched.metrics)
     assert stats.speculation is not None
     assert 0 < now["vllm:num_preemptions_total", ()] == stats.preemptions
     assert 0 < now["vllm:spec_decode_num_drafts_total", ()] == stats.speculation.drafts
@@ -160,18 +201,20 @@ def test_preemptions_and_drafts() -> None:
     name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     by_position = [now[name, (("position", str(i)),)] for i in range(len(stats.speculation.accepted_by_position))]
     assert sum(by_position) == stats.speculation.accepted
-    assert live.snapshot()["acceptance_rate"] == stats.speculation.acceptance_rate
+    assert watched.live.snapshot()["acceptance_rate"] == stats.speculation.acceptance_rate
     # A preempted request's prompt is computed twice and counts once.
     assert now["vllm:prompt_tokens_total", ()] == 30
 
 
 def test_times_are_what_the_formulas_say() -> None:
-    stats: Stats = Engine(FakeModel()).stats
-    metrics, live = Metrics("tiny", 100, stats), Live("tiny", stats)
-    first = Output(0, 0, Usage(4, 0, 1), Timing(10.0, 10.5), token_ids=[1])
-    middle = Output(0, 0, Usage(4, 0, 3), Timing(10.0, 10.5), token_ids=[2, 3])
-    last = Output(0, 0, Usage(4, 0, 5), Timing(10.0, 10.5, 12.5), token_ids=[4, 5], finish_reason=End.STOP)
+    model = FakeModel()
+    stats: Stats = Engine(model).stats
+    metrics, live = Metrics("tiny", model, stats), Live("tiny", stats)
+    first = Output(0, 0, Usage(4, 0, 1), Timing(10.0, 10.125, 10.5), token_ids=[1])
+    middle = Output(0, 0, Usage(4, 0, 3), Timing(10.0, 10.125, 10.5), token_ids=[2, 3])
+    last = Output(0, 0, Usage(4, 0, 5), Timing(10.0, 10.125, 10.5, 12.5), token_ids=[4, 5], finish_reason=End.STOP)
     for observer in (metrics, live):
+        observer.arrived(0, Request(range(4)))
         for output, at in ((first, 10.5), (middle, 11.5), (last, 12.5)):
             observer.stepped([output], stats, at)
     now = parsed(metrics)
@@ -180,6 +223,8 @@ def test_times_are_what_the_formulas_say() -> None:
     assert (now["vllm:inter_token_latency_seconds_count", ()], now["vllm:inter_token_latency_seconds_sum", ()]) == (2, 2.0)
     assert now["vllm:request_time_per_output_token_seconds_sum", ()] == 0.5
     assert now["vllm:e2e_request_latency_seconds_sum", ()] == 2.5
+    parts = {"queue": 0.125, "inference": 2.375, "prefill": 0.375, "decode": 2.0}
+    assert {part: now[f"vllm:request_{part}_time_seconds_sum", ()] for part in parts} == parts
     state = live.snapshot(12.5)
     assert state["tokens_per_second"] == 5 / WINDOW
     assert state["ttft_seconds"] == {"p50": 0.5, "p90": 0.5, "p99": 0.5}

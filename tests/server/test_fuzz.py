@@ -1,6 +1,7 @@
 """Requests made from the OpenAPI schema, good and bad: never a 5xx, never a body that is not ours.
 
-The default is a few hundred; QUANTKIT_FUZZ=10000 makes that many.
+The default is a few hundred; with QUANTKIT_FUZZ=10000 in the environment it is that many, which take some five minutes, most
+of them for making up the requests.
 """
 
 import os

@@ -10,16 +10,18 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from live_server import listening
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, HttpCredentials, Page, expect, sync_playwright
 from runtime.fake_model import FakeModel
 
 from quantkit.runtime.engine import Engine
 from quantkit.runtime.sequence import FinishReason, Output, Timing, Usage
+from quantkit.server.guards import KeyGuard
 from quantkit.server.live import Live
 from quantkit.server.metrics import Metrics
 from quantkit.server.monitor import monitor_routes
@@ -41,18 +43,14 @@ class Talker:
     def __init__(self, key: str | None = None) -> None:
         self.asked: list[dict[str, Any]] = []
         self.pause, self.closed = 0.0, 0
-        stats = Engine(FakeModel()).stats
+        model = FakeModel()
+        stats = Engine(model).stats
         self.live = Live("tiny", stats)
         self.app = FastAPI()
-        self.app.include_router(monitor_routes(Metrics("tiny", 128, stats), self.live))
+        self.app.include_router(monitor_routes(Metrics("tiny", model, stats), self.live))
         self.app.post("/v1/chat/completions", response_model=None)(self.chat)
-
-        @self.app.middleware("http")
-        async def guard(request: Request, call_next: Any) -> Response:
-            if request.url.path != "/" and key and request.headers.get("authorization") != f"Bearer {key}":
-                return JSONResponse({"error": {"message": "a valid API key is needed"}}, 401)
-            answered: Response = await call_next(request)
-            return answered
+        if key is not None:
+            self.app.add_middleware(KeyGuard, key=key)
 
     async def chat(self, request: Request) -> Response:
         """Say the last message again, a letter at a time, or refuse it."""
@@ -97,9 +95,11 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A new one, that asked for nothing but its own server and said nothing on the console that is an error."""
-    page, complaints, hosts = browser.new_page(), [], set()
+def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A new one, that asked for nothing but its own server and said nothing on the console that is an error; with a
+    parameter, the password that a person types when the browser asks for one."""
+    typed = HttpCredentials(username="me", password=request.param) if hasattr(request, "param") else None
+    page, complaints, hosts = browser.new_page(http_credentials=typed), [], set()
 
     def note(message: ConsoleMessage) -> None:
         # A refused call is reported there by the browser itself.
@@ -108,7 +108,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
     page.on("console", note)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
     yield page
     page.close()
     assert complaints == []
@@ -126,8 +126,7 @@ def test_the_state_is_shown_and_stays_fresh(address: tuple[Talker, str], page: P
     expect(page.locator("#model")).to_have_text("tiny")
     expect(page.locator("#running")).to_have_text("0")
     expect(page.locator("#ttft_seconds")).to_have_text("–")
-    expect(page.get_by_label("API key")).to_be_hidden()
-    timing = Timing(1.0, 1.25, 3.25)
+    timing = Timing(1.0, 1.125, 1.25, 3.25)
     output = Output(0, 0, Usage(4, 0, 5), timing, token_ids=[1, 2, 3, 4, 5], finish_reason=FinishReason.STOP)
     talker.live.stepped([output], Engine(FakeModel()).stats, time.monotonic())
     expect(page.locator("#served")).to_have_text("1")
@@ -177,16 +176,27 @@ def test_an_answer_streams_and_can_be_stopped(address: tuple[Talker, str], page:
     assert len(answer.inner_text()) == length
 
 
-@pytest.mark.parametrize("address", ["secret"], indirect=True)
-def test_the_key_is_asked_for_where_one_is_needed(address: tuple[Talker, str], page: Page) -> None:
+@pytest.mark.parametrize("address", ["sécret"], indirect=True)
+@pytest.mark.parametrize("page", ["sécret"], indirect=True)
+def test_the_browser_asks_for_the_key_and_sends_it_along(address: tuple[Talker, str], page: Page) -> None:
     page.goto(address[1])
-    field = page.get_by_label("API key")
-    expect(field).to_be_visible()
-    expect(page.locator("#status")).to_have_text("needs an API key")
-    for key, works in (("wrong", False), ("secret", True)):
-        field.fill(key)
-        field.press("Enter")
-        expect(page.locator("#running")).to_have_text("0" if works else "–")
-    expect(field).to_be_hidden()
+    expect(page.locator("#running")).to_have_text("0")
+    expect(page.locator("#status")).to_be_empty()
     say(page, "Hi")
     expect(page.locator("#chat .assistant")).to_have_text("é: Hi")
+
+
+@pytest.mark.parametrize("address", ["secret"], indirect=True)
+@pytest.mark.parametrize("page", ["wrong"], indirect=True)
+def test_a_wrong_key_shows_nothing(address: tuple[Talker, str], page: Page) -> None:
+    reply = page.goto(address[1])
+    assert reply is not None
+    assert reply.status == 401
+    assert page.locator("#running").count() == 0
+    expect(page.locator("body")).to_contain_text("a valid API key is needed")
+
+
+@pytest.mark.parametrize("address", ["secret"], indirect=True)
+def test_the_key_may_stand_in_the_address(address: tuple[Talker, str], page: Page) -> None:
+    page.goto(address[1].replace("http://", "http://me:secret@"))
+    expect(page.locator("#running")).to_have_text("0")

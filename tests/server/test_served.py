@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -82,31 +81,47 @@ def test_bad_schemas_get_a_400_that_says_why(url: str) -> None:
     assert reply.status_code == 400
     assert "the JSON schema is refused (Invalid type: foo)" in reply.json()["error"]["message"]
     assert post(url, "/v1/completions", prompt="Hello", response_format={"type": "xml"}).status_code == 400
+    # Half of a surrogate pair, where nothing says what a string is.
+    halved = b'{"prompt": "x", "response_format": %s}' % json.dumps(FORMAT).replace("green", "\\ud800").encode()
+    reply = httpx.post(url + "/v1/completions", content=halved, headers={**KEY, "Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"]
 
 
-def test_only_the_page_and_the_probe_need_no_key(url: str) -> None:
-    assert {path: httpx.get(url + path).status_code for path in ("/", "/health", "/state", "/metrics")} == {
-        "/": 200,
-        "/health": 200,
-        "/state": 401,
-        "/metrics": 401,
-    }
+def test_only_the_probe_needs_no_key(url: str) -> None:
+    described = httpx.get(url + "/openapi.json", headers=KEY).json()["paths"]
+    assert {"/", "/metrics", "/ready", "/state", "/tokenize", "/v1/models"} < set(described)
+    status = {path: httpx.get(url + path).status_code for path in (*described, "/openapi.json", "/nowhere", "/health/")}
+    assert {path for path, code in status.items() if code != 401} == {"/health"}
+    assert httpx.post(url + "/v1/completions", json={"prompt": "x"}).status_code == 401
+
+
+def test_a_browser_is_asked_for_the_key_and_no_other_page_can_use_it(url: str) -> None:
+    assert httpx.get(url + "/").headers["WWW-Authenticate"] == 'Basic realm="quantkit", charset="UTF-8"'
+    assert httpx.get(url + "/state").headers["WWW-Authenticate"] == "Bearer"
+    with httpx.Client(auth=("", "secret")) as browser:
+        assert browser.get(url + "/").status_code == browser.get(url + "/state").status_code == 200
+        content = b'{"prompt": "x", "max_tokens": 1}'
+        assert browser.post(url + "/v1/completions", json=json.loads(content)).status_code == 200
+        # What a form of another page can send.
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None):
+            headers = {} if kind is None else {"Content-Type": kind}
+            assert browser.post(url + "/v1/completions", content=content, headers=headers).status_code == 400
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH; on Debian: apt-get install chromium")
-def test_a_person_chats_with_the_model(url: str, tmp_path: Path) -> None:
+def test_a_person_chats_with_the_model(url: str) -> None:
     with sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(http_credentials={"username": "", "password": "secret"})
         page.goto(url)
-        page.get_by_label("API key").fill("secret")
-        page.get_by_label("API key").press("Enter")
         expect(page.locator("#model")).to_have_text("tiny")
         page.get_by_label("Message").fill("Hi")
         page.get_by_label("Message").press("Enter")
         expect(page.locator("#chat .assistant")).not_to_be_empty()
         expect(page.locator("#send")).to_be_visible(timeout=30_000)
         expect(page.locator("#chat .error")).to_have_count(0)
-        page.context.browser.close()  # type: ignore[union-attr]
+        browser.close()

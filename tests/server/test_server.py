@@ -1,6 +1,11 @@
 """The server as its clients see it: OpenAI's own client, and requests that are wrong in every way."""
 
 import json
+import re
+import shutil
+import subprocess
+import time
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,8 @@ from live_server import serving, tiny_folder, wait
 from quantkit.server.app import Served, ServerConfig
 
 LONG = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
+#: Half of a surrogate pair as a text and as a name, and a number that Python refuses to read.
+ODD = [b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"\\ud800": 1}', b'{"seed": %s}' % (b"1" * 5000)]
 USER = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
 
 
@@ -23,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    with serving(folder, ServerConfig("tiny", 8, max_body=4000)) as (address, _):
+    with serving(folder, ServerConfig("tiny", 8, max_body=6000)) as (address, _):
         yield address
 
 
@@ -101,15 +108,22 @@ def test_what_is_wrong_is_named(url: str, body: dict[str, Any], named: str) -> N
     assert "/quantkit" not in reply.text
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b"null", b'"x"', b'{"prompt": "\xff"}', b"[" * 3000])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b"null", b'"x"', b'{"prompt": "\xff"}', b"[" * 3000, *ODD])
 def test_malformed_bodies(url: str, content: bytes) -> None:
     reply = httpx.post(url + "/v1/chat/completions", content=content, headers={"content-type": "application/json"})
     assert reply.status_code == 400
     assert reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_half_a_character_is_no_prompt(url: str, path: str) -> None:
+    reply = httpx.post(url + path, content=b'{"prompt": "a\\udc00"}', headers={"content-type": "application/json"})
+    assert reply.status_code == 400
+    assert "U+DC00" in reply.json()["error"]["message"]
+
+
 def test_bodies_have_a_limit(url: str) -> None:
-    assert httpx.post(url + "/v1/completions", json={"prompt": "x" * 5000}).status_code == 413
+    assert httpx.post(url + "/v1/completions", json={"prompt": "x" * 7000}).status_code == 413
 
     def pieces() -> Iterator[bytes]:
         yield b'{"prompt": "'
@@ -133,10 +147,15 @@ def test_unknown_models_and_paths(url: str) -> None:
 def test_keys(folder: Path) -> None:
     with serving(folder, ServerConfig("tiny", 2, api_key="sécret")) as (url, _):
         assert httpx.get(url + "/health").status_code == 200
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sécret".encode()}):
-            assert httpx.get(url + "/v1/models", headers=headers).status_code == 401  # type: ignore[arg-type]
-        right = {"Authorization": "Bearer sécret".encode()}
-        assert httpx.get(url + "/v1/models", headers=right).status_code == 200  # type: ignore[arg-type]
+        wrong = ["", "Bearer", "Bearer wrong", "Bearer sécre", "Digest sécret", "sécret", "Basic", "Basic sécret"]
+        wrong += [f"Basic {b64encode(text.encode()).decode()}" for text in ("sécret", ":wrong", "sécret:", ":")]
+        right = ["Bearer sécret", "bearer sécret"]
+        right += [f"Basic {b64encode(text.encode()).decode()}" for text in (":sécret", "me:sécret")]
+        for status, keys in ((401, wrong), (200, right)):
+            for key in keys:
+                reply = httpx.get(url + "/v1/models", headers=[(b"Authorization", key.encode())])
+                assert reply.status_code == status, key
+        assert httpx.get(url + "/v1/models").json()["error"]["code"] == "invalid_api_key"
 
 
 def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
@@ -153,16 +172,61 @@ def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
 
 
 def test_time_is_limited(folder: Path) -> None:
-    with serving(folder, ServerConfig("tiny", 2, request_timeout=0.01)) as (url, _):
-        assert httpx.post(url + "/v1/completions", json=LONG).status_code == 504
+    with serving(folder, ServerConfig("tiny", 2, request_timeout=0.02)) as (url, served):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=3)
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(model="tiny", prompt="Hello", max_tokens=200, extra_body={"ignore_eos": True})
+        assert (caught.value.status_code, caught.value.code) == (408, "timeout")
         streamed = httpx.post(url + "/v1/completions", json={**LONG, "stream": True})
-        assert streamed.status_code in (200, 504)
+        assert streamed.status_code in (200, 408)
         last = streamed.text.strip().split("\n\n")[-1].removeprefix("data: ")
         assert json.loads(last)["error"]["code"] == "timeout"
 
+        def drops() -> Iterator[bytes]:
+            yield b'{"prompt": "'
+            time.sleep(0.5)
+            yield b'x"}'
+
+        assert httpx.post(url + "/v1/completions", content=drops()).status_code == 408
+        # OpenAI's client repeats a 408 unless it is told not to, because the same request would take as long again.
+        wait(lambda: served.runner.idle)
+        arrived = re.search(r"vllm:request_params_n_count\S* (\S+)", httpx.get(url + "/metrics").text)
+        assert arrived is not None
+        assert float(arrived[1]) == 2
+
+
+def test_a_server_that_drains_says_so(folder: Path) -> None:
+    with serving(folder, ServerConfig("tiny", 2)) as (url, served):
+        assert httpx.get(url + "/ready").status_code == 200
+        served.runner.draining = True
+        assert (httpx.get(url + "/health").status_code, httpx.get(url + "/ready").status_code) == (200, 503)
+        refused = httpx.post(url + "/v1/completions", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(refused.headers["Retry-After"]) >= 1
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on the PATH")
+def test_curl(url: str) -> None:
+    def curl(path: str, body: dict[str, Any]) -> tuple[str, int]:
+        command = ["curl", "-sS", "-w", "%{stderr}%{http_code}", url + path, "-H", "Content-Type: application/json"]
+        done = subprocess.run([*command, "-d", json.dumps(body)], check=True, capture_output=True, text=True)
+        return done.stdout, int(done.stderr)
+
+    body = {"messages": [USER], "temperature": 0, "max_tokens": 9}
+    whole, status = curl("/v1/chat/completions", body)
+    assert status == 200
+    stream, status = curl("/v1/chat/completions", {**body, "stream": True})
+    assert status == 200
+    events = stream.removesuffix("\n\n").split("\n\n")
+    assert events.pop() == "data: [DONE]"
+    pieces = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for event in events]
+    assert "".join(pieces) == json.loads(whole)["choices"][0]["message"]["content"]
+    refused, status = curl("/v1/chat/completions", {**body, "zzz": 1})
+    assert (status, json.loads(refused)["error"]["param"]) == (400, "zzz")
+
 
 def test_a_failing_step_fails_its_requests_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(folder, ServerConfig("tiny", 2)) as (url, served):
+    with serving(folder, ServerConfig("tiny", 2, request_timeout=60)) as (url, served):
         stepper, broken = served.session.engine._stepper, RuntimeError("secret detail of /some/path")
 
         def fail(_: object) -> None:
