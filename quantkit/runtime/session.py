@@ -149,9 +149,7 @@ class Session:
             return Request(self._tokens(prompt, special=True), params, constraint)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if not self.tokenizer.chat_template:
-            raise RequestError(
-                "the model has no chat template; give the prompt as text: without --chat, or to /v1/completions"
-            )
+            raise RequestError("the model has no chat template; give it text: without --chat, or to /v1/completions")
         try:
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # jinja and transformers raise many types

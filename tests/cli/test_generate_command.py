@@ -199,7 +199,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: 
         (("x", "--prompts", "y.txt"), "not both"),
         (("",), "the prompt has no tokens"),
         (("x" * 300,), "the prompt has 300 tokens and the context is 256"),
-        (("x", "--temperature", "-1"), "temperature is -1.0, it must be 0 (greedy) or more"),
+        (("x", "--temperature", "-1"), "temperature is -1.0, it must be between 0 (greedy) and 1e+06"),
         (("x", "--temperature", "nan"), "temperature is nan"),
         (("x", "--top-p", "0"), "top_p is 0.0, it must be above 0 and at most 1"),
         (("x", "--max-tokens", "0"), "max_tokens is 0, it must be at least 1"),
