@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime import latency
 from quantkit.runtime.batch import lone_batch
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
@@ -172,10 +173,9 @@ def _requests(count: int, vocab: int) -> list[Request]:
 def _request_times(engine: Engine, vocab: int) -> tuple[float, float]:
     """TTFT and TPOT of one request alone, seconds."""
     (output,) = engine.generate(_requests(1, vocab))
-    timing = output.timing
-    assert timing.first_token is not None
-    assert timing.finished is not None
-    return timing.first_token - timing.arrival, (timing.finished - timing.first_token) / (NEW - 1)
+    per_token = latency.tpot(output)
+    assert per_token is not None
+    return latency.ttft(output), per_token
 
 
 def _system_tps(engine: Engine, vocab: int, count: int) -> float:

@@ -4,8 +4,7 @@ The definition is built on the meta device. Every matrix is read, merged with th
 once for its kernel, so that peak memory is the packed model and one block as it lies on disk.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from quantkit.checkpoint.reader import Checkpoint, shown
 from quantkit.definition import read_config, realise_buffers, skeleton
 from quantkit.errors import CheckpointError
 from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.threads import one_thread
 from quantkit.runtime import attention
 from quantkit.runtime.kv_format import LayerShape
 from quantkit.runtime.linear import Embedding, Linear, Member, Merged, Norm, ready
@@ -120,7 +120,7 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     model = skeleton(config, attention.register(), dtype)
     source = Source(checkpoint)
     blocks = model.get_submodule(family.blocks)
-    with _one_thread():
+    with one_thread():  # Thousands of small passes over memory.
         for index, block in enumerate(blocks):
             load_block(block, f"{family.blocks}.{index}.", family, source, device, dtype)
         _load_outside(model, source, device, dtype)
@@ -133,17 +133,6 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     heads = config.num_key_value_heads
     layers = [LayerShape(heads, block.self_attn.head_dim, block.self_attn.head_dim) for block in blocks]
     return Definition(model, config, family, layers, dtype, device)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Loading is thousands of small passes over memory: on a busy machine threads would wait for each other at each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def load_block(

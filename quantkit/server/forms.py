@@ -94,8 +94,9 @@ class CompletionForm(_Envelope):
         `first` is a prompt's first token, which follows nothing and has no log probability.
         """
         offsets, end = [], self._offsets.get(index, 0)
-        head = [] if first is None else [None]
-        pieces = [self._piece(token) for token in [*([] if first is None else [first]), *(entry.token for entry in entries)]]
+        head = [] if first is None else [first]
+        unscored = [None] * len(head)
+        pieces = [self._piece(token) for token in (*head, *(entry.token for entry in entries))]
         for piece in pieces:
             offsets.append(end)
             end += len(piece)
@@ -107,8 +108,8 @@ class CompletionForm(_Envelope):
                 best.setdefault(self._piece(token), logprob)
             best.setdefault(piece, entry.logprob)
             tops.append(best)
-        chosen = [*head, *(entry.logprob for entry in entries)]
-        return {"tokens": pieces, "token_logprobs": chosen, "top_logprobs": [*head, *tops], "text_offset": offsets}
+        chosen = [*unscored, *(entry.logprob for entry in entries)]
+        return {"tokens": pieces, "token_logprobs": chosen, "top_logprobs": [*unscored, *tops], "text_offset": offsets}
 
 
 class ChatForm(_Envelope):
