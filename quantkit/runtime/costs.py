@@ -54,10 +54,6 @@ class Curve:
         self._least[count] = min(self._times[count])
         self.samples += 1
 
-    def is_timed(self, count: int) -> bool:
-        """Whether that count was timed."""
-        return count in self._least
-
     def at(self, count: int) -> float:
         """Seconds; something must have been timed."""
         known = self._counts

@@ -12,10 +12,10 @@ request and of all together, is at most
 
     _SHARE of the time that plain steps would have taken, and _START plain steps
 
-but for what a round takes longer than rounds did before, which the next ones pay off, and for kernels compiled in the first
-rounds of their kind. A stall of the machine in a step with drafts is charged to these, and one in a plain step is not
-believed (see `costs`): stalls make drafts rarer, and never the loss greater. A drafter that has to catch up on a text, which
-buys drafts far ahead, may spend another _SHARE of the rest of the text on it.
+but for what a round takes longer than rounds did before, which the next ones pay off. Of what befalls a round from outside
+(a kernel that is compiled, a machine that stalls) no more is charged than makes it cost twice as much as usual: it would have
+befallen plain steps as well. A stall in a plain step is not believed (see `costs`). A drafter that has to catch up on a text,
+which buys drafts far ahead, may spend another _SHARE of the rest of the text on it.
 
 A sequence for which drafts do not pay probes now and then, after a pause that doubles with each probe in vain. Costs are
 known to all requests of an engine, and a new one starts with the latest requests' acceptance rate and pause.
@@ -38,6 +38,9 @@ _MARGIN = 1.03
 
 #: What may be lost: a share of the time of plain steps, and as many of them at once.
 _SHARE, _START = 0.02, 1.0
+
+#: A round is charged at most this many times what its parts usually cost.
+_MOST_CHARGED = 2
 
 #: Tokens of a probe. While the cost of drafts is unknown, one.
 _PROBE = 2
@@ -206,12 +209,12 @@ class AdaptiveLength:
         usual, drafting = self.costs.step(rows), step.draft_seconds
         assert usual is not None
         verifying = usual if step.verify_seconds is None else step.verify_seconds
-        if not self.costs.steps.is_timed(rows):
-            verifying = min(verifying, 2 * usual)  # What was compiled for the first step over so many rows is not lost.
+        verifying = min(verifying, _MOST_CHARGED * usual)
         if step.backlog:
             drafting = longest * self.costs.draft_step(len(step.outcomes))  # Catching up has an allowance of its own.
-        elif not self.costs.drafts.samples:
-            drafting = min(drafting, longest * plain)
+        else:
+            known = self.costs.draft_step(len(step.outcomes))
+            drafting = min(drafting, longest * (_MOST_CHARGED * known if known else plain))
         return drafting + verifying - plain
 
     def _settle(self, step: Round, plain: float, lost: float) -> None:

@@ -98,8 +98,8 @@ class Speculation:
             return
         plain = self._adaptive.costs.step(len(outcomes)) if pure and outcomes else None
         if plain is not None:
-            taken, tokens = draft_seconds + seconds, sum(1 + accepted for _, accepted in outcomes.values())
-            self._tally.compare(taken, plain * tokens / len(outcomes) if longest else taken)
+            tokens = sum(1 + accepted for _, accepted in outcomes.values())
+            self._tally.compare(draft_seconds + seconds, plain * tokens / len(outcomes), drafted=longest > 0)
         if outcomes:
             self._adaptive.note(Round(outcomes, self._backlog, draft_seconds, seconds if pure else None))
         if not pure and not longest:

@@ -35,6 +35,14 @@ class SpeculationStats:
 
 
 @dataclass
+class _Compared:
+    """Decoding steps of a kind: the time they took, and what their tokens take without drafts if nothing disturbs them."""
+
+    seconds: float = 0.0
+    undisturbed: float = 0.0
+
+
+@dataclass
 class Tally:
     """Counts and times as they come in; see `SpeculationStats`."""
 
@@ -46,8 +54,8 @@ class Tally:
     _pure_verify_seconds: float = 0.0
     _draft_steps: int = 0
     _verify_steps: int = 0
-    _compared_seconds: float = 0.0
-    _compared_plain_seconds: float = 0.0
+    #: Of steps without and with drafts.
+    _compared: dict[bool, _Compared] = field(default_factory=lambda: {False: _Compared(), True: _Compared()})
 
     def count(self, drafted: int, accepted: int) -> None:
         """Add a draft of `drafted` tokens, of which the first `accepted` were accepted."""
@@ -74,10 +82,11 @@ class Tally:
             self._draft_steps += longest
             self._verify_steps += 1
 
-    def compare(self, seconds: float, plain_seconds: float) -> None:
-        """Add a decoding step's time, and what its tokens would have taken without drafts."""
-        self._compared_seconds += seconds
-        self._compared_plain_seconds += plain_seconds
+    def compare(self, seconds: float, undisturbed: float, *, drafted: bool) -> None:
+        """Add a decoding step's time, and what its tokens take in steps without drafts where nothing disturbs these."""
+        part = self._compared[drafted]
+        part.seconds += seconds
+        part.undisturbed += undisturbed
 
     def stats(self) -> SpeculationStats:
         """The numbers so far."""
@@ -93,8 +102,16 @@ class Tally:
             acceptance_by_position=_shares(self.passed, self.reached),
             draft_seconds=self.draft_seconds,
             cost_ratio=self._pure_draft_seconds / self._draft_steps / verify if verify else None,
-            speed_up=self._compared_plain_seconds / self._compared_seconds if self._compared_seconds else None,
+            speed_up=self._speed_up(),
         )
+
+    def _speed_up(self) -> float | None:
+        plain, drafted = self._compared[False], self._compared[True]
+        if not plain.undisturbed:
+            return None
+        # Steps with drafts were disturbed as those without were.
+        without = plain.seconds * (1 + drafted.undisturbed / plain.undisturbed)
+        return without / (plain.seconds + drafted.seconds)
 
 
 def _shares(parts: SequenceOf[int], wholes: SequenceOf[int]) -> list[float]:

@@ -144,10 +144,8 @@ def test_curves_are_the_least_times_and_lines_between_them() -> None:
     assert curve.at(1) == 1.0  # nothing is known of fewer rows
     assert curve.at(4) == pytest.approx(1.3)  # a guess, until it is timed
     curve.note(4, 500.0)
-    assert not curve.is_timed(4)
     assert curve.at(4) == pytest.approx(1.3)
     curve.note(4, 2.0)
-    assert curve.is_timed(4)
     assert [curve.at(rows) for rows in (2, 3, 4, 5)] == pytest.approx([1.0, 1.5, 2.0, 2.25])
     for seconds in (0.1, 1.9):
         curve.note(10, seconds)  # within the noise of 4: more rows do not cost less
@@ -206,19 +204,27 @@ def test_short_texts_in_a_new_engine_are_not_slowed_down_either(draft: float, to
         assert slowdown < 1.05 + (0.02 if tokens < 100 else 0)
 
 
+def stalling(seed: int, often: int) -> Callable[[float], float]:
+    """Stalls of 25 to 30 ms, so many a second, in steps of every kind."""
+    draw = Random(seed)
+    return lambda seconds: seconds + (draw.uniform(0.025, 0.03) if draw.random() < often * seconds else 0)
+
+
 @pytest.mark.parametrize("often", [2, 5, 20])
 @pytest.mark.parametrize("draft", [0.0, 0.5, 0.8])
 def test_a_machine_that_stalls_does_not_make_drafts_look_cheap(draft: float, often: int) -> None:
-    """Stalls of 25 to 30 ms, so many a second, in steps of every kind."""
     for slope, rate, seed in itertools.product((0.3, 0.7), (0.0, 0.4, 0.8, 0.95), range(8)):
-        draw = Random(seed)
-
-        def stalled(seconds: float, draw: Random = draw) -> float:
-            return seconds + (draw.uniform(0.025, 0.03) if draw.random() < often * seconds else 0)
-
         machine = linear(slope, draft)
-        machine.measured = stalled
+        machine.measured = stalling(seed, often)
         assert run(AdaptiveLength(), by_chance(rate, seed), 128, machine).slowdown < 1.05
+
+
+def test_a_machine_that_stalls_does_not_end_drafts_that_pay() -> None:
+    for seed in range(8):
+        machine = linear(0.1, 0.1)
+        machine.measured = stalling(seed, 20)
+        lengths = run(AdaptiveLength(), by_chance(0.8, seed), 400, machine).lengths
+        assert sum(map(bool, lengths)) > len(lengths) / 2
 
 
 @pytest.mark.parametrize("slope", SLOPES)

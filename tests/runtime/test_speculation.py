@@ -16,6 +16,7 @@ from quantkit.runtime.ngram import NgramProposer
 from quantkit.runtime.proposer import Proposer
 from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.sequence import FinishReason
+from quantkit.runtime.tally import Tally
 
 PROPOSERS: dict[str, Callable[[], Proposer]] = {
     "right": lambda: Guesser(right),
@@ -278,6 +279,14 @@ def test_the_speed_up_is_over_steps_without_drafts(monkeypatch: pytest.MonkeyPat
     # Not counted: the prompt's step and six steps, behind which the cost of a step is known, with a token each.
     assert stats.speed_up == pytest.approx((60 - 7) / (len(model.batches) - 7))
     assert (stats.speed_up > 2) == (guess is right)
+
+
+def test_what_disturbs_plain_steps_disturbs_the_others_too() -> None:
+    tally = Tally()
+    tally.compare(1.2, 1.0, drafted=False)
+    assert tally.stats().speed_up == 1.0
+    tally.compare(1.2, 2.0, drafted=True)
+    assert tally.stats().speed_up == pytest.approx((1.2 + 2.4) / 2.4)
 
 
 @pytest.mark.parametrize("draft_len", [0, -1, 16])
