@@ -15,8 +15,8 @@ from quantkit.errors import NumericsError
 from quantkit.fold import Written, fold_into, foldable, tied_channels
 from quantkit.methods.awq import search_channel_scale
 from quantkit.methods.grid import QuantizedWeight, Scheme
-from quantkit.methods.hessian import PARTS, Drift, Hessian
-from quantkit.methods.solve import Moments, Settings, prepare, solve
+from quantkit.methods.hessian import PARTS, Hessian
+from quantkit.methods.solve import Moments, Settings, solve
 from quantkit.ranks import ALONE, Team
 from quantkit.report import MatrixReport
 from quantkit.usage import trim_memory
@@ -73,9 +73,8 @@ class BlockJob:
             if walk is None:
                 self._solve(group, weights, None, None, "", started)
                 continue
-            hessian, drift = self._measure(walk, number, next(iter(weights.values())).shape[1])
+            moments, ratio, note = self._measure(walk, number, next(iter(weights.values())).shape[1]), None, ""
             trim_memory()
-            moments, ratio, note = prepare(hessian, drift, self.settings), None, ""
             if self.settings.scales_channels:
                 moments, ratio, note = self._scale(walk, number, weights, moments)
                 for stream in streams:
@@ -89,8 +88,8 @@ class BlockJob:
             # Forward and solver take tensors of other sizes than one another.
             trim_memory()
 
-    def _measure(self, walk: Walk, number: int, columns: int) -> tuple[Tensor, Drift | None]:
-        """H and drift of group `number`'s inputs.
+    def _measure(self, walk: Walk, number: int, columns: int) -> Moments:
+        """The moments of group `number`'s inputs.
 
         Raises:
             NumericsError: an activation is NaN or Inf.
@@ -104,7 +103,7 @@ class BlockJob:
                 f"{self.prefix}{walk.groups[number].names[0]}: its calibration inputs hold NaN or Inf; the model overflows "
                 "in its own dtype, or the checkpoint is damaged"
             )
-        return hessian, drift
+        return Moments(hessian, drift, self.settings)
 
     def _scale(
         self, walk: Walk, number: int, weights: dict[str, Tensor], moments: Moments
@@ -140,15 +139,17 @@ class BlockJob:
         rows = {name: weights[name].shape[0] for name in names}
         before, device = time.monotonic() - started, weights[names[0]].device
         batches = stacks(self.schemes, rows, _STACKED[device.type])
-        owner_of: dict[str, int] = {}
-        solved: dict[str, tuple[QuantizedWeight, MatrixReport | None]] = {}
         owners = self.team.owners([sum(rows[name] for name in batch) for batch in batches])
-        for batch, owner in zip(batches, owners, strict=True):
-            owner_of |= dict.fromkeys(batch, owner)
-            if owner == self.team.rank:
-                solved |= self._solve_stacked({name: weights[name] for name in batch}, moments, ratio, note)
-            else:
-                solved |= {n: (QuantizedWeight.empty(weights[n].shape, self.schemes[n], device), None) for n in batch}
+        owner_of = {name: owner for batch, owner in zip(batches, owners, strict=True) for name in batch}
+        solved: dict[str, tuple[QuantizedWeight, MatrixReport | None]] = {
+            name: (QuantizedWeight.empty(weights[name].shape, self.schemes[name], device), None) for name in names
+        }
+        own = [batch for batch, owner in zip(batches, owners, strict=True) if owner == self.team.rank]
+        stacked = [torch.cat([weights[name] for name in batch]) for batch in own]
+        targets = stacked if moments is None else moments.take_targets(stacked)
+        for batch, target in zip(own, targets, strict=True):
+            parts = dict(zip(batch, target.split([rows[name] for name in batch]), strict=True))
+            solved |= self._solve_stacked(target, parts, moments, ratio, note)
         for name in names:
             quantized, report = solved[name]
             for tensor in (quantized.codes, quantized.scales, quantized.zeros):
@@ -159,17 +160,15 @@ class BlockJob:
             self.announce(replace(report, seconds=report.seconds + before * rows[name] / sum(rows.values())))
 
     def _solve_stacked(
-        self, weights: dict[str, Tensor], moments: Moments | None, ratio: float | None, note: str
+        self, target: Tensor, parts: Mapping[str, Tensor], moments: Moments | None, ratio: float | None, note: str
     ) -> dict[str, tuple[QuantizedWeight, MatrixReport]]:
-        """Matrices of one scheme, solved stacked on one another, and the report of each."""
+        """Matrices of one scheme, solved stacked on one another in `target`, and the report of each."""
         started = time.monotonic()
-        scheme = self.schemes[next(iter(weights))]
-        rows = [weight.shape[0] for weight in weights.values()]
-        stacked, target = solve(torch.cat(list(weights.values())), moments, scheme, self.settings)
+        stacked = solve(target, moments, self.schemes[next(iter(parts))], self.settings)
         seconds = time.monotonic() - started
         solved, start = {}, 0
-        for name, part in zip(weights, target.split(rows), strict=True):
-            quantized, share = stacked.rows(start, start + len(part)), seconds * len(part) / sum(rows)
+        for name, part in parts.items():
+            quantized, share = stacked.rows(start, start + len(part)), seconds * len(part) / len(target)
             report = matrix_report(self.prefix + name, quantized, part, moments, self.settings, ratio, note, share)
             solved[name] = quantized, report
             start += len(part)

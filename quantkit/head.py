@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantkit.block_job import matrix_report, measured
 from quantkit.methods.grid import QuantizedWeight
-from quantkit.methods.solve import prepare, solve
+from quantkit.methods.solve import Moments, solve
 from quantkit.prepare import Prepared
 from quantkit.ranks import Team
 from quantkit.report import MatrixReport
@@ -31,19 +31,18 @@ def quantize_head(job: Prepared, streams: list[list[Tensor]], team: Team) -> tup
             for index in range(len(streams[0]))
         )
         sums = measured(inputs, job.model.config.hidden_size, job.model.device, team)
-        moments = prepare(sums.mean(), sums.drift(), job.settings)
-    parts, targets = [], []
-    pieces = job.model.head_weight.split(_ROWS)
+        moments = Moments(sums.mean(), sums.drift(), job.settings)
+    pieces = [rows.float() for rows in job.model.head_weight.split(_ROWS)]
     owners = team.owners([len(rows) for rows in pieces])
-    for rows, owner in zip(pieces, owners, strict=True):
-        if owner == team.rank:
-            part, target = solve(rows.float(), moments, scheme, job.settings)
-        else:
-            part, target = QuantizedWeight.empty(rows.shape, scheme, rows.device), torch.empty_like(rows, dtype=torch.float32)
-        parts.append(part)
-        targets.append(target)
-    for part, target, owner in zip(parts, targets, owners, strict=True):
-        for tensor in (part.codes, part.scales, part.zeros, target):
+    targets = pieces if moments is None else moments.take_targets(pieces)
+    parts = [
+        solve(target, moments, scheme, job.settings)
+        if owner == team.rank
+        else QuantizedWeight.empty(target.shape, scheme, target.device)
+        for target, owner in zip(targets, owners, strict=True)
+    ]
+    for part, owner in zip(parts, owners, strict=True):
+        for tensor in (part.codes, part.scales, part.zeros):
             team.broadcast(tensor, owner)
     whole = QuantizedWeight(
         torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), torch.cat([p.zeros for p in parts]), scheme

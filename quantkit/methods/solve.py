@@ -1,6 +1,8 @@
 """From a weight matrix and its inputs' moments to codes: the one place that knows what each method is made of."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,63 +56,76 @@ class Settings:
         return self.compensates and self.drift > 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Moments:
-    """What is known of a group's inputs.
+    """What is known of a group's inputs, for all matrices that read them.
 
     Attributes:
         hessian: float32 [K, K].
-        drift: None when no original walks beside.
-        inverse: factor of the damped Hessian; None when the method needs none or no damping helped.
+        drift: None when no original walks beside, or its targets were taken.
+        settings: how to solve.
     """
 
     hessian: Tensor
     drift: Drift | None
-    inverse: Inverse | None
+    settings: Settings
+
+    @cached_property
+    def inverse(self) -> Inverse | None:
+        """Factor of the damped Hessian; None when the method needs none or no damping helped."""
+        settings = self.settings
+        return factorise(self.hessian, settings.damping, settings.act_order) if settings.compensates else None
 
     def divided(self, scale: Tensor) -> "Moments":
         """The moments of the inputs divided by `scale`, float32 [K] > 0; nothing is factored again."""
         outer = scale[:, None] * scale
-        drift = None if self.drift is None else self.drift.divided(outer)
-        return Moments(self.hessian / outer, drift, None if self.inverse is None else self.inverse.divided(scale))
+        divided = Moments(self.hessian / outer, None if self.drift is None else self.drift.divided(outer), self.settings)
+        divided.inverse = None if self.inverse is None else self.inverse.divided(scale)
+        return divided
+
+    def take_targets(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What to solve for in the place of each of `weights` (float32 [N, K]).
+
+        The drift is given up: at a wide input it is twice as large as the Hessian, and the factor is still to come.
+        """
+        drift, self.drift = self.drift, None
+        if drift is None or not self.settings.compensates:
+            return list(weights)
+        return matched(weights, drift, self.settings.drift)
 
 
-def prepare(hessian: Tensor, drift: Drift | None, settings: Settings) -> Moments:
-    """Factor the Hessian once for all matrices that read the input."""
-    inverse = factorise(hessian, settings.damping, settings.act_order) if settings.compensates else None
-    return Moments(hessian, drift, inverse)
-
-
-def matched(weight: Tensor, drift: Drift, strength: float) -> Tensor:
-    """The weights that give the original model's outputs from the quantized model's inputs, float32 [N, K].
+def matched(weights: Sequence[Tensor], drift: Drift, strength: float) -> list[Tensor]:
+    """The weights that give the original model's outputs from the quantized model's inputs, float32 [N, K] each.
 
     Ridge regression: W* = W + strength * W D^T (H + ridge)^-1 with D = X^T (X_ref - X) / T and H over the same tokens.
     With strength 1 this is the asymmetric calibration of Li et al., "GPTAQ" (arXiv 2504.02692), solved before rounding
-    instead of during it. Returns `weight` itself where the regression cannot be solved.
+    instead of during it. Returns `weights` themselves where the regression cannot be solved.
     """
     factor = drift.hessian.clone().mT
     factor.diagonal().add_(RIDGE * drift.hessian.diagonal().mean())
     if strength == 0 or not factor_in_place(factor):
-        return weight
-    # Two triangular solves, because `cholesky_solve` copies the factor.
-    half = torch.linalg.solve_triangular(factor, drift.cross @ weight.T, upper=False)
-    change: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True).T
-    return weight + strength * change
+        return list(weights)
+    found = []
+    for weight in weights:
+        # Two triangular solves, because `cholesky_solve` copies the factor.
+        half = torch.linalg.solve_triangular(factor, drift.cross @ weight.T, upper=False)
+        change = torch.linalg.solve_triangular(factor.mT, half, upper=True).T
+        found.append(weight + strength * change)
+    return found
 
 
-def solve(weight: Tensor, moments: Moments | None, scheme: Scheme, settings: Settings) -> tuple[QuantizedWeight, Tensor]:
-    """Quantize `weight` (float32 [N, K]); `moments` is None for data-free rounding only.
+def solve(target: Tensor, moments: Moments | None, scheme: Scheme, settings: Settings) -> QuantizedWeight:
+    """Quantize `target` (float32 [N, K], from `take_targets`); `moments` is None for data-free rounding only.
 
-    Returns:
-        the quantized weight and the target [N, K] it was to match. Where the Hessian could not be factored the result is
-        plain rounding; the caller sees `moments.inverse is None` and reports it.
+    Where the Hessian could not be factored the result is plain rounding; the caller sees `moments.inverse is None` and
+    reports it.
     """
     if moments is None or settings.method == "rtn":
-        return rtn(weight, scheme, settings.dtype), weight
+        return rtn(target, scheme, settings.dtype)
     if not settings.compensates:
-        return clipped(weight, moments.hessian, scheme, settings.dtype, SHRINK), weight
-    if moments.inverse is None:
-        return rtn(weight, scheme, settings.dtype), weight
-    target = weight if moments.drift is None else matched(weight, moments.drift, settings.drift)
-    start = gptq(target, moments.inverse, scheme, settings.dtype, SHRINK)
-    return descend(target, start, moments.inverse.hessian, settings.dtype, settings.sweeps), target
+        return clipped(target, moments.hessian, scheme, settings.dtype, SHRINK)
+    inverse = moments.inverse
+    if inverse is None:
+        return rtn(target, scheme, settings.dtype)
+    start = gptq(target, inverse, scheme, settings.dtype, SHRINK)
+    return descend(target, start, inverse.hessian, settings.dtype, settings.sweeps)

@@ -17,7 +17,7 @@ from quantkit.methods.gptq import factorise
 from quantkit.methods.grid import Scheme
 from quantkit.methods.hessian import Hessian
 from quantkit.methods.rtn import rtn
-from quantkit.methods.solve import Moments, Settings, matched, prepare, solve
+from quantkit.methods.solve import Moments, Settings, matched, solve
 from quantkit.report import MatrixReport
 
 METHODS = ["rtn", "awq", "gptq", "awq+gptq"]
@@ -31,9 +31,8 @@ INDEFINITE = torch.eye(32) - 2 * torch.ones(32, 32)
 def test_every_answer_can_be_stored(scheme: Scheme, method: str, dtype: torch.dtype) -> None:
     settings = replace(SETTINGS, method=method, dtype=dtype)
     weight = weights(6, 96)
-    quantized, target = solve(weight, prepare(second_moment(activations(96)), None, settings), scheme, settings)
+    quantized = solve(weight, Moments(second_moment(activations(96)), None, settings), scheme, settings)
     assert_sound(quantized, 6, 96, dtype)
-    assert torch.equal(target, weight)
     assert quantized.scheme == scheme
 
 
@@ -42,7 +41,7 @@ def test_each_method_loses_less_than_the_one_before(scheme: Scheme) -> None:
     hessian, weight = second_moment(activations(96)), weights(32, 96)
     losses = []
     for settings in (replace(SETTINGS, method=method) for method in ("rtn", "awq", "gptq")):
-        losses.append(loss(weight, solve(weight, prepare(hessian, None, settings), scheme, settings)[0], hessian))
+        losses.append(loss(weight, solve(weight, Moments(hessian, None, settings), scheme, settings), hessian))
     # Clipping looks at a group alone, so over the whole matrix it may lose a little; absorbing the error never does.
     assert losses[1] < 1.1 * losses[0]
     assert losses[2] < 0.8 * min(losses[:2])
@@ -51,7 +50,7 @@ def test_each_method_loses_less_than_the_one_before(scheme: Scheme) -> None:
 def test_without_inputs_there_is_only_rounding() -> None:
     weight, scheme = weights(6, 96), Scheme(4, 32, True)
     for method in METHODS:
-        quantized, _ = solve(weight, None, scheme, replace(SETTINGS, method=method))
+        quantized = solve(weight, None, scheme, replace(SETTINGS, method=method))
         assert torch.equal(quantized.codes, rtn(weight, scheme, torch.bfloat16).codes)
 
 
@@ -78,8 +77,8 @@ def test_matched_solves_the_least_squares_problem(strength: float, monkeypatch: 
     wanted = torch.cat([(reference - x).double() @ weight.T, torch.zeros(48, 7, dtype=torch.float64)])
     change = torch.linalg.lstsq(system, wanted).solution.T
     # The ridge bounds the condition number near 1e3; float32 moments then give the solution to about 1e-4 of its size.
-    found = matched(weight.float(), drift, strength).double() - weight
-    torch.testing.assert_close(found, strength * change, rtol=0, atol=2e-4 * float(change.abs().max()))
+    (found,) = matched([weight.float()], drift, strength)
+    torch.testing.assert_close(found.double() - weight, strength * change, rtol=0, atol=2e-4 * float(change.abs().max()))
 
 
 def test_matching_brings_the_outputs_back() -> None:
@@ -88,28 +87,32 @@ def test_matching_brings_the_outputs_back() -> None:
     assert drift is not None
     wanted = reference @ weight.T
     before = float((x @ weight.T - wanted).square().sum())
-    assert float((x @ matched(weight, drift, 1.0).T - wanted).square().sum()) < 0.9 * before
-    assert torch.equal(matched(weight, drift, 0.0), weight)
+    (found,) = matched([weight], drift, 1.0)
+    assert float((x @ found.T - wanted).square().sum()) < 0.9 * before
+    (found,) = matched([weight], drift, 0.0)
+    assert torch.equal(found, weight)
 
 
 def test_gptq_aims_at_the_matched_weight() -> None:
     _, _, sums = _paired()
     weight, scheme = weights(7, 48), Scheme(4, 16, True)
-    moments = prepare(sums.mean(), sums.drift(), SETTINGS)
-    assert moments.drift is not None
-    quantized, target = solve(weight, moments, scheme, SETTINGS)
-    assert torch.equal(target, matched(weight, moments.drift, SETTINGS.drift))
+    moments = Moments(sums.mean(), drift := sums.drift(), SETTINGS)
+    assert drift is not None
+    stacked = [weight, weights(5, 48)]
+    targets = moments.take_targets(stacked)
+    assert moments.drift is None
+    assert all(map(torch.equal, targets, matched(stacked, drift, SETTINGS.drift)))
+    target, quantized = targets[0], solve(targets[0], moments, scheme, SETTINGS)
     assert loss(target, quantized, moments.hessian) < loss(weight, quantized, moments.hessian)
 
 
 def test_a_hopeless_hessian_falls_back_to_rounding() -> None:
     weight, scheme = weights(6, 32), Scheme(4, 16, False)
     assert factorise(INDEFINITE, 0.01, act_order=True) is None
-    moments = prepare(INDEFINITE, None, SETTINGS)
+    moments = Moments(INDEFINITE, None, SETTINGS)
     assert moments.inverse is None
-    quantized, target = solve(weight, moments, scheme, SETTINGS)
+    quantized = solve(weight, moments, scheme, SETTINGS)
     assert torch.equal(quantized.dequantize(), rtn(weight, scheme, torch.bfloat16).dequantize())
-    assert torch.equal(target, weight)
 
 
 class _Block(nn.Module):
@@ -177,5 +180,11 @@ def test_an_input_that_is_not_finite_is_named() -> None:
 
 def test_moments_hold_no_factor_that_nobody_needs() -> None:
     for method in ("rtn", "awq"):
-        assert isinstance(moments := prepare(torch.eye(4), None, replace(SETTINGS, method=method)), Moments)
-        assert moments.inverse is None
+        assert Moments(torch.eye(4), None, replace(SETTINGS, method=method)).inverse is None
+
+
+def test_only_gptq_aims_beside_the_weight() -> None:
+    _, _, sums = _paired()
+    weight = weights(7, 48)
+    (target,) = Moments(sums.mean(), sums.drift(), replace(SETTINGS, method="awq")).take_targets([weight])
+    assert target is weight
