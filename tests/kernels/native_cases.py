@@ -31,7 +31,7 @@ def threads(request: pytest.FixtureRequest) -> int:
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels built for vectors of four lanes, which no instruction on bytes or 16-bit integers serves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.mktemp("narrow")))
+        patch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.getbasetemp() / "narrow"))
         patch.setattr(native, "_FLAGS", (*native._FLAGS, "-O2", "-DLANES=4"))
         library = ctypes.CDLL(str(native._built()))
     library.quantkit_prepared_floats.restype = ctypes.c_int64
