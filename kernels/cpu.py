@@ -1,8 +1,9 @@
 """Matrices on a CPU: our native kernels where a C compiler is found, torch's own elsewhere.
 
-Native kernels compute in float32 whatever the types of weights and inputs are; a row's result does not depend on
+Native kernels add up in float32 whatever the types of weights and inputs are; a row's result does not depend on
 the other rows of the call, nor on the number of threads. Packed weights are multiplied as they are (W4A16): the sum of
-codes times inputs of each group, minus zero point times the sum of inputs, times the scale.
+codes times inputs of each group, minus zero point times the sum of inputs, times the scale. For that, inputs become integers
+of 16 bits, relative to the largest of their group (native/packed_input.c), and sums within a group are exact.
 """
 
 from ctypes import CDLL, byref, c_int64, c_void_p
@@ -145,8 +146,9 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
         bias: [N] in any floating type.
 
     Returns:
-        [M, N] in x's dtype, accumulated in float32. Natively inputs are not rounded; torch's fall-backs round them to
-        the type of a dense weight, and to bfloat16 for "int4".
+        [M, N] in x's dtype, accumulated in float32. Natively inputs are rounded for packed weights only, by at most
+        2^-16 of the largest of their group; a row that holds NaN or infinity gives NaN. torch's fall-backs round them to the
+        type of a dense weight, and to bfloat16 for "int4".
     """
     assert x.shape[1] == weight.shape[1], f"{tuple(x.shape)} against {weight.shape}"
     library = native.library()

@@ -21,7 +21,7 @@ import torch
 _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _SOURCES = (
-    *("matmul.c", "packed.c", "rounded.c", "dense.c", "pack.c"),
+    *("matmul.c", "packed.c", "packed_input.c", "rounded.c", "dense.c", "pack.c"),
     *("paging.c", "cache.c", "cache_write.c", "attention.c", "hadamard.c", "decoder.c", "team.c"),
 )
 _HEADERS = ("vec.h", "team.h", "matmul.h", "attention.h", "hadamard.h", "decoder.h")
@@ -33,8 +33,9 @@ _FLAGS = (
 )
 
 #: On AMD processors GCC splits long chains of fused multiply-adds, some and not others: slower, and results would differ
-#: between two instances of the same formula.
-_GCC_FLAGS = ("--param=avoid-fma-max-bits=0",)
+#: between two instances of the same formula. The others keep a sum of integers in the order in which it is written: GCC would
+#: gather its products first, more of them than there are registers.
+_GCC_FLAGS = ("--param=avoid-fma-max-bits=0", "-fno-tree-reassoc", "-fno-tree-ter")
 
 
 @cache

@@ -14,7 +14,7 @@
 /* Words that are asked for ahead of their use. */
 #define PREFETCH 1024
 
-/* Longest run of columns that is summed before its scale is applied; x is prepared in such runs. */
+/* Longest run of columns that is summed before its scale is applied; x is prepared in such runs, none across groups. */
 #define RUN 256
 
 /* A weight [rows, columns].
@@ -34,18 +34,20 @@ typedef struct {
     int32_t bits, type, input_bits;
 } Matrix;
 
-/* Groups of a packed row; columns of a group, and of all groups, with padding; words of a tile. */
+/* Groups of a packed row; columns of a group, and of all groups, with padding; words of a tile; runs of a row. */
 static inline int64_t groups(const Matrix *w) { return w->columns / w->group; }
 static inline int64_t padded_group(const Matrix *w) { return round_up(w->group, 32 / w->bits); }
 static inline int64_t padded_columns(const Matrix *w) { return groups(w) * padded_group(w); }
 static inline int64_t tile_words(const Matrix *w) { return padded_columns(w) / (32 / w->bits) * TILE; }
+static inline int64_t runs(const Matrix *w) { return groups(w) * ((padded_group(w) + RUN - 1) / RUN); }
 
 /* Floats that one prepared row of x takes. */
 int64_t prepared_floats(const Matrix *weight);
 
-/* x [columns] -> what the matmul reads. Packed: columns scaled so that codes need no shift, padded, then the sum of each run;
-   rounded: see rounded.c; 16-bit: even and odd columns apart (vec.h); all padded with zeros. */
+/* x [columns] -> what the matmul reads. Packed: see packed_input.c; rounded: see rounded.c; 16-bit: even and odd columns apart
+   (vec.h); all padded with zeros. */
 void prepare(const Matrix *weight, const float *x, float *prepared);
+void prepare_packed(const Matrix *weight, const float *x, float *prepared);
 void prepare_rounded(const Matrix *weight, const float *x, float *prepared);
 
 /* This thread's share of the columns of out [m, weight->rows]; no barrier. */

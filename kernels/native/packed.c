@@ -1,210 +1,188 @@
-/* Packed weights: TILE rows of a weight side by side in the lanes, columns one after the other.
+/* Packed weights: TILE rows of a weight side by side in the lanes, columns one after the other, multiplied in integers of 16
+   bits by what packed_input.c makes of x.
 
-   Few rows of x: codes become floats on the way, two instructions for LANES of them. Many: a run of columns is unpacked
-   into a panel of floats once and multiplied like a dense matrix. Both add the same numbers in the same order. */
+   Few rows of x: codes are cut out of words on the way, two columns a mask. Many: some columns are unpacked into a panel once.
+   Either way the sums of a run are exact integers, and are added to the floats of the result in the same order. They fit: at
+   most RUN columns of |code - zero| <= 255 times 32767 are less than 2^31. */
 #include "matmul.h"
 #include "team.h"
 #include "vec.h"
 
-/* Rows of x that are multiplied at a time: 6 x 2 accumulators, 2 weights and 1 input fit 16 vector registers. */
+#if (defined(__AVX2__) && LANES == 8) || (defined(__AVX512BW__) && LANES == 16)
+#include <immintrin.h>
+#endif
+
+/* Rows of x that are multiplied at a time: 6 x 2 accumulators, 2 weights, 1 input and 1 product fit 16 vector registers. */
 #define BLOCK 6
 
 /* Rows of x that one unpacked panel serves. */
 #define PANEL_ROWS 96
 
-/* Field j of each word as a float, times 2^(bits*j) except for the highest: one mask or one shift, one conversion. */
-INLINE vf field(vu word, int bits, int j) {
-    if (j == 32 / bits - 1) return __builtin_convertvector((vi)(word >> (32 - bits)), vf);
-    return __builtin_convertvector((vi)(word & (((1u << bits) - 1) << (bits * j))), vf);
+typedef uint16_t vh __attribute__((vector_size(4 * LANES))); /* pairs of columns, as many as LANES */
+
+/* The two products of each lane, signed, to the sums so far. */
+INLINE vi add_products(vi sums, vh pairs, vi x) {
+#if defined(__AVX512BW__) && LANES == 16
+    return (vi)_mm512_add_epi32((__m512i)sums, _mm512_madd_epi16((__m512i)pairs, (__m512i)x));
+#elif defined(__AVX2__) && LANES == 8
+    return (vi)_mm256_add_epi32((__m256i)sums, _mm256_madd_epi16((__m256i)pairs, (__m256i)x));
+#else
+    return sums + ((vi)pairs << 16 >> 16) * (x << 16 >> 16) + ((vi)pairs >> 16) * (x >> 16);
+#endif
 }
 
-/* Sums of fields times x over `steps` words of columns (bits 0: over `steps` columns already unpacked, [steps, TILE] floats)
-   for TILE weight rows and `rows` rows of x; sums [rows, TILE]. Constants of each instance: bits, rows. */
-INLINE void run_sums(int bits, int rows, int64_t steps, const void *data, const float *x, int64_t x_stride, float *sums) {
-    /* At least 8 chains of additions, to hide their latency, and at most 12, to fit the registers. */
-    const int fields = bits ? 32 / bits : 1, vectors = rows <= 3 ? TILE / LANES : 2;
-    for (int part = 0; part < TILE; part += vectors * LANES) {
-        vf acc[BLOCK][TILE / LANES];
+/* Codes of columns j and j + F/2 of each word, F = 32/bits. */
+INLINE vh cut(vu word, int bits, int j) {
+    const vh shifted = (vh)word >> bits * j;
+    return bits * (j + 1) == 16 ? shifted : shifted & (uint16_t)((1u << bits) - 1);
+}
+
+/* Runs of equal length of one tile, and the same columns of some rows of x. */
+typedef struct {
+    const uint32_t *words; /* packed, or pairs [runs * length / 2, TILE] with zero points subtracted */
+    const float *scales;   /* [runs, TILE] */
+    const uint32_t *zeros; /* of the tile, and the group of the first run */
+    int64_t group;
+    const int32_t *x; /* pairs */
+    const float *x_scales;
+    const int32_t *x_sums;
+    int64_t stride; /* from one row of x to the next */
+    int64_t runs, length;
+} Piece;
+
+/* totals [rows, TILE] += scales * (sums - zero points * sums of x) for some lanes of one run; unpacked: no zero points. */
+INLINE void add_sums(int bits, int rows, int vectors, const Piece *p, int64_t run, int part, vi sums[BLOCK][TILE / LANES],
+                     float *totals) {
 #pragma GCC unroll 8
-        for (int m = 0; m < rows; m++)
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) acc[m][v] = (vf){0};
-        for (int64_t step = 0; step < steps; step++) {
-            const uint32_t *words = (const uint32_t *)data + step * TILE + part;
-            if (bits) prefetch_words((const uint32_t *)data + step * TILE);
-#pragma GCC unroll 16
-            for (int j = 0; j < fields; j++) {
-                vf weight[TILE / LANES];
-#pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++)
-                    weight[v] = bits ? field(load_words(words + v * LANES), bits, j) : load_once(words + v * LANES);
+    for (int v = 0; v < vectors; v++) {
+        const int n = part + v * LANES;
+        const vf scale = load(p->scales + run * TILE + n);
+        const vi zero = zeros_of(p->zeros + n, p->group + run);
 #pragma GCC unroll 8
-                for (int m = 0; m < rows; m++) {
-                    vf input = splat(x[m * x_stride + step * fields + j]);
-#pragma GCC unroll 4
-                    for (int v = 0; v < vectors; v++) acc[m][v] += input * weight[v];
+        for (int m = 0; m < rows; m++) {
+            const int64_t x = m * p->stride + run;
+            const vi sum = bits ? sums[m][v] - zero * p->x_sums[x] : sums[m][v];
+            float *total = totals + m * TILE + n;
+            store(total, load(total) + scale * p->x_scales[x] * __builtin_convertvector(sum, vf));
+        }
+    }
+}
+
+/* Adds the products of a piece to totals [rows, TILE]. Constants of each instance: bits (0: unpacked) and rows of x. */
+INLINE void add_piece(int bits, int rows, const Piece *p, float *totals) {
+    const int pairs = bits ? 16 / bits : 1, vectors = rows == 1 ? TILE / LANES : 2;
+    const int64_t steps = p->length / (2 * pairs);
+    for (int part = 0; part < TILE; part += vectors * LANES)
+        for (int64_t run = 0; run < p->runs; run++) {
+            vi acc[BLOCK][TILE / LANES] = {0};
+            const uint32_t *words = p->words + run * steps * TILE + part;
+            const int32_t *x = p->x + run * p->length / 2;
+            for (int64_t step = 0; step < steps; step++, words += TILE, x += pairs) {
+                if (bits) prefetch_words(words - part);
+#pragma GCC unroll 8
+                for (int j = 0; j < pairs; j++) {
+                    vh weight[TILE / LANES];
+#pragma GCC unroll 8
+                    for (int v = 0; v < vectors; v++)
+                        weight[v] = bits ? cut(load_words(words + v * LANES), bits, j) : (vh)load_once(words + v * LANES);
+#pragma GCC unroll 8
+                    for (int m = 0; m < rows; m++) {
+                        const vi input = x[m * p->stride + j] - (vi){0};
+#pragma GCC unroll 8
+                        for (int v = 0; v < vectors; v++) acc[m][v] = add_products(acc[m][v], weight[v], input);
+                    }
                 }
             }
+            add_sums(bits, rows, vectors, p, run, part, acc, totals);
         }
-#pragma GCC unroll 8
-        for (int m = 0; m < rows; m++)
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) store(sums + m * TILE + part + v * LANES, acc[m][v]);
-    }
 }
 
-typedef void RunSums(int64_t steps, const void *data, const float *x, int64_t x_stride, float *sums);
+typedef void AddPiece(const Piece *piece, float *totals);
 
 #define INSTANCE(BITS, ROWS)                                                                                                \
-    static NOINLINE void sums_##BITS##_##ROWS(int64_t steps, const void *data, const float *x, int64_t stride, float *sums) { \
-        run_sums(BITS, ROWS, steps, data, x, stride, sums);                                                                 \
-    }
+    static NOINLINE void add_##BITS##_##ROWS(const Piece *piece, float *totals) { add_piece(BITS, ROWS, piece, totals); }
 #define INSTANCES(BITS) INSTANCE(BITS, 1) INSTANCE(BITS, 2) INSTANCE(BITS, 3) INSTANCE(BITS, 4) INSTANCE(BITS, 5)
 INSTANCES(0) INSTANCE(0, 6) INSTANCES(2) INSTANCES(4) INSTANCES(8)
 
-/* By bits / 2 (0: panel) and rows of x. */
-static RunSums *const RUN_SUMS[5][BLOCK + 1] = {
-    {0, sums_0_1, sums_0_2, sums_0_3, sums_0_4, sums_0_5, sums_0_6},
-    {0, sums_2_1, sums_2_2, sums_2_3, sums_2_4, sums_2_5, 0},
-    {0, sums_4_1, sums_4_2, sums_4_3, sums_4_4, sums_4_5, 0},
+/* By bits / 2 (0: unpacked) and rows of x. */
+static AddPiece *const ADD_PIECE[5][BLOCK + 1] = {
+    {0, add_0_1, add_0_2, add_0_3, add_0_4, add_0_5, add_0_6},
+    {0, add_2_1, add_2_2, add_2_3, add_2_4, add_2_5, 0},
+    {0, add_4_1, add_4_2, add_4_3, add_4_4, add_4_5, 0},
     {0},
-    {0, sums_8_1, sums_8_2, sums_8_3, sums_8_4, sums_8_5, 0},
+    {0, add_8_1, add_8_2, add_8_3, add_8_4, add_8_5, 0},
 };
-
-/* total += scale * (sum - zero * sum of x) for LANES weight rows and one run. */
-INLINE void add_scaled(vf sum, vf scale, vi zero, float x_sum, float *total) {
-    vf difference = sum - __builtin_convertvector(zero, vf) * x_sum;
-    store(total, load(total) + scale * difference);
-}
-
-/* What one tile of a weight and some prepared rows of x are, with the counts that its loops need. */
-typedef struct {
-    const uint32_t *words;
-    const float *scales;
-    const uint32_t *zeros;
-    const float *x;
-    int64_t x_stride;
-    int64_t groups, padded, columns; /* groups; columns of a group, and of all groups, with padding */
-    int bits;
-} Tile;
-
-/* `add_scaled` for TILE weight rows and several rows of x; sums and totals [rows, TILE]. */
-static void apply_scales(const Tile *t, int64_t g, int64_t rows, const float *sums, const float *x_sums, float *totals) {
-    for (int v = 0; v < TILE; v += LANES) {
-        const vf scale = load(t->scales + g * TILE + v);
-        const vi zero = zeros_of(t->zeros + v, g);
-        for (int64_t m = 0; m < rows; m++)
-            add_scaled(load(sums + m * TILE + v), scale, zero, x_sums[m * t->x_stride], totals + m * TILE + v);
-    }
-}
-
-/* `runs` runs one behind the other for one row of x, from group g on: as many more independent chains of additions, and the
-   same sums as one by one. */
-INLINE void add_runs(int bits, int runs, const Tile *t, int64_t g, float *totals) {
-    const int fields = 32 / bits;
-    const int64_t steps = t->padded / fields;
-    const uint32_t *words = t->words + g * steps * TILE;
-    const float *x = t->x + g * t->padded, *x_sums = t->x + t->columns + g;
-    vf acc[3][TILE / LANES] = {0};
-    for (int64_t step = 0; step < steps; step++) {
-#pragma GCC unroll 3
-        for (int run = 0; run < runs; run++) prefetch_words(words + (run * steps + step) * TILE);
-#pragma GCC unroll 16
-        for (int j = 0; j < fields; j++)
-#pragma GCC unroll 3
-            for (int run = 0; run < runs; run++) {
-                vf input = splat(x[(run * steps + step) * fields + j]);
-#pragma GCC unroll 4
-                for (int v = 0; v < TILE / LANES; v++)
-                    acc[run][v] += input * field(load_words(words + (run * steps + step) * TILE + v * LANES), bits, j);
-            }
-    }
-#pragma GCC unroll 3
-    for (int run = 0; run < runs; run++)
-#pragma GCC unroll 4
-        for (int v = 0; v < TILE; v += LANES)
-            add_scaled(acc[run][v / LANES], load(t->scales + (g + run) * TILE + v), zeros_of(t->zeros + v, g + run),
-                       x_sums[run], totals + v);
-}
-
-#define ONE_ROW(BITS)                                                                                                       \
-    static NOINLINE void two_runs_##BITS(const Tile *t, int64_t g, float *totals) { add_runs(BITS, 2, t, g, totals); }      \
-    static NOINLINE void three_runs_##BITS(const Tile *t, int64_t g, float *totals) { add_runs(BITS, 3, t, g, totals); }
-ONE_ROW(2) ONE_ROW(4) ONE_ROW(8)
-
-/* All columns of a tile for one row of x: runs in pairs, the last three of an odd number together; totals [TILE]. Needs
-   groups of at most RUN columns, and two of them. */
-static void tile_one_row(const Tile *t, float *totals) {
-    for (int64_t g = 0; g < t->groups;) {
-        const int three = t->groups - g == 3;
-        if (t->bits == 2) (three ? three_runs_2 : two_runs_2)(t, g, totals);
-        else if (t->bits == 4) (three ? three_runs_4 : two_runs_4)(t, g, totals);
-        else (three ? three_runs_8 : two_runs_8)(t, g, totals);
-        g += three ? 3 : 2;
-    }
-}
-
-/* All columns of a tile for fewer than BLOCK rows of x, fields unpacked on the way; totals [rows, TILE]. */
-static void tile_direct(const Tile *t, int64_t rows, float *totals) {
-    const int bits = t->bits, fields = 32 / bits;
-    const float *x = t->x, *x_sums = t->x + t->columns;
-    const uint32_t *words = t->words;
-    float sums[BLOCK * TILE] __attribute__((aligned(64)));
-    for (int64_t g = 0; g < t->groups; g++)
-        for (int64_t first = 0; first < t->padded; first += RUN, x_sums++) {
-            int64_t steps = smaller(RUN, t->padded - first) / fields;
-            RUN_SUMS[bits / 2][rows](steps, words, x, t->x_stride, sums);
-            apply_scales(t, g, rows, sums, x_sums, totals);
-            words += steps * TILE;
-            x += steps * fields;
-        }
-}
 
 /* Size of the next block of `left` rows: as few blocks as possible, and none of them small. */
 static int64_t even_block(int64_t left) {
-    int64_t blocks = (left + BLOCK - 1) / BLOCK;
+    const int64_t blocks = (left + BLOCK - 1) / BLOCK;
     return (left + blocks - 1) / blocks;
 }
 
-INLINE void unpack(int bits, const uint32_t *words, int64_t steps, float *panel) {
-    const int fields = 32 / bits;
-    for (int64_t step = 0; step < steps; step++) {
-        prefetch_words(words + step * TILE);
-#pragma GCC unroll 16
-        for (int j = 0; j < fields; j++)
-            for (int v = 0; v < TILE; v += LANES)
-                store(panel + (step * fields + j) * TILE + v, field(load_words(words + step * TILE + v), bits, j));
+/* The words of a run as pairs less their zero points: panel [length / 2, TILE]. */
+INLINE void unpack(int bits, const uint32_t *words, int64_t steps, const vh *zero, uint32_t *panel) {
+    for (int64_t step = 0; step < steps; step++, words += TILE) {
+        prefetch_words(words);
+#pragma GCC unroll 8
+        for (int j = 0; j < 16 / bits; j++)
+            for (int v = 0; v < TILE / LANES; v++, panel += LANES) {
+                const vh pairs = cut(load_words(words + v * LANES), bits, j) - zero[v];
+                memcpy(panel, &pairs, sizeof pairs);
+            }
     }
 }
 
-/* The same for many rows: each run is unpacked once into a panel that stays in the cache; m <= PANEL_ROWS. */
-static void tile_by_panels(const Tile *t, int64_t m, float *totals) {
-    const int bits = t->bits, fields = 32 / bits;
-    const float *x = t->x, *x_sums = t->x + t->columns;
-    const uint32_t *words = t->words;
-    float panel[RUN * TILE] __attribute__((aligned(64))), sums[BLOCK * TILE] __attribute__((aligned(64)));
-    for (int64_t g = 0; g < t->groups; g++)
-        for (int64_t first = 0; first < t->padded; first += RUN, x_sums++) {
-            int64_t columns = smaller(RUN, t->padded - first), steps = columns / fields;
-            if (bits == 2) unpack(2, words, steps, panel);
-            else if (bits == 4) unpack(4, words, steps, panel);
-            else unpack(8, words, steps, panel);
-            for (int64_t row = 0, rows; row < m; row += rows) {
-                rows = even_block(m - row);
-                RUN_SUMS[0][rows](columns, panel, x + row * t->x_stride, t->x_stride, sums);
-                apply_scales(t, g, rows, sums, x_sums + row * t->x_stride, totals + row * TILE);
-            }
-            words += steps * TILE;
-            x += columns;
-        }
+static void unpack_piece(int bits, const Piece *p, uint32_t *panel) {
+    const int64_t steps = p->length * bits / 32;
+    for (int64_t run = 0; run < p->runs; run++) {
+        const uint32_t *words = p->words + run * steps * TILE;
+        uint32_t *to = panel + run * p->length / 2 * TILE;
+        vh zero[TILE / LANES];
+        for (int v = 0; v < TILE / LANES; v++)
+            zero[v] = (vh)(zeros_of(p->zeros + v * LANES, p->group + run) * 0x10001);
+        if (bits == 2) unpack(2, words, steps, zero, to);
+        else if (bits == 4) unpack(4, words, steps, zero, to);
+        else unpack(8, words, steps, zero, to);
+    }
 }
 
-/* One tile for up to PANEL_ROWS rows of x; totals [m, TILE]. */
-static void tile_totals(const Tile *t, int64_t m, float *totals) {
+/* `add_piece` for any number of rows up to PANEL_ROWS; a piece of at most RUN columns where there are many. */
+static void add_rows(int bits, const Piece *p, int64_t m, float *totals) {
+    if (m < BLOCK) {
+        ADD_PIECE[bits / 2][m](p, totals);
+        return;
+    }
+    uint32_t panel[RUN / 2 * TILE] __attribute__((aligned(64)));
+    unpack_piece(bits, p, panel);
+    Piece block = *p;
+    block.words = panel;
+    for (int64_t row = 0, rows; row < m; row += rows) {
+        rows = even_block(m - row);
+        block.x = p->x + row * p->stride;
+        block.x_scales = p->x_scales + row * p->stride;
+        ADD_PIECE[0][rows](&block, totals + row * TILE);
+    }
+}
+
+/* All columns of a tile, `first` being its first run, for up to PANEL_ROWS rows of x; totals [m, TILE]. */
+static void tile_totals(const Matrix *w, Piece first, int64_t m, float *totals) {
+    const int64_t padded = padded_group(w), all = groups(w);
+    const int64_t most = m < BLOCK ? all : larger(1, RUN / padded); /* groups in a piece */
     memset(totals, 0, sizeof(float) * m * TILE);
-    if (m >= BLOCK) tile_by_panels(t, m, totals);
-    else if (m == 1 && t->padded <= RUN && t->groups > 1) tile_one_row(t, totals);
-    else tile_direct(t, m, totals);
+    for (int64_t g = 0, count; g < all; g += count) {
+        count = padded > RUN ? 1 : smaller(most, all - g);
+        first.group = g;
+        first.runs = count;
+        for (int64_t k = 0; k < padded; k += RUN) {
+            first.length = smaller(RUN, padded - k);
+            add_rows(w->bits, &first, m, totals);
+            first.words += count * first.length * w->bits / 32 * TILE;
+            first.x += count * first.length / 2;
+            first.x_scales += count;
+            first.x_sums += count;
+        }
+        first.scales += count * TILE;
+    }
 }
 
 /* totals (+ bias) -> out, `count` of TILE. */
@@ -214,28 +192,21 @@ static void put_row(const float *totals, const float *bias, int64_t count, float
         for (int64_t n = 0; n < count; n++) out[n] = totals[n] + bias[n];
 }
 
-/* Rows of out that one tile gives. */
-static void tile_out(const Tile *t, const Matrix *w, int64_t tile, int64_t m, float *out) {
-    const int64_t base = tile * TILE, count = smaller(TILE, w->rows - base);
-    float totals[PANEL_ROWS * TILE] __attribute__((aligned(64)));
-    Tile some = *t;
-    for (int64_t row = 0, rows; row < m; row += rows) {
-        rows = smaller(PANEL_ROWS, m - row);
-        some.x = t->x + row * t->x_stride;
-        tile_totals(&some, rows, totals);
-        for (int64_t i = 0; i < rows; i++)
-            put_row(totals + i * TILE, w->bias ? w->bias + base : NULL, count, out + (row + i) * w->rows + base);
-    }
-}
-
 void packed_share(const Matrix *w, const float *prepared, int64_t m, float *out) {
-    Tile t = {.x = prepared, .x_stride = prepared_floats(w), .groups = groups(w), .padded = padded_group(w),
-              .columns = padded_columns(w), .bits = w->bits};
-    const int64_t words = tile_words(w), tiles = (w->rows + TILE - 1) / TILE;
-    for (Range r = my_share(tiles); r.first < r.last; r.first++) {
-        t.words = (const uint32_t *)w->data + r.first * words;
-        t.scales = w->scales + r.first * TILE * t.groups;
-        t.zeros = w->zeros + r.first * TILE * ((t.groups + 3) / 4);
-        tile_out(&t, w, r.first, m, out);
+    const int64_t stride = prepared_floats(w);
+    float totals[PANEL_ROWS * TILE] __attribute__((aligned(64)));
+    for (Range r = my_share((w->rows + TILE - 1) / TILE); r.first < r.last; r.first++) {
+        const int64_t base = r.first * TILE, count = smaller(TILE, w->rows - base);
+        for (int64_t row = 0, rows; row < m; row += rows) {
+            rows = smaller(PANEL_ROWS, m - row);
+            const float *x = prepared + row * stride, *x_scales = x + padded_columns(w) / 2;
+            const Piece first = {.words = (const uint32_t *)w->data + r.first * tile_words(w),
+                                 .scales = w->scales + base * groups(w), .zeros = w->zeros + base * ((groups(w) + 3) / 4),
+                                 .x = (const int32_t *)x, .x_scales = x_scales,
+                                 .x_sums = (const int32_t *)x_scales + runs(w), .stride = stride};
+            tile_totals(w, first, rows, totals);
+            for (int64_t i = 0; i < rows; i++)
+                put_row(totals + i * TILE, w->bias ? w->bias + base : NULL, count, out + (row + i) * w->rows + base);
+        }
     }
 }

@@ -163,15 +163,6 @@ void rounded_share(const Matrix *w, const float *prepared, int64_t m, float *out
     }
 }
 
-static float largest_magnitude(const float *x, int64_t n) {
-    vf most = {0};
-    for (int64_t k = 0; k < n; k += LANES) {
-        const vf value = load_some(x + k, n - k);
-        most = at_least(at_least(most, value), -value);
-    }
-    return lane_maximum(most);
-}
-
 /* Bytes in the order of columns -> columns b * fields + j of a word of 4 * fields side by side for b = 0..3. */
 INLINE void place_bytes(int fields, const int8_t *row, int64_t length, int8_t *to) {
     for (int64_t word = 0; word < length; word += 4 * fields)

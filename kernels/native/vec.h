@@ -129,6 +129,18 @@ INLINE float lane_maximum(vf v) {
     return most;
 }
 
+/* Of x [n]; NaN where there is one. Magnitudes are compared as integers, which puts NaN above infinity. */
+INLINE float largest_magnitude(const float *x, int64_t n) {
+    vi most = {0};
+    for (int64_t k = 0; k < n; k += LANES) {
+        const vi magnitude = (vi)load_some(x + k, n - k) & 0x7fffffff, more = magnitude > most;
+        most = (more & magnitude) | (~more & most);
+    }
+    int32_t largest = most[0];
+    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    return bits_to_float((uint32_t)largest);
+}
+
 INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 INLINE vf at_least(vf v, vf floor) { return choose(v < floor, floor, v); }
 INLINE vf at_most(vf v, vf ceiling) { return choose(v > ceiling, ceiling, v); }

@@ -59,7 +59,9 @@ class Batch:
     measured: Measured | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
+        """The same batch on `device`; itself where it is there already."""
+        if self.token_ids.device == device:
+            return self
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         measured = None if self.measured is None else self.measured.to(device)
         return Batch(**moved, max_query_len=self.max_query_len, max_seq_len=self.max_seq_len, measured=measured)

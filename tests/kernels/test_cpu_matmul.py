@@ -1,11 +1,12 @@
 """CPU matrix products against the oracle, natively and with torch's own kernels."""
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from native_cases import kernels, threads  # noqa: F401
+from native_cases import kernels, narrow, threads  # noqa: F401
 from torch import Tensor
 
 from quantkit.kernels import cpu, native, reference
@@ -51,13 +52,18 @@ def _packed(weight: Weight) -> cpu.CpuWeight:
 
 def _assert_close(found: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> None:
     """Float32 sums are off by at most K * 2^-24 of the sum of magnitudes, typically by sqrt(K): 2^-18 covers both of the
-    sums, of codes and of zero points, that make up one product. The result is rounded to x's type."""
+    sums, of codes and of zero points, that make up one product. The native kernels' sums are of integers and exact, but their
+    inputs are rounded: by half of 1/32767 of the largest of a group, and a little for the rounding of the quotient. The result
+    is rounded to x's type."""
     wanted = reference.matmul(x, weight.codes, weight.scales, weight.zeros, weight.group, bias)
     size = reference.matmul(x.abs(), weight.codes, weight.scales, torch.zeros_like(weight.zeros), weight.group)
     size += reference.matmul(x.abs(), torch.zeros_like(weight.codes), -weight.scales, weight.zeros, weight.group)
+    groups = x.float().abs().unflatten(1, (weight.scales.shape[1], -1))
+    moved = 0.501 / 32767 * groups.amax(-1, keepdim=True).expand_as(groups).flatten(1) @ weight.dense.abs().T
     assert found.dtype == x.dtype
     assert found.shape == wanted.shape
-    worst = ((found.float() - wanted).abs() / (2.0**-18 * size + torch.finfo(x.dtype).eps * wanted.abs() + 1e-30)).max()
+    allowed = 2.0**-18 * size + moved + torch.finfo(x.dtype).eps * wanted.abs() + 1e-30
+    worst = ((found.float() - wanted).abs() / allowed).max()
     assert bool(worst <= 1), f"off by {worst:.2f} times what is allowed"
 
 
@@ -150,6 +156,56 @@ def test_a_row_depends_on_nothing_but_itself(bits: int, threads: int) -> None:  
     alone = torch.cat([cpu.matmul(row[None], weight) for row in x])
     for rows, out in zip(ROWS, found, strict=True):
         assert torch.equal(out, alone[:rows])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("zero", [0, 255])
+def test_the_largest_sums_fit(zero: int, sign: int) -> None:
+    """All codes, zero points and inputs at their ends, in groups long enough for every intermediate sum to be full."""
+    codes, zeros = torch.full((32, 2048), 255 - zero, dtype=torch.uint8), torch.full((32, 2), zero, dtype=torch.uint8)
+    packed = cpu.pack(codes, torch.ones(32, 2), zeros, 8, 1024)
+    for rows in ROWS:
+        found = cpu.matmul(torch.full((rows, 2048), 32767.0 * sign), packed)
+        wanted = 32767.0 * sign * (255 - 2 * zero) * 2048
+        # Eight runs are added up in float32.
+        assert bool(((found - wanted).abs() <= 8 * 2.0**-24 * abs(wanted)).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_processor_computes_the_same(
+    bits: int,
+    shape: tuple[int, int, int],
+    narrow: ctypes.CDLL,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever its vectors' width, and with no instruction for products of 16-bit integers."""
+    packed = _packed(_sample(*shape, bits))
+    samples = [_rows(rows, shape[1]) for rows in ROWS]
+    found = [cpu.matmul(x, packed) for x in samples]
+    monkeypatch.setattr(native, "library", lambda: narrow)
+    for x, wanted in zip(samples, found, strict=True):
+        assert torch.equal(cpu.matmul(x, packed), wanted)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_is_not_finite_spoils_its_row_and_no_other(bits: int, value: float) -> None:
+    packed = _packed(_sample(70, 520, -1, bits))
+    for rows in ROWS:
+        x = _rows(rows, 520)
+        wanted = cpu.matmul(x, packed)
+        x[rows // 2, 300], wanted[rows // 2] = value, torch.nan
+        torch.testing.assert_close(cpu.matmul(x, packed), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_inputs_of_any_size() -> None:
+    """Each group has its own scale, and zeros none; what is too small for one counts as zero."""
+    weight = _sample(70, 256, 64, 4)
+    x = _rows(3, 256).view(3, 4, 64) * torch.tensor([1e-12, 1e-42, 1e30, 0.0])[:, None]
+    _assert_close(cpu.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
+    x[:, 2] = 0
+    _assert_close(cpu.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,10 +1,8 @@
 """Products with rounded activations on a CPU against the oracle, and what the oracle itself must hold to."""
 
-import ctypes
-
 import pytest
 import torch
-from native_cases import kernels, threads  # noqa: F401
+from native_cases import kernels, narrow, other_lanes, threads  # noqa: F401
 from torch import Tensor
 
 from quantkit.kernels import cpu, native, reference
@@ -49,23 +47,6 @@ def _assert_close(found: Tensor, x: Tensor, parts: Parts, group: int, bits: int,
     assert found.shape == wanted.shape
     worst = ((found.float() - wanted).abs() / allowed).max()
     assert bool(worst <= 1), f"off by {worst:.2f} times what is allowed"
-
-
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels built for vectors of four lanes, which no byte instruction serves."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.mktemp("narrow")))
-        patch.setattr(native, "_FLAGS", (*native._FLAGS, "-O1", "-DLANES=4"))
-        library = ctypes.CDLL(str(native._built()))
-    library.quantkit_prepared_floats.restype = ctypes.c_int64
-    return library
-
-
-@pytest.fixture
-def other_lanes(narrow: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They serve the test."""
-    monkeypatch.setattr(native, "library", lambda: narrow)
 
 
 @pytest.mark.parametrize("activation_bits", [4, 8])
@@ -144,7 +125,7 @@ def test_a_row_depends_on_nothing_but_itself(bits: int, threads: int) -> None:  
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_processor_without_byte_instructions(bits: int, other_lanes: None) -> None:
+def test_a_processor_without_byte_instructions(bits: int, other_lanes: None) -> None:  # noqa: F811
     parts, x = _sample(70, 576, 64, bits), _rows(5, 576)
     for activation_bits in (4, 8):
         _assert_close(rounded_matmul(x, cpu.pack(*parts, bits, 64), activation_bits), x, parts, 64, activation_bits)
