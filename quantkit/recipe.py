@@ -77,7 +77,8 @@ class Recipe(_Strict):
         act_order: quantize columns by descending Hessian diagonal (static groups: no tensor's layout changes).
         damping: fraction of the Hessian's mean diagonal that is added to it.
         drift: how much of the drift of a group's inputs from the original model's its weights make up for, 0 to 1.
-        sweeps: passes of coordinate descent over scales, zero points and codes after GPTQ.
+        sweeps: passes of coordinate descent over scales, zero points and codes after GPTQ; None is one for grids of 2 and 3
+            bits, and none for finer ones, to which it adds nothing.
         rotate: spread outliers of activations by Hadamard transforms, so that drafts survive 4-bit activations (see `rotate`);
             quantkit's engine alone runs the result.
         format: on-disk format.
@@ -93,7 +94,7 @@ class Recipe(_Strict):
     act_order: bool = True
     damping: float = Field(default=0.01, gt=0, le=1)
     drift: float = Field(default=1.0, ge=0, le=1)
-    sweeps: int = Field(default=1, ge=0, le=20)
+    sweeps: int | None = Field(default=None, ge=0, le=20)
     rotate: bool = False
     format: FormatName = "compressed-tensors"
     calibration: Calibration = Calibration()

@@ -37,7 +37,7 @@ class Settings:
     act_order: bool
     damping: float
     drift: float
-    sweeps: int
+    sweeps: int | None
     dtype: torch.dtype
 
     @property
@@ -49,6 +49,14 @@ class Settings:
     def compensates(self) -> bool:
         """Whether GPTQ solves for the codes."""
         return self.method.endswith("gptq")
+
+    def sweeps_at(self, bits: int) -> int:
+        """Passes of coordinate descent after GPTQ over a grid of so many bits.
+
+        On six blocks of the quality base one brings the KL divergence at 2 bits from 0.363 to 0.336, and at 4 bits from 0.0307
+        to 0.0312.
+        """
+        return self.sweeps if self.sweeps is not None else int(bits < 4)
 
     @property
     def pairs(self) -> bool:
@@ -127,5 +135,6 @@ def solve(target: Tensor, moments: Moments | None, scheme: Scheme, settings: Set
     inverse = moments.inverse
     if inverse is None:
         return rtn(target, scheme, settings.dtype)
-    start = gptq(target, inverse, scheme, settings.dtype, SHRINK)
-    return descend(target, start, inverse.hessian, settings.dtype, settings.sweeps)
+    found = gptq(target, inverse, scheme, settings.dtype, SHRINK)
+    sweeps = settings.sweeps_at(scheme.bits)
+    return descend(target, found, inverse.hessian, settings.dtype, sweeps) if sweeps else found

@@ -188,3 +188,14 @@ def test_only_gptq_aims_beside_the_weight() -> None:
     weight = weights(7, 48)
     (target,) = Moments(sums.mean(), sums.drift(), replace(SETTINGS, method="awq")).take_targets([weight])
     assert target is weight
+
+
+def test_coarse_grids_alone_are_swept_unless_the_recipe_says_so() -> None:
+    hessian, weight = second_moment(activations(96)), weights(8, 96)
+    for bits, sweeps in ((2, 1), (3, 1), (4, 0), (8, 0)):
+        scheme, as_said = Scheme(bits, 32, True), replace(SETTINGS, sweeps=sweeps)
+        by_itself = replace(SETTINGS, sweeps=None)
+        found, wanted = (solve(weight, Moments(hessian, None, each), scheme, each) for each in (by_itself, as_said))
+        assert torch.equal(found.dequantize(), wanted.dequantize())
+        other = replace(SETTINGS, sweeps=1 - sweeps)
+        assert not torch.equal(solve(weight, Moments(hessian, None, other), scheme, other).dequantize(), wanted.dequantize())
