@@ -16,7 +16,7 @@ from quantkit.methods.rtn import on_grid
 #: Rows whose loss is computed at once; a slice of a 1,000-column matrix stays in a core's cache.
 _SLICE = 256
 
-#: Exponents tried for the activation magnitude, 0 (no scaling) to just below 1.
+#: Exponents of the activation magnitude, 0 (no scaling) to just below 1: every other one is tried, then those beside the best.
 RATIOS = tuple(i / 20 for i in range(20))
 
 
@@ -66,9 +66,15 @@ def search_channel_scale(
             return sum((_rounding_loss(weight, scale, hessian, scheme, dtype) for weight, scheme in parts), 0.0)
         return sum((_compensated_loss(weight, scale, cost, scheme) for weight, scheme in parts), 0.0)
 
-    errors = list(mapping(loss, RATIOS))
-    best = min(range(len(RATIOS)), key=errors.__getitem__)
-    return ChannelScale(_normalised(magnitude, RATIOS[best]), RATIOS[best], errors[best] / max(errors[0], 1e-30))
+    errors: dict[float, float] = {}
+
+    def best_of(ratios: Sequence[float]) -> float:
+        errors.update(zip(ratios, mapping(loss, ratios), strict=True))
+        return min(errors, key=errors.__getitem__)
+
+    middle = RATIOS.index(best_of(RATIOS[::2]))
+    best = best_of([RATIOS[near] for near in (middle - 1, middle + 1) if 0 <= near < len(RATIOS)])
+    return ChannelScale(_normalised(magnitude, best), best, errors[best] / max(errors[0.0], 1e-30))
 
 
 def _rounding_loss(weight: Tensor, scale: Tensor, hessian: Tensor, scheme: Scheme, dtype: torch.dtype) -> float:
