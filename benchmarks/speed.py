@@ -6,9 +6,10 @@ and in 8 bit, which is what llama.cpp's Q4_0 comes closest to. llama.cpp is meas
 `--gguf` names a Q4_0 file of the model.
 
 Last come ratios against llama.cpp Q4_0 (1.3 in tg128 is the bar) and against transformers, which comes last because in
-bfloat16 it takes minutes where the processor has no instructions for that type.
+bfloat16 it takes minutes where the processor has no instructions for that type. With `--turns` the two engines of that bar run
+once more in turn, so many times: a machine whose speed changes from minute to minute changes it for both.
 
-usage: python -m benchmarks.speed [--model demo] [--gguf FILE] [--json FILE]
+usage: python -m benchmarks.speed [--model demo] [--gguf FILE] [--turns 0] [--json FILE]
 """
 
 import argparse
@@ -67,10 +68,20 @@ def ratios(results: dict[str, dict[str, Any]], base: str) -> dict[str, dict[str,
     return {name: {k: round(v / below[k], 3) for k, v in numbers(r).items()} for name, r in results.items() if name != base}
 
 
-def as_json(results: dict[str, dict[str, Any]]) -> str:
+def take_turn(artifact: Path, gguf: str) -> dict[str, float]:
+    """quantkit's rates over llama.cpp's, measured one behind the other."""
+    pair = {"quantkit": asdict(measure_apart(artifact, torch.device("cpu"))), "llama.cpp": peer("llama.cpp", gguf)}
+    for name, result in pair.items():
+        print(row(name, result), flush=True)
+    return ratios(pair, "llama.cpp")["quantkit"]
+
+
+def as_json(results: dict[str, dict[str, Any]], turns: list[dict[str, float]]) -> str:
     """Everything measured so far, and the ratios."""
     bases = [name for name in ("llama.cpp Q4_0", "transformers float32", "transformers bfloat16") if name in results]
-    return json.dumps({"results": results, "ratios": {base: ratios(results, base) for base in bases}}, indent=2)
+    return json.dumps(
+        {"results": results, "ratios": {base: ratios(results, base) for base in bases}, "turns": turns}, indent=2
+    )
 
 
 def main() -> None:
@@ -78,27 +89,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--gguf", help="Q4_0 file of the same model; without it llama.cpp is left out")
+    parser.add_argument("--turns", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, cpu = locate(options.model), torch.device("cpu")
     results: dict[str, dict[str, Any]] = {}
+    turns: list[dict[str, float]] = []
 
     def show(name: str, result: dict[str, Any]) -> None:
         results[name] = result
         print(row(name, result), flush=True)
         if options.json:  # what was measured is kept even when a slow engine is cut off
-            options.json.write_text(as_json(results) + "\n")
+            options.json.write_text(as_json(results, turns) + "\n")
 
     print(" | ".join(COLUMNS))
     with tempfile.TemporaryDirectory() as scratch:
         show("quantkit bf16", asdict(measure_apart(model, cpu)))
         for number, (name, recipe) in enumerate(RECIPES.items()):
-            show(name, asdict(measure_apart(quantized(model, recipe, Path(scratch) / str(number)), cpu)))
-    if options.gguf and find_spec("llama_cpp"):
-        show("llama.cpp Q4_0", peer("llama.cpp", options.gguf))
+            artifact = quantized(model, recipe, Path(scratch) / str(number))
+            show(name, asdict(measure_apart(artifact, cpu)))
+        if options.gguf and find_spec("llama_cpp"):
+            show("llama.cpp Q4_0", peer("llama.cpp", options.gguf))
+            turns.extend(take_turn(artifact, options.gguf) for _ in range(options.turns))
     for dtype in ("float32", "bfloat16"):
         show(f"transformers {dtype}", peer("transformers", str(model), dtype))
-    print(as_json(results))
+    print(as_json(results, turns))
 
 
 if __name__ == "__main__":
