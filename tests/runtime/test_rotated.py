@@ -50,8 +50,9 @@ def test_the_engine_computes_what_the_dequantized_weights_do(
     tokens = TOKENS[:60]
     wanted = reference_logits(out, tokens)
     found = paged_logits(opened(out), tokens, [40, 1, 19])
-    # torch's int4 product rounds to bfloat16; native ones move inputs by up to 2^-16 of the largest of their group.
-    assert float((found - wanted).abs().max()) <= (3e-2 if way == "torch" else 5e-4) * float(wanted.abs().max())
+    # torch's int4 product rounds inputs, scales and sums to bfloat16 (2^-9 each), in every matrix on the way: some percent of
+    # the largest logit, and how many changes with the codes. Native ones move inputs by up to 2^-16 of a group's largest.
+    assert float((found - wanted).abs().max()) <= (5e-2 if way == "torch" else 5e-4) * float(wanted.abs().max())
     if recipe["bits"] == 8:
         original = reference_logits(model, tokens)
         assert float((wanted - original).abs().max()) <= 0.1 * float(original.abs().max())
