@@ -145,7 +145,7 @@ class BlockJob:
             name: (QuantizedWeight.empty(weights[name].shape, self.schemes[name], device), None) for name in names
         }
         own = [batch for batch, owner in zip(batches, owners, strict=True) if owner == self.team.rank]
-        stacked = [torch.cat([weights[name] for name in batch]) for batch in own]
+        stacked = (torch.cat([weights[name] for name in batch]) for batch in own)
         targets = stacked if moments is None else moments.take_targets(stacked)
         for batch, target in zip(own, targets, strict=True):
             parts = dict(zip(batch, target.split([rows[name] for name in batch]), strict=True))

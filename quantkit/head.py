@@ -32,9 +32,10 @@ def quantize_head(job: Prepared, streams: list[list[Tensor]], team: Team) -> tup
         )
         sums = measured(inputs, job.model.config.hidden_size, job.model.device, team)
         moments = Moments(sums.mean(), sums.drift(), job.settings)
-    pieces = [rows.float() for rows in job.model.head_weight.split(_ROWS)]
+    pieces = job.model.head_weight.split(_ROWS)
     owners = team.owners([len(rows) for rows in pieces])
-    targets = pieces if moments is None else moments.take_targets(pieces)
+    widened = (rows.float() for rows in pieces)
+    targets = list(widened) if moments is None else moments.take_targets(widened)
     parts = [
         solve(target, moments, scheme, job.settings)
         if owner == team.rank

@@ -58,6 +58,12 @@ void rounded_share(const Matrix *weight, const float *prepared, int64_t m, float
 void packed_share(const Matrix *weight, const float *prepared, int64_t m, float *out);
 void dense_share(const Matrix *weight, const float *prepared, int64_t m, float *out);
 
+/* Size of the next block of `left` rows, `most` at a time: as few blocks as possible, and none of them small. */
+static inline int64_t even_block(int64_t left, int64_t most) {
+    const int64_t blocks = (left + most - 1) / most;
+    return (left + blocks - 1) / blocks;
+}
+
 /* Weights are read once, in order, and faster than a processor's own prefetching brings them (measured: 7 instead of 14 GB/s
    a thread). Far enough for memory, near enough for the first cache; reading past the end only asks in vain. */
 INLINE void prefetch_words(const uint32_t *words) {

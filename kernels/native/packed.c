@@ -113,12 +113,6 @@ static AddPiece *const ADD_PIECE[5][BLOCK + 1] = {
     {0, add_8_1, add_8_2, add_8_3, add_8_4, add_8_5, 0},
 };
 
-/* Size of the next block of `left` rows: as few blocks as possible, and none of them small. */
-static int64_t even_block(int64_t left) {
-    const int64_t blocks = (left + BLOCK - 1) / BLOCK;
-    return (left + blocks - 1) / blocks;
-}
-
 /* The words of a run as pairs less their zero points: panel [length / 2, TILE]. */
 INLINE void unpack(int bits, const uint32_t *words, int64_t steps, const vh *zero, uint32_t *panel) {
     for (int64_t step = 0; step < steps; step++, words += TILE) {
@@ -157,7 +151,7 @@ static void add_rows(int bits, const Piece *p, int64_t m, float *totals) {
     Piece block = *p;
     block.words = panel;
     for (int64_t row = 0, rows; row < m; row += rows) {
-        rows = even_block(m - row);
+        rows = even_block(m - row, BLOCK);
         block.x = p->x + row * p->stride;
         block.x_scales = p->x_scales + row * p->stride;
         ADD_PIECE[0][rows](&block, totals + row * TILE);

@@ -139,19 +139,13 @@ static void tile_totals(const Matrix *w, int64_t tile, const float *prepared, in
     }
 }
 
-/* Size of the next block of `left` rows: as few blocks as possible, and none of them small. */
-static int64_t even_block(int64_t left) {
-    const int64_t blocks = (left + BLOCK - 1) / BLOCK;
-    return (left + blocks - 1) / blocks;
-}
-
 void rounded_share(const Matrix *w, const float *prepared, int64_t m, float *out) {
     const int64_t stride = prepared_floats(w);
     float totals[BLOCK * TILE] __attribute__((aligned(64)));
     for (Range r = my_share((w->rows + TILE - 1) / TILE); r.first < r.last; r.first++) {
         const int64_t base = r.first * TILE, count = smaller(TILE, w->rows - base);
         for (int64_t row = 0, rows; row < m; row += rows) {
-            rows = even_block(m - row);
+            rows = even_block(m - row, BLOCK);
             tile_totals(w, r.first, prepared + row * stride, stride, rows, totals);
             for (int64_t i = 0; i < rows; i++) {
                 const float scale = scale_of(w, prepared + (row + i) * stride);

@@ -1,6 +1,6 @@
 """From a weight matrix and its inputs' moments to codes: the one place that knows what each method is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,7 +91,7 @@ class Moments:
         divided.inverse = None if self.inverse is None else self.inverse.divided(scale)
         return divided
 
-    def take_targets(self, weights: Sequence[Tensor]) -> list[Tensor]:
+    def take_targets(self, weights: Iterable[Tensor]) -> list[Tensor]:
         """What to solve for in the place of each of `weights` (float32 [N, K]).
 
         The drift is given up: at a wide input it is twice as large as the Hessian, and the factor is still to come.
@@ -102,7 +102,7 @@ class Moments:
         return matched(weights, drift, self.settings.drift)
 
 
-def matched(weights: Sequence[Tensor], drift: Drift, strength: float) -> list[Tensor]:
+def matched(weights: Iterable[Tensor], drift: Drift, strength: float) -> list[Tensor]:
     """The weights that give the original model's outputs from the quantized model's inputs, float32 [N, K] each.
 
     Ridge regression: W* = W + strength * W D^T (H + ridge)^-1 with D = X^T (X_ref - X) / T and H over the same tokens.

@@ -208,8 +208,7 @@ class AdaptiveLength:
         rows += sum(drafted for drafted, _ in step.outcomes.values())
         usual, drafting = self.costs.step(rows), step.draft_seconds
         assert usual is not None
-        verifying = usual if step.verify_seconds is None else step.verify_seconds
-        verifying = min(verifying, _MOST_CHARGED * usual)
+        verifying = usual if step.verify_seconds is None else min(step.verify_seconds, _MOST_CHARGED * usual)
         if step.backlog:
             drafting = longest * self.costs.draft_step(len(step.outcomes))  # Catching up has an allowance of its own.
         else:
