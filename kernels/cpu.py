@@ -33,13 +33,14 @@ class CpuWeight:
 
     Attributes:
         layout: "dense": `data` [N, K] in float32, bfloat16 or float16, as it was given;
-            "tiles": packed for the native kernels (matmul.h describes the arrays);
+            "tiles": packed for the native kernels (matmul.h describes the arrays), `scales` in float16 where that is exact, and
+            without `zeros` where all zero points are `zero`;
             "int4": packed by torch, `scales` bfloat16 [G, N, 2] of scale and 0, `zeros` float32 [N, G] of (8 - zero) * scale;
             "codes": uint8 [N, K], `scales` float32 [N, G], `zeros` uint8 [N, G].
         shape: N, K.
         bits: of a stored code; 0 for dense.
         group_size: columns that share a scale; K for dense.
-        data, scales, zeros: see layout.
+        data, scales, zeros, zero: see layout.
     """
 
     layout: str
@@ -49,6 +50,7 @@ class CpuWeight:
     data: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
+    zero: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -64,8 +66,8 @@ class CpuWeight:
         assert self.layout in ("dense", "tiles"), self.layout
         assert self.layout == "tiles" or not activation_bits
         arrays = (structs.address(tensor) for tensor in (self.data, self.scales, self.zeros, bias))
-        kind = structs.TYPES.get(self.data.dtype, 0)
-        return structs.Matrix(*arrays, *self.shape, self.group_size, self.bits, kind, activation_bits)
+        kind = structs.TYPES[(self.data if self.scales is None else self.scales).dtype]
+        return structs.Matrix(*arrays, *self.shape, self.group_size, self.bits, kind, activation_bits, self.zero)
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int) -> CpuWeight:
@@ -99,9 +101,11 @@ def _tiles(library: CDLL, codes: Tensor, scales: Tensor, zeros: Tensor, bits: in
     rows, columns = codes.shape
     groups, tiles = columns // group, -(-rows // _TILE)
     data = torch.empty(tiles, groups, -(-group // (32 // bits)), _TILE, dtype=torch.int32)
-    tiled_scales = torch.empty(tiles, groups, _TILE)
-    tiled_zeros = torch.empty(tiles, -(-groups // 4), _TILE, dtype=torch.int32)
-    weight = CpuWeight("tiles", (rows, columns), bits, group, data, tiled_scales, tiled_zeros)
+    exact = bool((scales.half().float() == scales).all()) and bool(scales.isfinite().all())
+    tiled_scales = torch.empty(tiles, groups, _TILE, dtype=torch.float16 if exact else torch.float32)
+    zero = int(zeros.view(-1)[0])
+    tiled_zeros = None if bool((zeros == zero).all()) else torch.zeros(tiles, -(-groups // 4), _TILE, dtype=torch.int32)
+    weight = CpuWeight("tiles", (rows, columns), bits, group, data, tiled_scales, tiled_zeros, zero)
     addresses = (c_void_p(tensor.data_ptr()) for tensor in (codes, scales, zeros))
     library.quantkit_pack(byref(weight.matrix()), *addresses, native.threads())
     return weight

@@ -21,17 +21,17 @@
    bits == 0: dense, `data` row-major of `type`; scales and zeros unused.
    bits in {2, 4, 8}: `data` uint32 [ceil(rows/TILE), groups, words, TILE], word w of a row's group holding the codes of
    columns w*F .. w*F+F-1 (F = 32/bits), the first in the lowest bits; words = ceil(group/F), the rest of the last one 0.
-   scales float [tiles, groups, TILE]; zeros uint32 [tiles, ceil(groups/4), TILE], byte g % 4 of a word that of group g.
-   value = (code - zero) * scale.
+   scales [tiles, groups, TILE] of `type`, F32 or F16; zeros uint32 [tiles, ceil(groups/4), TILE], byte g % 4 of a word that of
+   group g, or NULL where all are `zero`. value = (code - zero) * scale.
    input_bits in {4, 8}, packed weights only: x is rounded to as many bits and multiplied in integers (rounded.c). */
 typedef struct {
     const void *data;
-    const float *scales;
+    const void *scales;
     const uint32_t *zeros;
     const float *bias; /* [rows] or NULL */
     int64_t rows, columns;
     int64_t group; /* columns that share a scale; divides columns */
-    int32_t bits, type, input_bits;
+    int32_t bits, type, input_bits, zero;
 } Matrix;
 
 /* Groups of a packed row; columns of a group, and of all groups, with padding; words of a tile; runs of a row. */
@@ -71,9 +71,22 @@ INLINE void prefetch_words(const uint32_t *words) {
     __builtin_prefetch(words + PREFETCH + TILE / 2);
 }
 
-/* Zero points of group g from the words of a tile. */
-INLINE vi zeros_of(const uint32_t *zeros, int64_t g) {
-    return (vi)(load_words(zeros + g / 4 * TILE) >> (uint32_t)(g % 4 * 8) & 0xffu);
+/* Where the scales and the zero points of a tile begin. */
+static inline int64_t tile_scales(const Matrix *w, int64_t tile) { return tile * groups(w) * TILE; }
+static inline int64_t tile_zeros(const Matrix *w, int64_t tile) { return tile * ((groups(w) + 3) / 4) * TILE; }
+
+/* LANES scales, the first being number `at` of all. */
+INLINE vf scales_of(const Matrix *w, int64_t at) {
+    if (w->type == F32) return load((const float *)w->scales + at);
+    vs halves;
+    memcpy(&halves, (const uint16_t *)w->scales + at, sizeof halves);
+    return half_to_float(__builtin_convertvector(halves, vu));
+}
+
+/* LANES zero points of group g; those of the rows' first four groups are in the words from number `at` on. */
+INLINE vi zeros_of(const Matrix *w, int64_t at, int64_t g) {
+    if (!w->zeros) return w->zero - (vi){0};
+    return (vi)(load_words(w->zeros + at + g / 4 * TILE) >> (uint32_t)(g % 4 * 8) & 0xffu);
 }
 
 #endif

@@ -5,6 +5,11 @@
 
 typedef struct { const Matrix *w; const uint8_t *codes, *zeros; const float *scales; } PackCall;
 
+static void put_scale(const Matrix *w, int64_t at, float scale) {
+    if (w->type == F32) ((float *)w->scales)[at] = scale;
+    else ((uint16_t *)w->scales)[at] = to_half(scale);
+}
+
 /* Codes of row `row` (NULL: a row of padding) into place n of a tile. */
 static void pack_row(const Matrix *w, const uint8_t *codes, uint32_t *words) {
     const int fields = 32 / w->bits;
@@ -20,24 +25,23 @@ static void pack_row(const Matrix *w, const uint8_t *codes, uint32_t *words) {
 static void pack_body(void *argument) {
     const PackCall *c = argument;
     const Matrix *w = c->w;
-    const int64_t all = groups(w), quads = (all + 3) / 4;
+    const int64_t all = groups(w);
     for (Range r = my_share((w->rows + TILE - 1) / TILE); r.first < r.last; r.first++) {
-        float *scales = (float *)w->scales + r.first * all * TILE;
-        uint32_t *zeros = (uint32_t *)w->zeros + r.first * quads * TILE;
-        memset(zeros, 0, sizeof *zeros * quads * TILE);
+        const int64_t scales = tile_scales(w, r.first);
+        uint32_t *zeros = (uint32_t *)w->zeros + tile_zeros(w, r.first);
         for (int64_t n = 0; n < TILE; n++) {
             const int64_t row = r.first * TILE + n;
             const int given = row < w->rows;
             pack_row(w, given ? c->codes + row * w->columns : 0, (uint32_t *)w->data + r.first * tile_words(w) + n);
             for (int64_t g = 0; g < all; g++) {
-                scales[g * TILE + n] = given ? c->scales[row * all + g] : 0;
-                zeros[g / 4 * TILE + n] |= (given ? (uint32_t)c->zeros[row * all + g] : 0) << g % 4 * 8;
+                put_scale(w, scales + g * TILE + n, given ? c->scales[row * all + g] : 0);
+                if (w->zeros) zeros[g / 4 * TILE + n] |= (given ? (uint32_t)c->zeros[row * all + g] : 0) << g % 4 * 8;
             }
         }
     }
 }
 
-/* codes uint8 [rows, columns], scales float [rows, groups], zeros uint8 [rows, groups] -> the weight's arrays. */
+/* codes uint8 [rows, columns], scales float [rows, groups], zeros uint8 [rows, groups] -> the weight's arrays, zeros all 0. */
 EXPORT void quantkit_pack(const Matrix *weight, const uint8_t *codes, const float *scales, const uint8_t *zeros, int threads) {
     PackCall call = {weight, codes, zeros, scales};
     run_team(pack_body, &call, (unsigned)threads);
@@ -45,11 +49,15 @@ EXPORT void quantkit_pack(const Matrix *weight, const uint8_t *codes, const floa
 
 typedef struct { const Matrix *w; void *out; int64_t first, count; int type; } UnpackCall;
 
+static float scale_at(const Matrix *w, int64_t at) {
+    return w->type == F32 ? ((const float *)w->scales)[at] : from_half(((const uint16_t *)w->scales)[at]);
+}
+
 static void unpack_body(void *argument) {
     const UnpackCall *c = argument;
     const Matrix *w = c->w;
     const int fields = 32 / w->bits;
-    const int64_t all = groups(w), words_in_group = padded_group(w) / fields;
+    const int64_t words_in_group = padded_group(w) / fields;
     for (Range r = my_share(c->count); r.first < r.last; r.first++) {
         const int64_t row = c->first + r.first, tile = row / TILE, n = row % TILE;
         const uint32_t *words = (const uint32_t *)w->data + tile * tile_words(w) + n;
@@ -57,8 +65,8 @@ static void unpack_body(void *argument) {
             const int64_t g = k / w->group, j = k % w->group;
             const uint32_t word = words[(g * words_in_group + j / fields) * TILE] >> j % fields * w->bits;
             const int code = (int)(word & ((1u << w->bits) - 1));
-            const int zero = (int)(w->zeros[(tile * ((all + 3) / 4) + g / 4) * TILE + n] >> g % 4 * 8 & 0xffu);
-            const float value = (float)(code - zero) * w->scales[(tile * all + g) * TILE + n];
+            const int zero = w->zeros ? (int)(w->zeros[tile_zeros(w, tile) + g / 4 * TILE + n] >> g % 4 * 8 & 0xffu) : w->zero;
+            const float value = (float)(code - zero) * scale_at(w, tile_scales(w, tile) + g * TILE + n);
             if (c->type == F32) ((float *)c->out)[r.first * w->columns + k] = value;
             else ((uint16_t *)c->out)[r.first * w->columns + k] = to_bf16(value);
         }

@@ -39,10 +39,10 @@ INLINE vh cut(vu word, int bits, int j) {
 
 /* Runs of equal length of one tile, and the same columns of some rows of x. */
 typedef struct {
+    const Matrix *weight;
+    int64_t scales, zeros; /* where those of the tile begin */
+    int64_t group;         /* of the first run */
     const uint32_t *words; /* packed, or pairs [runs * length / 2, TILE] with zero points subtracted */
-    const float *scales;   /* [runs, TILE] */
-    const uint32_t *zeros; /* of the tile, and the group of the first run */
-    int64_t group;
     const int32_t *x; /* pairs */
     const float *x_scales;
     const int32_t *x_sums;
@@ -56,8 +56,8 @@ INLINE void add_sums(int bits, int rows, int vectors, const Piece *p, int64_t ru
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) {
         const int n = part + v * LANES;
-        const vf scale = load(p->scales + run * TILE + n);
-        const vi zero = zeros_of(p->zeros + n, p->group + run);
+        const vf scale = scales_of(p->weight, p->scales + (p->group + run) * TILE + n);
+        const vi zero = zeros_of(p->weight, p->zeros + n, p->group + run);
 #pragma GCC unroll 8
         for (int m = 0; m < rows; m++) {
             const int64_t x = m * p->stride + run;
@@ -133,7 +133,7 @@ static void unpack_piece(int bits, const Piece *p, uint32_t *panel) {
         uint32_t *to = panel + run * p->length / 2 * TILE;
         vh zero[TILE / LANES];
         for (int v = 0; v < TILE / LANES; v++)
-            zero[v] = (vh)(zeros_of(p->zeros + v * LANES, p->group + run) * 0x10001);
+            zero[v] = (vh)(zeros_of(p->weight, p->zeros + v * LANES, p->group + run) * 0x10001);
         if (bits == 2) unpack(2, words, steps, zero, to);
         else if (bits == 4) unpack(4, words, steps, zero, to);
         else unpack(8, words, steps, zero, to);
@@ -175,7 +175,6 @@ static void tile_totals(const Matrix *w, Piece first, int64_t m, float *totals) 
             first.x_scales += count;
             first.x_sums += count;
         }
-        first.scales += count * TILE;
     }
 }
 
@@ -194,8 +193,8 @@ void packed_share(const Matrix *w, const float *prepared, int64_t m, float *out)
         for (int64_t row = 0, rows; row < m; row += rows) {
             rows = smaller(PANEL_ROWS, m - row);
             const float *x = prepared + row * stride, *x_scales = x + padded_columns(w) / 2;
-            const Piece first = {.words = (const uint32_t *)w->data + r.first * tile_words(w),
-                                 .scales = w->scales + base * groups(w), .zeros = w->zeros + base * ((groups(w) + 3) / 4),
+            const Piece first = {.weight = w, .scales = tile_scales(w, r.first), .zeros = tile_zeros(w, r.first),
+                                 .words = (const uint32_t *)w->data + r.first * tile_words(w),
                                  .x = (const int32_t *)x, .x_scales = x_scales,
                                  .x_sums = (const int32_t *)x_scales + runs(w), .stride = stride};
             tile_totals(w, first, rows, totals);

@@ -119,17 +119,16 @@ INLINE float scale_of(const Matrix *w, const float *prepared) { return prepared[
 /* One tile for up to BLOCK rows of x, `stride` floats apart; totals [rows, TILE], without the scale of x. */
 static void tile_totals(const Matrix *w, int64_t tile, const float *prepared, int64_t stride, int64_t rows, float *totals) {
     const int64_t all = groups(w), words = tile_words(w) / all;
+    const int64_t scales = tile_scales(w, tile), zeros = tile_zeros(w, tile);
     const uint32_t *data = (const uint32_t *)w->data + tile * tile_words(w);
-    const uint32_t *zeros = w->zeros + tile * TILE * ((all + 3) / 4);
-    const float *scales = w->scales + tile * TILE * all;
     const int8_t *x = (const int8_t *)prepared;
     int32_t sums[BLOCK * TILE] __attribute__((aligned(64)));
     memset(totals, 0, sizeof(float) * rows * TILE);
     for (int64_t g = 0; g < all; g++, data += words, x += padded_group(w)) {
         GROUP_SUMS[w->bits / 4][rows](words / TILE, data, x, stride * 4, sums);
         for (int v = 0; v < TILE; v += LANES) {
-            const vf scale = load(scales + g * TILE + v);
-            const vi zero = zeros_of(zeros + v, g);
+            const vf scale = scales_of(w, scales + g * TILE + v);
+            const vi zero = zeros_of(w, zeros + v, g);
             for (int64_t m = 0; m < rows; m++) {
                 const vi dot = (vi)load_words(sums + m * TILE + v) - zero * sums_of(w, prepared + m * stride)[g];
                 float *total = totals + m * TILE + v;

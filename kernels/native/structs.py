@@ -23,7 +23,7 @@ class Matrix(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("data", "scales", "zeros", "bias")),
         *((name, _INT) for name in ("rows", "columns", "group")),
-        *((name, _WORD) for name in ("bits", "type", "input_bits")),
+        *((name, _WORD) for name in ("bits", "type", "input_bits", "zero")),
     ]
 
 

@@ -28,6 +28,7 @@ static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vs __attribute__((vector_size(2 * LANES)));
 
 /* Element types of dense matrices (the first three) and of KV caches; F8 is e4m3, I8 and I4 are codes. */
 enum { F32 = 0, BF16 = 1, F16 = 2, F8 = 3, I8 = 4, I4 = 5 };

@@ -1,7 +1,7 @@
 """CPU matrix products against the oracle, natively and with torch's own kernels."""
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -230,8 +230,31 @@ def test_many_rows_where_the_processor_multiplies_bfloat16(monkeypatch: pytest.M
     _assert_close(cpu.matmul(x[:63], _packed(weight)), x[:63], weight)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scales_of_any_float(bits: int, shape: tuple[int, int, int], symmetric: bool) -> None:
+    """Those that float16 holds, subnormals among them, are kept in it; otherwise nothing is rounded either."""
+    weight = _sample(*shape, bits, symmetric)
+    for scales, kept in (
+        ((weight.scales * 2.0**-14).half().float(), FLOAT16),
+        (weight.scales + 2.0**-20, FLOAT32),
+        (weight.scales * 2.0**-20, FLOAT32),
+        (weight.scales * 2.0**30, FLOAT32),
+    ):
+        changed = replace(weight, scales=scales)
+        packed = _packed(changed)
+        assert packed.scales is not None
+        assert packed.scales.dtype == kept
+        assert (packed.zeros is None) == bool((weight.zeros == weight.zeros[0, 0]).all())
+        assert torch.equal(cpu.dequantize(packed), changed.dense)
+        for rows in (1, 7):
+            x = _rows(rows, shape[1])
+            _assert_close(cpu.matmul(x, packed), x, changed)
+
+
 def test_bytes_that_a_product_reads() -> None:
-    packed = _packed(_sample(64, 128, 64))
-    # Half a byte a weight, a float32 scale and a byte of zero point a group, the latter in words of four.
-    assert packed.nbytes == 64 * (128 // 2 + 2 * 4 + 4)
+    # Half a byte a weight, a float16 scale and a byte of zero point a group, the latter in words of four.
+    assert _packed(_sample(64, 128, 64)).nbytes == 64 * (128 // 2 + 2 * 2 + 4)
+    assert _packed(_sample(64, 128, 64, symmetric=True)).nbytes == 64 * (128 // 2 + 2 * 2)
     assert cpu.pack_dense(torch.zeros(3, 5)).nbytes == 60
