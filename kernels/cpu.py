@@ -33,8 +33,8 @@ class CpuWeight:
 
     Attributes:
         layout: "dense": `data` [N, K] in float32, bfloat16 or float16, as it was given;
-            "tiles": packed for the native kernels (matmul.h describes the arrays), `scales` in float16 where that is exact, and
-            without `zeros` where all zero points are `zero`;
+            "tiles": packed for the native kernels (matmul.h describes the arrays), `scales` in float16 where that is exact, no
+            `zeros` where all zero points are `zero`;
             "int4": packed by torch, `scales` bfloat16 [G, N, 2] of scale and 0, `zeros` float32 [N, G] of (8 - zero) * scale;
             "codes": uint8 [N, K], `scales` float32 [N, G], `zeros` uint8 [N, G].
         shape: N, K.

@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _SOURCES = (
     *("matmul.c", "packed.c", "packed_input.c", "rounded.c", "dense.c", "pack.c"),
-    *("paging.c", "cache.c", "cache_write.c", "attention.c", "hadamard.c", "decoder.c", "team.c"),
+    *("paging.c", "cache.c", "cache_write.c", "attention.c", "hadamard.c", "decoder.c", "row_maximum.c", "team.c"),
 )
 _HEADERS = ("vec.h", "team.h", "matmul.h", "attention.h", "hadamard.h", "decoder.h")
 

@@ -33,6 +33,7 @@ from quantkit.runtime.batch import lone_batch
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
 from quantkit.runtime.request import Request, SamplingParams
+from quantkit.runtime.selection import argmax
 from quantkit.usage import peak_memory, return_freed_memory
 
 REPEATS = 5
@@ -162,7 +163,7 @@ def _prefill(model: PagedModel, prompt: Tensor) -> None:
 def _decode(model: PagedModel, prompt: Tensor) -> None:
     token = prompt[:1]
     for position in range(len(prompt)):
-        token = model.forward(lone_batch(token, position, model.block_size)).argmax(-1).cpu()
+        token = argmax(model.forward(lone_batch(token, position, model.block_size))).cpu()
 
 
 def _requests(count: int, vocab: int) -> list[Request]:

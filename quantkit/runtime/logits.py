@@ -9,17 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantkit.kernels.row_maximum import row_maximum
 from quantkit.runtime.selection import largest
 
 
 def flaws(logits: Tensor) -> dict[int, str]:
     """Rows of float32 [R, V] from which no token can be chosen, and what they are."""
-    peaks = logits.amax(-1)
-    if bool(peaks.isfinite().all()):
-        return {}
+    peaks: list[float] = row_maximum(logits)[0].tolist()
     # The largest of NaN and anything is NaN; it is -Inf where all are.
     names = {"nan": "NaN", "inf": "Inf", "-inf": "-Inf for every token"}
-    return {row: names[str(peak)] for row, peak in enumerate(peaks.tolist()) if not isfinite(peak)}
+    return {row: names[str(peak)] for row, peak in enumerate(peaks) if not isfinite(peak)}
 
 
 class History:

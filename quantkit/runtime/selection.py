@@ -1,6 +1,6 @@
-"""The largest of each row's logits, many times faster on a CPU than `argmax` and `topk` over a whole vocabulary.
+"""The largest of each row's logits, many times faster on a CPU than `topk` over a whole vocabulary.
 
-`amax` runs at the speed of memory and those two do not. So rows are cut into chunks, the chunks with the largest maxima are
+`amax` runs at the speed of memory and `topk` does not. So rows are cut into chunks, the chunks with the largest maxima are
 chosen, and only these are searched: the k largest values lie in the k chunks with the largest maxima, because every value of
 a chunk left out has k values that are no smaller. Vocabularies that are no whole number of chunks take the plain way.
 """
@@ -8,16 +8,15 @@ a chunk left out has k values that are no smaller. Vocabularies that are no whol
 import torch
 from torch import Tensor
 
+from quantkit.kernels.row_maximum import row_maximum
+
 #: Neighbouring logits that are reduced to their maximum first; the vocabularies of current models are multiples of it.
 _CHUNK = 32
 
 
 def argmax(logits: Tensor) -> Tensor:
     """The first of the largest values in every row, as `torch.argmax`. float32 [R, V] -> int64 [R]."""
-    if logits.shape[1] % _CHUNK:
-        return logits.argmax(-1)
-    values, ids = _inside(logits, _peaks(logits).argmax(-1, keepdim=True))
-    return ids.gather(1, values.argmax(-1, keepdim=True))[:, 0]
+    return row_maximum(logits)[1]
 
 
 def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -30,22 +29,11 @@ def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, ids = logits.sort(dim=-1, descending=True, stable=True)
         return values, ids
     if vocab % _CHUNK == 0 and count * _CHUNK < vocab:
-        found, where = _inside(logits, _peaks(logits).topk(count, sorted=False).indices)
-        ids = where.gather(1, found.topk(count, sorted=False).indices)
+        chunks = logits.unflatten(1, (-1, _CHUNK)).amax(-1).topk(count, sorted=False).indices
+        where = (chunks[:, :, None] * _CHUNK + torch.arange(_CHUNK, device=logits.device)).flatten(1)
+        ids = where.gather(1, logits.gather(1, where).topk(count, sorted=False).indices)
     else:
         ids = logits.topk(count, sorted=False).indices
     ids = ids.sort(dim=-1).values
     values, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(1, order)
-
-
-def _peaks(logits: Tensor) -> Tensor:
-    """The maximum of every chunk, float32 [R, V / _CHUNK]."""
-    peaks: Tensor = logits.unflatten(1, (-1, _CHUNK)).amax(-1)
-    return peaks
-
-
-def _inside(logits: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and ids in the given chunks (int64 [R, C]), [R, C * _CHUNK]."""
-    ids = (chunks[:, :, None] * _CHUNK + torch.arange(_CHUNK, device=logits.device)).flatten(1)
-    return logits.gather(1, ids), ids
