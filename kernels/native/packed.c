@@ -158,22 +158,24 @@ static void add_rows(int bits, const Piece *p, int64_t m, float *totals) {
     }
 }
 
-/* All columns of a tile, `first` being its first run, for up to PANEL_ROWS rows of x; totals [m, TILE]. */
-static void tile_totals(const Matrix *w, Piece first, int64_t m, float *totals) {
+/* All columns of a tile, for up to PANEL_ROWS rows of x; totals [m, TILE]. `p` is the tile's first run and ends behind its last:
+   a copy would be read in wider words than it was written in, and so wait until another core has let go of the outputs before. */
+static void tile_totals(Piece *p, int64_t m, float *totals) {
+    const Matrix *w = p->weight;
     const int64_t padded = padded_group(w), all = groups(w);
     const int64_t most = m < BLOCK ? all : larger(1, RUN / padded); /* groups in a piece */
     memset(totals, 0, sizeof(float) * m * TILE);
     for (int64_t g = 0, count; g < all; g += count) {
         count = padded > RUN ? 1 : smaller(most, all - g);
-        first.group = g;
-        first.runs = count;
+        p->group = g;
+        p->runs = count;
         for (int64_t k = 0; k < padded; k += RUN) {
-            first.length = smaller(RUN, padded - k);
-            add_rows(w->bits, &first, m, totals);
-            first.words += count * first.length * w->bits / 32 * TILE;
-            first.x += count * first.length / 2;
-            first.x_scales += count;
-            first.x_sums += count;
+            p->length = smaller(RUN, padded - k);
+            add_rows(w->bits, p, m, totals);
+            p->words += count * p->length * w->bits / 32 * TILE;
+            p->x += count * p->length / 2;
+            p->x_scales += count;
+            p->x_sums += count;
         }
     }
 }
@@ -193,11 +195,11 @@ void packed_share(const Matrix *w, const float *prepared, int64_t m, float *out)
         for (int64_t row = 0, rows; row < m; row += rows) {
             rows = smaller(PANEL_ROWS, m - row);
             const float *x = prepared + row * stride, *x_scales = x + padded_columns(w) / 2;
-            const Piece first = {.weight = w, .scales = tile_scales(w, r.first), .zeros = tile_zeros(w, r.first),
-                                 .words = (const uint32_t *)w->data + r.first * tile_words(w),
-                                 .x = (const int32_t *)x, .x_scales = x_scales,
-                                 .x_sums = (const int32_t *)x_scales + runs(w), .stride = stride};
-            tile_totals(w, first, rows, totals);
+            Piece piece = {.weight = w, .scales = tile_scales(w, r.first), .zeros = tile_zeros(w, r.first),
+                           .words = (const uint32_t *)w->data + r.first * tile_words(w),
+                           .x = (const int32_t *)x, .x_scales = x_scales,
+                           .x_sums = (const int32_t *)x_scales + runs(w), .stride = stride};
+            tile_totals(&piece, rows, totals);
             for (int64_t i = 0; i < rows; i++)
                 put_row(totals + i * TILE, w->bias ? w->bias + base : NULL, count, out + (row + i) * w->rows + base);
         }
