@@ -57,15 +57,16 @@ class CpuWeight:
         """Bytes that a product with one row reads."""
         return sum(tensor.nbytes for tensor in (self.data, self.scales, self.zeros) if tensor is not None)
 
-    def matrix(self, bias: Tensor | None = None, activation_bits: int = 0) -> structs.Matrix:
-        """What the native kernels take. It borrows: the caller keeps the weight and `bias` (float32 [N]) alive.
+    def matrix(self, bias: Tensor | None = None, activation_bits: int = 0, order: Tensor | None = None) -> structs.Matrix:
+        """What the native kernels take. It borrows: the caller keeps the weight, `bias` (float32 [N]) and `order` alive.
 
         Args:
             activation_bits: 4 or 8 rounds inputs to as many (see `reference.quantized_matmul`), for "tiles" only; 0 does not.
+            order: int32 [K], the column of x that each column of W multiplies, for "tiles" only; None: the same.
         """
         assert self.layout in ("dense", "tiles"), self.layout
-        assert self.layout == "tiles" or not activation_bits
-        arrays = (structs.address(tensor) for tensor in (self.data, self.scales, self.zeros, bias))
+        assert self.layout == "tiles" or (not activation_bits and order is None)
+        arrays = (structs.address(tensor) for tensor in (self.data, self.scales, self.zeros, bias, order))
         kind = structs.TYPES[(self.data if self.scales is None else self.scales).dtype]
         return structs.Matrix(*arrays, *self.shape, self.group_size, self.bits, kind, activation_bits, self.zero)
 

@@ -28,7 +28,8 @@ typedef struct {
     const void *data;
     const void *scales;
     const uint32_t *zeros;
-    const float *bias; /* [rows] or NULL */
+    const float *bias;    /* [rows] or NULL */
+    const int32_t *order; /* [columns], packed weights only: the column of x that each one multiplies; NULL: the same */
     int64_t rows, columns;
     int64_t group; /* columns that share a scale; divides columns */
     int32_t bits, type, input_bits, zero;
@@ -69,6 +70,13 @@ static inline int64_t even_block(int64_t left, int64_t most) {
 INLINE void prefetch_words(const uint32_t *words) {
     __builtin_prefetch(words + PREFETCH);
     __builtin_prefetch(words + PREFETCH + TILE / 2);
+}
+
+/* The inputs of columns first .. first+count-1; `gathered` has room for them. */
+INLINE const float *inputs_of(const Matrix *w, const float *x, int64_t first, int64_t count, float *gathered) {
+    if (!w->order) return x + first;
+    for (int64_t k = 0; k < count; k++) gathered[k] = x[w->order[first + k]];
+    return gathered;
 }
 
 /* Where the scales and the zero points of a tile begin. */

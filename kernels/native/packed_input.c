@@ -39,14 +39,16 @@ INLINE void place_pairs(int fields, const uint32_t *integers, int64_t length, ui
 void prepare_packed(const Matrix *w, const float *x, float *prepared) {
     const int64_t padded = padded_group(w);
     uint32_t *pairs = (uint32_t *)prepared, integers[RUN + LANES];
+    float gathered[RUN];
     float *scales = prepared + padded_columns(w) / 2;
     int32_t *sums = (int32_t *)(scales + runs(w));
-    for (int64_t g = 0; g < groups(w); g++, x += w->group)
+    for (int64_t g = 0; g < groups(w); g++)
         for (int64_t first = 0; first < padded; first += RUN) {
             const int64_t given = w->group - first, length = smaller(RUN, padded - first);
-            const float largest = largest_magnitude(x + first, smaller(given, length));
+            const float *part = inputs_of(w, x, g * w->group + first, smaller(given, length), gathered);
+            const float largest = largest_magnitude(part, smaller(given, length));
             *scales++ = largest < INFINITY ? largest / MOST : NAN;
-            *sums++ = round_run(x + first, given, length, largest > LEAST ? MOST / largest : 0.0f, integers);
+            *sums++ = round_run(part, given, length, largest > LEAST ? MOST / largest : 0.0f, integers);
             if (w->bits == 2) place_pairs(16, integers, length, pairs);
             else if (w->bits == 4) place_pairs(8, integers, length, pairs);
             else place_pairs(4, integers, length, pairs);

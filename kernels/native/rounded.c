@@ -163,16 +163,19 @@ INLINE void place_bytes(int fields, const int8_t *row, int64_t length, int8_t *t
             for (int b = 0; b < 4; b++) to[word + j * 4 + b] = row[word + b * fields + j];
 }
 
-/* A group of x [count] as bytes [length]; returns their sum. */
-static int32_t round_group(const float *x, int64_t count, int64_t length, float inverse, int bits, int8_t *to) {
+/* Group g of x as bytes, padded with zeros; returns their sum. */
+static int32_t round_group(const Matrix *w, const float *x, int64_t g, float inverse, int8_t *to) {
+    const int64_t count = w->group, length = padded_group(w);
+    float gathered[PIECE];
     int32_t sum = 0;
     for (int64_t first = 0; first < length; first += PIECE) {
         int8_t row[PIECE] = {0};
         const int64_t given = smaller(PIECE, count - first), piece = smaller(PIECE, length - first);
-        for (int64_t k = 0; k < given; k++) row[k] = (int8_t)rintf(x[first + k] * inverse);
+        const float *part = inputs_of(w, x, g * count + first, given, gathered);
+        for (int64_t k = 0; k < given; k++) row[k] = (int8_t)rintf(part[k] * inverse);
         for (int64_t k = 0; k < PIECE; k++) sum += row[k];
-        if (bits == 2) place_bytes(4, row, piece, to + first);
-        else if (bits == 4) place_bytes(2, row, piece, to + first);
+        if (w->bits == 2) place_bytes(4, row, piece, to + first);
+        else if (w->bits == 4) place_bytes(2, row, piece, to + first);
         else memcpy(to + first, row, piece);
     }
     return sum;
@@ -183,7 +186,6 @@ void prepare_rounded(const Matrix *w, const float *x, float *prepared) {
     const float inverse = largest > 0 ? most / largest : 0.0f;
     int8_t *bytes = (int8_t *)prepared;
     int32_t *sums = (int32_t *)sums_of(w, prepared);
-    for (int64_t g = 0; g < groups(w); g++, x += w->group, bytes += padded_group(w))
-        sums[g] = round_group(x, w->group, padded_group(w), inverse, w->bits, bytes);
+    for (int64_t g = 0; g < groups(w); g++, bytes += padded_group(w)) sums[g] = round_group(w, x, g, inverse, bytes);
     prepared[padded_columns(w) / 4 + groups(w)] = largest / most;
 }

@@ -21,7 +21,7 @@ class Matrix(ctypes.Structure):
     """A weight [rows, columns], packed or dense."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("data", "scales", "zeros", "bias")),
+        *((name, _POINTER) for name in ("data", "scales", "zeros", "bias", "order")),
         *((name, _INT) for name in ("rows", "columns", "group")),
         *((name, _WORD) for name in ("bits", "type", "input_bits", "zero")),
     ]

@@ -175,14 +175,19 @@ def _linears(
     matrices: list[tuple[QuantizedWeight | Tensor, Tensor | None, Tensor | None]], device: torch.device, dtype: torch.dtype
 ) -> list[nn.Module]:
     """Layers for matrices that read one input: merged into one where they can be."""
-    merged = _merged([weight for weight, _, order in matrices if order is None])
-    if merged is None or len(matrices) == 1 or any(order is not None for _, _, order in matrices):
+    order = matrices[0][2]
+    merged = _merged([weight for weight, _, _ in matrices]) if all(_same(order, each) for _, _, each in matrices) else None
+    if merged is None or len(matrices) == 1:
         return [Linear(ready(w, device, dtype), _vector(b, device, dtype), _index(o, device)) for w, b, o in matrices]
     sizes = [weight.shape[0] if isinstance(weight, Tensor) else weight.codes.shape[0] for weight, _, _ in matrices]
     biases = [torch.zeros(n) if bias is None else bias.float() for n, (_, bias, _) in zip(sizes, matrices, strict=True)]
     bias = None if all(bias is None for _, bias, _ in matrices) else torch.cat(biases)
-    linear = Linear(ready(merged, device, dtype), _vector(bias, device, dtype))
+    linear = Linear(ready(merged, device, dtype), _vector(bias, device, dtype), _index(order, device))
     return list(Merged(linear, sizes).members())
+
+
+def _same(order: Tensor | None, other: Tensor | None) -> bool:
+    return order is other or (order is not None and other is not None and torch.equal(order, other))
 
 
 def _merged(weights: list[QuantizedWeight | Tensor]) -> QuantizedWeight | Tensor | None:

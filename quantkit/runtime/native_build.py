@@ -1,8 +1,8 @@
 """A loaded model described for the native decoder.
 
 What the description needs is read off transformers' modules, which stay what they are: a model that the decoder cannot
-express (a rotary embedding that depends on the data, groups on permuted columns, members of q/k/v that are packed in
-different ways) has no description and runs through its definition.
+express (a rotary embedding that depends on the data, members of q/k/v that are packed in different ways or have groups on
+differently permuted columns) has no description and runs through its definition.
 """
 
 from collections.abc import Callable
@@ -107,9 +107,9 @@ def _projection(modules: list[nn.Module]) -> Projection | None:
     else:
         return None
     weight = linear.kernel_weight
-    if linear.order is not None or not isinstance(weight, CpuWeight) or weight.layout not in ("tiles", "dense"):
+    if not isinstance(weight, CpuWeight) or weight.layout not in ("tiles", "dense"):
         return None
-    return Projection(weight, linear.bias, linear.hadamard)
+    return Projection(weight, linear.bias, linear.hadamard, None if linear.order is None else linear.order.int())
 
 
 def _norm(parent: nn.Module, name: str | None) -> Tensor | None:

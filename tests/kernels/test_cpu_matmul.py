@@ -258,3 +258,19 @@ def test_bytes_that_a_product_reads() -> None:
     assert _packed(_sample(64, 128, 64)).nbytes == 64 * (128 // 2 + 2 * 2 + 4)
     assert _packed(_sample(64, 128, 64, symmetric=True)).nbytes == 64 * (128 // 2 + 2 * 2)
     assert cpu.pack_dense(torch.zeros(3, 5)).nbytes == 60
+
+
+@pytest.mark.parametrize("shape", [(70, 576, 64), (33, 100, 100), (40, 60, 20), (64, 520, -1)])
+@pytest.mark.parametrize("activation_bits", [0, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_columns_in_another_order(bits: int, activation_bits: int, shape: tuple[int, int, int]) -> None:
+    """To the bit as if x had been put into the weight's order before."""
+    library = native.library()
+    assert library is not None
+    packed, x = _packed(_sample(*shape, bits)), _rows(3, shape[1])
+    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(0)).int()
+    matrix = ctypes.byref(packed.matrix(None, activation_bits, order))
+    prepared, out = torch.empty(3 * library.quantkit_prepared_floats(matrix)), torch.empty(3, shape[0])
+    values, *buffers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, prepared, out))
+    library.quantkit_matmul(matrix, values, ctypes.c_int64(3), *buffers, 2)
+    assert torch.equal(out, cpu.native_matmul(library, x[:, order], packed, None, activation_bits))

@@ -21,6 +21,7 @@ from quantkit.runtime.batch import Batch
 from quantkit.runtime.eviction import Budget
 from quantkit.runtime.linear import ready
 from quantkit.runtime.load import load_definition
+from quantkit.runtime.native_build import describe
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
 
 CPU = torch.device("cpu")
@@ -109,17 +110,22 @@ def test_mixed_schemes_and_a_quantized_head(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_dynamic_act_order(tmp_path: Path) -> None:
-    """A GPTQ artifact whose groups were formed on permuted columns, as other tools write them."""
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shared", [True, False])
+def test_dynamic_act_order(tmp_path: Path, bits: int, shared: bool) -> None:
+    """A GPTQ artifact whose groups were formed on permuted columns, as other tools write them: with one permutation for all
+    matrices that read one input they are merged and run natively, otherwise they are still right."""
     folder = tiny.make_model(tmp_path / "model", "llama")
-    options = ["--method", "rtn", "--bits", "4", "--group-size", "16", "--format", "gptq", "-q"]
+    options = ["--method", "rtn", "--bits", str(bits), "--group-size", "16", "--format", "gptq", "-q"]
     assert CliRunner().invoke(app, ["quantize", str(folder), "-o", str(tmp_path / "out"), *options]).exit_code == 0
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
-    for name in [name for name in tensors if name.endswith("g_idx")]:
-        shuffle = torch.randperm(len(tensors[name]), generator=torch.Generator().manual_seed(len(name)))
+    for number, name in enumerate(name for name in tensors if name.endswith("g_idx")):
+        columns = len(tensors[name])
+        shuffle = torch.randperm(columns, generator=torch.Generator().manual_seed(columns if shared else number))
         tensors[name] = tensors[name][shuffle].contiguous()
     save_file(tensors, path, {"format": "pt"})
+    assert (describe(load_definition(Checkpoint(tmp_path / "out"), CPU)) is not None) == shared
     found, expected = paged_logits(opened(tmp_path / "out"), TOKENS, PIECES), reference_logits(tmp_path / "out", TOKENS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
