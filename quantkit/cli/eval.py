@@ -60,7 +60,8 @@ def evaluate(
             raise RecipeError("--speed measures no quality, so no gates and no --tasks go with it; run eval twice")
         if (kv_dtype, kv_policy, kv_budget) != (None, FULL, None):
             raise RecipeError(
-                "--speed runs with the model's own KV cache, whole; leave --kv-dtype, --kv-policy and --kv-budget out, or --speed"
+                "--speed runs with the model's own KV cache, whole; "
+                "leave --kv-dtype, --kv-policy and --kv-budget out, or --speed"
             )
         _speed(model, baseline, device, json_file, quiet=quiet)
         return
