@@ -1,5 +1,7 @@
 """Copies of KV blocks in a scratch file: places and bytes, no names.
 
+The file has no name either, so that none is left behind however the process ends.
+
 A thread writes, so that no step waits for the disk: a block comes back from memory until it is written. What the disk is too
 slow for, or does not take, is not there any more when it is asked for.
 """
@@ -10,7 +12,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from tempfile import mkstemp
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
@@ -27,7 +29,6 @@ class BlockFile:
     All methods are for one thread; the writer keeps the file alive until it is closed.
 
     Attributes:
-        path: of the file.
         places: that the disk has room for.
         room: blocks that may wait to be written.
         lost: blocks that the disk did not take, or did not give back intact.
@@ -39,12 +40,12 @@ class BlockFile:
             ResourceError: no file can be made in the folder.
         """
         try:
-            self._file, name = mkstemp(dir=folder, prefix="quantkit-kv-", suffix=".blocks")
+            self._opened = TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  The writer closes it.
             self.places = int(_DISK_SHARE * shutil.disk_usage(folder).free) // block_bytes
         except OSError as error:
             found = f"--kv-offload-dir {folder}: cannot be written to ({error.strerror})"
             raise ResourceError(f"{found}; name a folder that can") from None
-        self.path, self.room, self.lost, self._size = Path(name), room, 0, block_bytes
+        self._file, self.room, self.lost, self._size = self._opened.fileno(), room, 0, block_bytes
         #: Of all that both threads use; notified when it changes. Reentrant: the collector may close the file in either one.
         self._lock = threading.Condition()
         #: What is not written yet, by place, the oldest first; of what is, the digests.
@@ -89,7 +90,7 @@ class BlockFile:
         return None
 
     def close(self) -> None:
-        """Forget all blocks and delete the file, once the write that runs has ended."""
+        """Forget all blocks and give their room back, once the write that runs has ended."""
         with self._lock:
             self._closed = True
             self._lock.notify_all()
@@ -110,8 +111,7 @@ class BlockFile:
                         self._digests[place] = digest
                     self._lock.notify_all()
         with contextlib.suppress(OSError):
-            os.close(self._file)
-            self.path.unlink(missing_ok=True)
+            self._opened.close()
 
     def _next(self) -> tuple[int, Tensor] | None:
         """The block that has waited longest, as soon as there is one; None when the file is closed."""
