@@ -23,7 +23,11 @@ _CHUNK = 128
 
 
 class DraftModel:
-    """Implements `Proposer`. A sequence for which the cache has no room, or that is too long for the model, has no draft."""
+    """Implements `Proposer`.
+
+    A sequence has no draft if the cache has no room for it, it is too long for the model, or holds a token that the model does
+    not have, which may be where only the target's vocabulary is padded.
+    """
 
     def __init__(self, model: Model, vocab_size: int) -> None:
         """
@@ -78,7 +82,8 @@ class DraftModel:
         """Blocks for what is missing and for a draft but its last token; its length, 0 where there is no room."""
         length = min(count, self._model.max_model_len - len(sequence.tokens) + 1)
         shadow = self._shadows.get(sequence)
-        if length <= 0:
+        missing = sequence.tokens if shadow is None else shadow.tokens[shadow.num_computed :]
+        if length <= 0 or max(missing, default=0) >= self._model.vocab_size:
             return 0
         if shadow is None:
             shadow = replace(sequence, forks=[], blocks=array("i"))

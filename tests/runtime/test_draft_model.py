@@ -124,6 +124,25 @@ def test_what_it_computes() -> None:
     assert wrong.batches == [(1, 4)] + [(1, 1)] * 5
 
 
+def test_a_token_that_the_drafter_does_not_have_ends_the_drafts() -> None:
+    """Of the sequences that hold it, and of no other in the step."""
+    sizes = []
+
+    class Narrow(FakeModel):
+        def forward(self, batch: Batch) -> Tensor:
+            assert int(batch.token_ids.max()) < self.vocab_size, "no such row in the embedding"
+            sizes.append(len(batch.seq_lens))
+            return super().forward(batch)
+
+    prompts = [[3, VOCAB - 1, 4], [1, 2], [VOCAB - 9]]  # The last ones' texts go on through the tokens behind.
+    running, drafter = pair(Narrow(256, vocab_size=VOCAB - 7))
+    ids = [running.add(Request(prompt, GREEDY)) for prompt in prompts]
+    outputs = drain(running, drafter)
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        assert tokens_of(outputs, request_id) == expected(prompt, 12)
+    assert 0 < max(sizes) < 3
+
+
 def test_a_known_prefix_is_not_computed_again() -> None:
     draft = FakeModel()
     running, drafter = pair(draft)
