@@ -179,10 +179,12 @@ def speculated(stats: SpeculationStats) -> str:
     """One line about a run's drafts."""
     if stats.acceptance_rate is None or stats.mean_accepted_length is None:
         return "speculation: nothing was drafted"
+    places = " ".join(f"{share:.0%}" for share in stats.acceptance_by_position)
     cost = "" if stats.cost_ratio is None else f"; a draft step costs {stats.cost_ratio:.3f} of a verifying one"
     speed_up = "" if stats.speed_up is None else f"; {stats.speed_up:.2f} times as fast as without"
     return (
-        f"speculation: {stats.accepted} of {stats.drafted} drafted tokens accepted ({stats.acceptance_rate:.0%}), "
+        f"speculation: {stats.accepted} of {stats.drafted} drafted tokens accepted "
+        f"({stats.acceptance_rate:.0%}; by position {places}), "
         f"{stats.mean_accepted_length:.2f} tokens a draft, the one behind it included{cost}{speed_up}"
     )
 

@@ -144,7 +144,7 @@ def test_speculation_changes_no_text_and_says_what_it_did(llama: Path, length: o
             # The model drafts for itself: 11 tokens behind the first in twice 3 + 1, then two drafts for the last three.
             assert (stats["drafts"], stats["drafted"], stats["accepted"]) == (3, 8, 8)
             assert stats["acceptance_by_position"] == [1, 1, 1]
-            assert "8 of 8 drafted tokens accepted (100%), 3.67 tokens a draft" in done.err
+            assert "8 of 8 drafted tokens accepted (100%; by position 100% 100% 100%), 3.67 tokens a draft" in done.err
     done = quantkit("generate", llama, "Hello", *LENGTH, "--json", "-")
     assert json.loads(done.out)["summary"]["speculation"] is None
     assert "speculation" not in done.err
