@@ -112,6 +112,7 @@ def blocks_for(
     max_batch: int,
     apart: int,
     option: str,
+    source: str,
 ) -> int:
     """How many blocks to allocate: what `memory` bytes hold, but no more than max_batch sequences could use.
 
@@ -122,6 +123,7 @@ def blocks_for(
         max_batch: sequences at a time.
         apart: bytes of the memory that are not for blocks.
         option: what set `longest`.
+        source: what `memory` is to the user.
 
     Raises:
         ResourceError: not even one sequence fits.
@@ -132,7 +134,7 @@ def blocks_for(
     if count < one:
         fits = max(0, memory - apart) // size * block_size
         raise ResourceError(
-            f"--kv-memory of {memory / 2**20:.0f} MiB holds {fits:,} tokens, one request of {option} {longest:,} "
+            f"{source} of {memory / 2**20:.0f} MiB holds {fits:,} tokens, one request of {option} {longest:,} "
             f"needs {(one * size + apart) / 2**20:.0f} MiB; give more memory or lower {option}"
         )
     return count

@@ -39,7 +39,7 @@ class CacheOptions:
     """How the cache is sized.
 
     Attributes:
-        memory: bytes; None takes half of what is free.
+        memory: bytes; None takes half of what is free. memory_is: what they are to the user.
         max_model_len: longest sequence; None takes the model's context, or as much of it as fits.
         max_batch: sequences that run at a time.
         step_tokens: new tokens in a step at most.
@@ -59,6 +59,7 @@ class CacheOptions:
     block_size: int | None = None
     dtype: str | torch.dtype = "auto"
     budget: Budget = field(default_factory=Budget)
+    memory_is: str = "--kv-memory"
 
     def __post_init__(self) -> None:
         check_name(self.dtype)
@@ -88,7 +89,7 @@ class PagedModel:
         apart = pages * form.page_bytes(definition.layers, self.block_size)
         self.max_model_len = _length(definition, options, form, self.block_size, memory, apart)
         longest, of = min((self.max_model_len, "--max-model-len"), (options.budget.capacity(self.block_size), "--kv-budget"))
-        sizes = memory, longest, options.max_batch, apart, of
+        sizes = memory, longest, options.max_batch, apart, of, options.memory_is
         self.num_blocks = blocks_for(definition.layers, self.block_size, form, *sizes)
         self.cache = KVCache(definition.layers, self.num_blocks, self.block_size, form, definition.device, pages)
         blocks = definition.module.get_submodule(definition.family.blocks)
@@ -188,10 +189,11 @@ def open_with_draft(folder: Path, draft: Path, device: torch.device, options: Ca
     memory = _memory(options, device)
     paged = cache_format(options.dtype, _declared(main), main.layers, device).paged
     of_draft = replace(options, dtype="int8" if paged else options.dtype, budget=Budget())
-    (main_bytes, main_tokens), (size, block_size) = _block(main, options), _block(small, of_draft)
-    left = memory * size * main_tokens // (main_bytes * block_size + size * main_tokens)
-    model = PagedModel(main, replace(options, memory=memory - left))
+    (main_bytes, main_tokens, apart), (size, block_size, _) = _block(main, options), _block(small, of_draft)
+    left = max(0, memory - apart) * size * main_tokens // (main_bytes * block_size + size * main_tokens)
+    model = PagedModel(main, replace(options, memory=memory - left, memory_is="--kv-memory: the model's share"))
     longest = min(model.max_model_len, small.config.max_position_embeddings, left // size * block_size)
+    of_draft = replace(of_draft, memory_is="--kv-memory: the draft model's share")
     drafter = PagedModel(small, replace(of_draft, memory=left, max_model_len=longest or None))
     keep_freed_memory()
     return model, drafter
@@ -202,11 +204,12 @@ def _memory(options: CacheOptions, device: torch.device) -> int:
     return int(_CACHE_SHARE * _free(device)) if options.memory is None else options.memory
 
 
-def _block(definition: Definition, options: CacheOptions) -> tuple[int, int]:
-    """Bytes and tokens of a block."""
+def _block(definition: Definition, options: CacheOptions) -> tuple[int, int, int]:
+    """Bytes and tokens of a block, and bytes of all open pages."""
     form = cache_format(options.dtype, _declared(definition), definition.layers, definition.device)
     block_size = options.block_size or form.block_size
-    return form.block_bytes(definition.layers, block_size), block_size
+    pages = pages_needed(block_size, options.max_batch, options.step_tokens)
+    return form.block_bytes(definition.layers, block_size), block_size, pages * form.page_bytes(definition.layers, block_size)
 
 
 def _declared(definition: Definition) -> torch.dtype:
@@ -233,5 +236,6 @@ def _length(definition: Definition, options: CacheOptions, form: CacheFormat, bl
     fits = (memory - apart) // form.block_bytes(definition.layers, block_size) * block_size
     if fits <= 0:
         beside = f" beside {apart:,} bytes of open pages" if apart else ""
-        raise ResourceError(f"--kv-memory of {memory:,} bytes does not hold a block of {block_size} tokens{beside}; give more")
+        found = f"{options.memory_is} of {memory:,} bytes does not hold a block of {block_size} tokens{beside}"
+        raise ResourceError(f"{found}; give more")
     return context if options.budget.capacity(block_size) <= fits else min(context, fits)

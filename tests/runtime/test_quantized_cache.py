@@ -166,6 +166,27 @@ def test_a_draft_models_cache_is_not_quantized_by_pages(llama: Path, dtype: str,
     assert main.cache.nbytes + small.cache.nbytes <= 1 << 22
 
 
+@pytest.mark.parametrize("dtype", ["auto", "int8", "int4", "int4+4"])
+def test_a_model_and_its_drafter_hold_as_many_tokens(llama: Path, dtype: str) -> None:
+    """But for what each rounds down to its blocks; the model's open pages are taken off before."""
+    main, small = open_with_draft(llama, llama, CPU, CacheOptions(memory=1 << 22, max_model_len=256, dtype=dtype))
+    assert small.cache.num_tokens < 64 * 256  # what all sequences together could use
+    assert abs(main.cache.num_tokens - small.cache.num_tokens) <= 32
+    assert 0.98 * (1 << 22) < main.cache.nbytes + small.cache.nbytes <= 1 << 22
+
+
+def test_a_share_of_the_memory_that_is_too_small_is_named(llama: Path) -> None:
+    for memory, words in (
+        (1 << 20, "the model's share of 1,048,576 bytes does not hold"),
+        (8000, "the model's share of 4,000"),
+    ):
+        with pytest.raises(ResourceError, match=f"^--kv-memory: {words}"):
+            open_with_draft(llama, llama, CPU, CacheOptions(memory=memory, dtype="int4" if memory > 8000 else "auto"))
+    options = CacheOptions(memory=1 << 16, max_model_len=128)
+    with pytest.raises(ResourceError, match=r"^--kv-memory: the model's share of 0 MiB holds 32 tokens, one request"):
+        open_with_draft(llama, llama, CPU, options)
+
+
 def test_what_cannot_be_is_refused_by_name(llama: Path) -> None:
     with pytest.raises(ResourceError, match="--kv-dtype int5: there is no such type; choose from auto, bf16"):
         CacheOptions(dtype="int5")
