@@ -74,6 +74,8 @@ def generate(
     schema = None if json_schema is None else _read_schema(json_schema)
     texts: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else []
     session = engine.open(model)
+    if not quiet:
+        typer.echo(tables.kv_plan(session.model.cache), err=True)
     constraint = None if schema is None else session.grammars.compile(schema)
     requests = [session.request(text, params, chat=chat, constraint=constraint) for text in texts]
     machine = str(json_file) == "-"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli import options
+from quantkit.cli import options, tables
 from quantkit.cli.engine_options import EngineOptions, with_engine
 from quantkit.errors import QuantkitError
 
@@ -48,6 +48,8 @@ def serve(
     if api_key is None and not _loopback(host):
         typer.echo(f"warning: everybody who reaches {host}:{port} can use this server; set --api-key", err=True)
     session = engine.open(model)
+    if not quiet:
+        typer.echo(tables.kv_plan(session.model.cache), err=True)
     name = served_model_name or Path(model).name
     config = ServerConfig(name, engine.max_batch, max_waiting, request_timeout, size, api_key)
     run(create_app(session, config), host, port, quiet=quiet)

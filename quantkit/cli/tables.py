@@ -14,6 +14,7 @@ from quantkit.evaluate.speed import SpeedReport
 from quantkit.formats import Engine
 from quantkit.plan import PlanReport
 from quantkit.report import RunReport
+from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.session import Summary
 from quantkit.runtime.tally import SpeculationStats
 
@@ -160,6 +161,13 @@ def speed_table(reports: list[SpeedReport]) -> Table:
     return table
 
 
+def kv_plan(cache: KVCache) -> str:
+    """One line about the memory of a model that is about to run."""
+    pages = f", {size(cache.open_bytes)} of it open pages" if cache.open_bytes else ""
+    tokens = f"{cache.num_tokens:,} tokens of {cache.bytes_per_token:,.0f} bytes"
+    return f"KV cache {cache.format.name}: {size(cache.nbytes)} for {tokens}{pages}"
+
+
 def generated(summary: Summary) -> str:
     """One line about a run of `quantkit generate`."""
     decode = "" if summary.decode_tps is None else f", {summary.decode_tps:.1f} tokens/s each"
@@ -170,8 +178,7 @@ def generated(summary: Summary) -> str:
     return (
         f"{summary.prompt_tokens} prompt tokens{cached}, {summary.output_tokens} new ones in {summary.seconds:.2f} s: "
         f"{summary.output_tps:.1f} tokens/s in all, first token after {1000 * summary.ttft_seconds:.0f} ms{decode}; "
-        f"loaded in {summary.load_seconds:.2f} s, peak memory {size(summary.peak_memory_bytes)}, "
-        f"KV cache {size(summary.kv_memory_bytes)} for {summary.kv_tokens:,} tokens{moved}"
+        f"loaded in {summary.load_seconds:.2f} s, peak memory {size(summary.peak_memory_bytes)}{moved}"
     )
 
 

@@ -69,6 +69,11 @@ class KVCache:
         return sum(cache.nbytes for cache in (*self.keys, *self.values))
 
     @property
+    def open_bytes(self) -> int:
+        """Size of the open pages in bytes."""
+        return self.nbytes - self.num_blocks * self.block_bytes
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that it holds."""
         return self.num_blocks * self.block_size

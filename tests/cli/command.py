@@ -56,11 +56,11 @@ def quantkit(*arguments: object, terminal: bool = False) -> Done:
 
 
 def refused(*arguments: object) -> str:
-    """The one line with which `quantkit ARGUMENTS` is refused."""
+    """The one line with which `quantkit ARGUMENTS` is refused; a model that was opened before has told its memory."""
     done = quantkit(*arguments)
     assert done.status == 2, done
     assert done.out == ""
-    (line,) = done.err.splitlines()
+    (line,) = (each for each in done.err.splitlines() if not each.startswith("KV cache "))
     assert line.startswith("error: ")
     return line
 

@@ -40,7 +40,10 @@ def test_text_streams_to_stdout_and_numbers_to_stderr(llama: Path) -> None:
     assert done.out == f"{completion['text']}\n"
     assert "5 prompt tokens, 12 new ones" in done.err
     assert "peak memory" in done.err
-    assert "KV cache" in done.err
+    first, last = done.err.splitlines()
+    assert first.startswith("KV cache float32: ")
+    assert first.endswith(" tokens of 768 bytes")
+    assert "KV cache" not in last
     assert quantkit("generate", llama, "Hello", *LENGTH, "-q").err == ""
 
 
@@ -283,6 +286,14 @@ def test_a_quantized_cache_holds_more_tokens_in_the_same_memory(llama: Path, dty
         assert summary["kv_memory_bytes"] <= 400_000
         tokens[name] = summary["kv_tokens"]
     assert tokens[dtype] > tokens["auto"]
+
+
+def test_open_pages_are_part_of_the_plan(llama: Path) -> None:
+    small = ("--kv-memory", "400KB", "--max-batch", 2, "--token-budget", 32, "--kv-dtype", "int4")
+    first, *_ = quantkit("generate", llama, "Hello", *LENGTH, *small).err.splitlines()
+    # 2 x 3 + 1 pages of 32 tokens: 3 layers, 2 heads, key and value of 16 numbers in bfloat16.
+    assert first.startswith("KV cache int4: ")
+    assert first.endswith(f", {7 * 32 * 3 * 2 * 2 * 16 * 2 / 1000:.1f} kB of it open pages")
 
 
 @pytest.mark.parametrize("dtype", ["auto", "int4"])

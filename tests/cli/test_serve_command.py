@@ -42,6 +42,13 @@ def test_options_become_a_config(served: list[Any], folder: Path) -> None:
     ]
 
 
+def test_memory_is_told_before_it_serves(served: list[Any], folder: Path) -> None:
+    # 64 bytes for each of 3 layers, 2 heads, key and value: 16 numbers in float32.
+    memory = ("--kv-memory", 100 * 16 * 768)
+    assert quantkit("serve", folder, *memory).err == "KV cache float32: 1.2 MB for 1,600 tokens of 768 bytes\n"
+    assert quantkit("serve", folder, *memory, "-q").err == ""
+
+
 @pytest.mark.parametrize(
     ("host", "key", "warns"),
     [
@@ -62,7 +69,8 @@ def test_an_open_door_is_pointed_out(served: list[Any], folder: Path, host: str,
             patch.setenv("QUANTKIT_API_KEY", key)
         done = quantkit("serve", folder, "--host", host, "--kv-memory", "4MiB")
     assert (done.status, done.out) == (0, "")
-    assert done.err == (WARNING.format(f"{host}:8000") + "\n" if warns else "")
+    warnings = [line for line in done.err.splitlines() if not line.startswith("KV cache ")]
+    assert warnings == ([WARNING.format(f"{host}:8000")] if warns else [])
     assert served[0][0].api_key == key
 
 
