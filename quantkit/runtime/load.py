@@ -123,7 +123,7 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     with one_thread():  # Thousands of small passes over memory.
         for index, block in enumerate(blocks):
             load_block(block, f"{family.blocks}.{index}.", family, source, device, dtype)
-        _load_outside(model, source, device, dtype)
+        load_outside(model, source, device, dtype)
         _load_norms(model, "", family, source, device, dtype)
     realise_buffers(model, model, device)
     stray = sorted(name for name in source.left if not name.endswith(_COMPUTED))
@@ -216,8 +216,16 @@ def _load_norms(
         root.set_submodule(name, Norm((stored.float() + family.norm_offset).to(device, dtype), eps))
 
 
-def _load_outside(model: Any, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-    """Embedding and head; a tied head shares the embedding's memory."""
+def load_outside(model: Any, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    """Give the skeleton its embedding and head, ready for their kernels; a tied head shares the embedding's memory.
+
+    Args:
+        model: a skeleton; changed in place.
+        source, device, dtype: see `load_block`.
+
+    Raises:
+        CheckpointError, FormatError: a tensor is missing, damaged or of another shape.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding_name, head_name = names[id(embedding)], names[id(head)]

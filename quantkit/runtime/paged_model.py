@@ -1,12 +1,13 @@
 """A loaded model with its paged cache: what the engine steps.
 
 On a CPU a step goes through the native decoder, which spends no Python on each layer, wherever its kernels are the fastest;
-a long prompt on a processor that multiplies bfloat16, or a model that the decoder cannot express, goes through
-transformers' definition. On a GPU decode steps replay CUDA graphs.
+a long prompt on a processor that multiplies bfloat16 (all weights in float32 apart), or a model that the decoder cannot
+express, goes through transformers' definition. On a GPU decode steps replay CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,7 +104,10 @@ class PagedModel:
         decoder = native_decoder(self.definition, self.cache, activation_bits)
         if decoder is None:
             return lambda batch, draft: None
-        return lambda batch, draft: decoder(batch, draft) if cpu.native_is_best(len(batch.token_ids)) else None
+        weights = [linear.kernel_weight for linear in self.definition.linears()]
+        float32 = all(isinstance(weight, cpu.CpuWeight) and weight.is_float32 for weight in weights)
+        best = partial(cpu.native_is_best, float32=float32)
+        return lambda batch, draft: decoder(batch, draft) if best(len(batch.token_ids)) else None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, draft: bool = False) -> Tensor:
