@@ -25,6 +25,8 @@ from quantkit.runtime.linear import Embedding, Linear, Member, Merged, Norm, rea
 
 #: Buffers that some tools store and every model computes.
 _COMPUTED = (".inv_freq", ".masked_bias")
+#: Types of dense tensors. Others are codes without their scales, or would be rounded without a word.
+_DENSE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,22 @@ class Source:
         """A dense tensor of the shape that config.json calls for.
 
         Raises:
-            CheckpointError: it is missing or has another shape.
+            CheckpointError: it is missing, has another shape, or is of a type that models do not compute in.
         """
         tensor = self.checkpoint.read([name])[name]
         self.left.discard(name)
         self._check(name, tensor.shape, shape)
+        if tensor.dtype not in _DENSE:
+            file, found = self.checkpoint.tensors[name].file, str(tensor.dtype).removeprefix("torch.")
+            reason = f"is {found}, only float32, float16 and bfloat16 can be run; convert it, or fetch the original model"
+            raise CheckpointError(f"{file}: tensor {shown(name)} {reason}")
         return tensor
 
     def matrix(self, module: str, shape: Sequence[int]) -> tuple[QuantizedWeight | Tensor, Tensor | None]:
         """A matrix [N, K], quantized or dense, and its column order (see `PackedReader.read_sorted`).
 
         Raises:
-            CheckpointError: it is missing or has another shape.
+            CheckpointError: it is missing, has another shape, or is dense and of another type than `tensor` takes.
         """
         if self._packed is None or module not in self._modules:
             return self.tensor(f"{module}.weight", shape), None

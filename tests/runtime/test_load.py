@@ -174,6 +174,32 @@ def test_tensors_that_disagree_with_the_config(
         load_definition(_damaged(llama, tmp_path / "model", change), CPU)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("lm_head.weight", torch.float64),
+        ("lm_head.weight", torch.int8),
+        ("model.embed_tokens.weight", torch.int32),
+        ("model.norm.weight", torch.int32),
+        ("model.layers.0.mlp.up_proj.weight", torch.float8_e4m3fn),
+    ],
+)
+def test_dense_tensors_of_other_types_are_refused(llama: Path, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    checkpoint = _damaged(llama, tmp_path / "model", {name: load_file(llama / "model.safetensors")[name].to(dtype)})
+    found = str(dtype).removeprefix("torch.")
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: tensor '{name}' is {found}, only float32, .*; convert it"):
+        load_definition(checkpoint, CPU)
+
+
+@pytest.mark.parametrize("length", [0, -4])
+def test_a_context_without_tokens_is_refused(llama: Path, tmp_path: Path, length: int) -> None:
+    checkpoint = _damaged(llama, tmp_path / "model", {})
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(checkpoint.config | {"max_position_embeddings": length}))
+    with pytest.raises(CheckpointError, match=f"config.json: max_position_embeddings is {length}, it must be at least 1"):
+        load_definition(Checkpoint(tmp_path / "model"), CPU)
+
+
 def test_the_cache_is_sized_from_memory(llama: Path) -> None:
     per_token = 3 * 2 * 2 * 16 * 4  # layers x (key + value) x heads x width x float32
     model = open_model(llama, CPU, CacheOptions(memory=100 * per_token, max_batch=1))
