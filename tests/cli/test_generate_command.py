@@ -166,7 +166,7 @@ def test_a_draft_model_shares_the_memory(llama: Path) -> None:
     (found,) = completions(llama, "Hello", *LENGTH, "--spec", f"draft:{llama}", "--kv-memory", "64KiB")
     assert found["finish_reason"] == "length"
     line = refused("generate", llama, "x" * 40, *LENGTH, "--spec", f"draft:{llama}", "--kv-memory", "64KiB")
-    assert "the prompt has 40 tokens and the context is 32" in line
+    assert "the prompt has 40 tokens and KV memory holds 32 tokens" in line
 
 
 def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -250,7 +250,8 @@ def test_a_budget_serves_a_prompt_that_memory_does_not_hold(llama: Path) -> None
     # 151 tokens are computed: of the 10 blocks that they fill or begin, 4 are left.
     assert found["summary"]["evicted_blocks"] == 6
     assert "KV blocks: 6 dropped" in done.err
-    assert "the prompt has 140 tokens and the context is 64 tokens" in refused("generate", llama, prompt, *LENGTH, *small)
+    line = refused("generate", llama, prompt, *LENGTH, *small)
+    assert "140 tokens and KV memory holds 64 tokens, prompt and output together; raise --kv-memory or shorten" in line
 
 
 def test_offloaded_prefixes_are_fetched_for_later_prompts(llama: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from quantkit.runtime.batch import Batch
 from quantkit.runtime.eviction import Budget
 from quantkit.runtime.linear import ready
 from quantkit.runtime.load import load_definition
-from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model, open_with_draft
 
 CPU = torch.device("cpu")
 
@@ -229,3 +229,25 @@ def test_the_cache_is_sized_from_memory(llama: Path) -> None:
 def test_a_cache_that_cannot_serve_one_request(llama: Path, options: CacheOptions, message: str) -> None:
     with pytest.raises(ResourceError, match=message):
         open_model(llama, CPU, options)
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A machine with memory for 1,024 tokens of the llama."""
+    free = 1024 * 3 * 2 * 2 * 16 * 4
+    monkeypatch.setattr("quantkit.runtime.kv_cache.available_memory", lambda: free)
+    return free
+
+
+def test_a_cache_larger_than_what_is_free_is_refused(llama: Path, little: int) -> None:
+    # What counts is what would be allocated: for 4 sequences of 256 tokens, all that is free.
+    assert open_model(llama, CPU, CacheOptions(memory=1 << 40, max_batch=4)).cache.nbytes == little
+    with pytest.raises(ResourceError, match=r"--kv-memory: there are 0.0 GiB of free memory and the cache would take "):
+        open_model(llama, CPU, CacheOptions(memory=1 << 40, max_batch=5))
+
+
+def test_the_caches_of_model_and_drafter_must_both_be_free(llama: Path, little: int) -> None:
+    model, drafter = open_with_draft(llama, llama, CPU, CacheOptions(memory=1 << 40, max_batch=2))
+    assert model.cache.nbytes + drafter.cache.nbytes == little
+    with pytest.raises(ResourceError, match="--kv-memory: "):
+        open_with_draft(llama, llama, CPU, CacheOptions(memory=1 << 40, max_batch=3))
