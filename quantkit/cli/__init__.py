@@ -1,6 +1,6 @@
 """The command line: one file a verb; the only place where errors become text and exit codes.
 
-Exit status: 0 done, 1 a gate failed (`eval --max-ppl-increase`, `--max-kl`), 2 bad input.
+Exit status: 0 done, 1 a gate (`eval --max-ppl-increase`, `--max-kl`) or a request of `generate` failed, 2 bad input.
 """
 
 import errno
