@@ -200,6 +200,27 @@ def test_a_context_without_tokens_is_refused(llama: Path, tmp_path: Path, length
         load_definition(Checkpoint(tmp_path / "model"), CPU)
 
 
+def test_what_is_to_be_quantized_beside_weights_stays_precise_and_is_said(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """W4A8 with an 8-bit KV cache, as llm-compressor writes it."""
+    out = tmp_path / "out"
+    options = ["--method", "rtn", "--bits", "4", "--group-size", "16", "-q"]
+    assert CliRunner().invoke(app, ["quantize", str(llama), "-o", str(out), *options]).exit_code == 0
+    plain = paged_logits(opened(out), TOKENS, PIECES)
+    assert not caplog.messages
+    config, eight = json.loads((out / "config.json").read_text()), {"num_bits": 8, "type": "float", "dynamic": False}
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = eight
+    config["quantization_config"]["kv_cache_scheme"] = eight
+    (out / "config.json").write_text(json.dumps(config))
+    attention = "model.layers.0.self_attn"
+    scales = {f"{attention}.{name}": torch.ones(1) for name in ("q_proj.input_scale", "k_scale", "v_scale")}
+    save_file(load_file(out / "model.safetensors") | scales, out / "model.safetensors", {"format": "pt"})
+    assert torch.equal(paged_logits(opened(out), TOKENS, PIECES), plain)
+    fields = "input_activations and kv_cache_scheme are not applied; activations and KV cache stay more precise"
+    assert caplog.messages == [f"note: {out}/config.json: {fields}"]
+
+
 def test_the_cache_is_sized_from_memory(llama: Path) -> None:
     per_token = 3 * 2 * 2 * 16 * 4  # layers x (key + value) x heads x width x float32
     model = open_model(llama, CPU, CacheOptions(memory=100 * per_token, max_batch=1))
