@@ -17,7 +17,8 @@ from quantkit.runtime import attention
 from quantkit.runtime.batch import lone_batch
 from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.kv_format import LayerShape, cache_format
-from quantkit.runtime.load import Source, load_block, load_outside
+from quantkit.runtime.load import load_block, load_outside
+from quantkit.runtime.source import Source
 
 #: Tokens that run through a block at once.
 _BATCH_TOKENS = 4096

@@ -20,13 +20,13 @@ from quantkit.runtime.attention import Paged, layer_window
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.eviction import Budget
 from quantkit.runtime.graphs import DecodeGraphs
-from quantkit.runtime.kv_cache import KVCache, blocks_for
+from quantkit.runtime.kv_cache import KVCache, blocks_for, free_memory, require_free
 from quantkit.runtime.kv_format import CacheFormat, cache_format, check_name
 from quantkit.runtime.linear import packed, rounding
 from quantkit.runtime.load import Definition, load_definition
 from quantkit.runtime.native_build import has_fixed_ropes, native_decoder
 from quantkit.runtime.open_pages import pages_needed
-from quantkit.usage import available_memory, keep_freed_memory, trim_memory
+from quantkit.usage import keep_freed_memory, trim_memory
 
 #: A forward through the definition: a batch on the model's device, and whether it is a draft.
 Run = Callable[[Batch, bool], Tensor]
@@ -70,13 +70,19 @@ class PagedModel:
     Attributes:
         definition: the loaded model.
         cache: keys and values.
-        vocab_size, max_model_len, block_size, num_blocks, sliding_window: what the engine must know.
+        vocab_size, context, max_model_len, block_size, num_blocks, sliding_window: what the engine must know.
     """
 
-    def __init__(self, definition: Definition, options: CacheOptions) -> None:
+    def __init__(self, definition: Definition, options: CacheOptions, beside: int = 0) -> None:
         """
+        Args:
+            definition: the loaded model.
+            options: of its cache.
+            beside: bytes that are taken, though they still count as free.
+
         Raises:
-            ResourceError: the cache cannot hold one sequence of max_model_len, or cannot be of the wanted type.
+            ResourceError: the cache cannot hold one sequence of max_model_len, cannot be of the wanted type, or is larger than
+                what is free.
         """
         self.definition = definition
         self.vocab_size: int = definition.config.vocab_size
@@ -85,10 +91,13 @@ class PagedModel:
         memory = _memory(options, definition.device)
         pages = pages_needed(self.block_size, options.max_batch, options.step_tokens) if form.paged else 0
         apart = pages * form.page_bytes(definition.layers, self.block_size)
+        self.context: int = options.max_model_len or definition.config.max_position_embeddings
         self.max_model_len = _length(definition, options, form, self.block_size, memory, apart)
         longest, of = min((self.max_model_len, "--max-model-len"), (options.budget.capacity(self.block_size), "--kv-budget"))
         sizes = memory, longest, options.max_batch, apart, of
         self.num_blocks = blocks_for(definition.layers, self.block_size, form, *sizes)
+        taken = apart + self.num_blocks * form.block_bytes(definition.layers, self.block_size)
+        require_free(taken, definition.device, beside)
         self.cache = KVCache(definition.layers, self.num_blocks, self.block_size, form, definition.device, pages)
         blocks = definition.module.get_submodule(definition.family.blocks)
         self.sliding_window = max(layer_window(block.self_attn, definition.config) for block in blocks)
@@ -194,14 +203,15 @@ def open_with_draft(folder: Path, draft: Path, device: torch.device, options: Ca
     left = memory * size * main_tokens // (main_bytes * block_size + size * main_tokens)
     model = PagedModel(main, replace(options, memory=memory - left))
     longest = min(model.max_model_len, small.config.max_position_embeddings, left // size * block_size)
-    drafter = PagedModel(small, replace(of_draft, memory=left, max_model_len=longest or None))
+    untouched = model.cache.nbytes if device.type == "cpu" else 0
+    drafter = PagedModel(small, replace(of_draft, memory=left, max_model_len=longest or None), untouched)
     keep_freed_memory()
     return model, drafter
 
 
 def _memory(options: CacheOptions, device: torch.device) -> int:
     """Bytes for the cache."""
-    return int(_CACHE_SHARE * _free(device)) if options.memory is None else options.memory
+    return int(_CACHE_SHARE * free_memory(device)) if options.memory is None else options.memory
 
 
 def _block(definition: Definition, options: CacheOptions) -> tuple[int, int]:
@@ -215,10 +225,6 @@ def _declared(definition: Definition) -> torch.dtype:
     """The type that the checkpoint declares; on a CPU activations are wider, but a wider cache would only be slower."""
     declared = definition.config.dtype
     return declared if isinstance(declared, torch.dtype) else definition.dtype
-
-
-def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def _length(definition: Definition, options: CacheOptions, form: CacheFormat, block_size: int, memory: int, apart: int) -> int:
