@@ -30,7 +30,8 @@ class EngineOptions:
     kv_policy: options.KvPolicy = FULL
     kv_budget: options.KvBudget = None
     kv_offload: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Host memory for known prefixes that leave the cache, e.g. 4GiB.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Host memory for known prefixes that leave the cache, in GiB or e.g. 500MiB."),
     ] = None
     kv_offload_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where they go when that is full, too.")] = None
     kv_dtype: options.KvDtype = "auto"
@@ -72,7 +73,7 @@ class EngineOptions:
 
     def _offload(self) -> Offload | None:
         if self.kv_offload is not None:
-            return Offload(options.byte_size(self.kv_offload, "--kv-offload"), self.kv_offload_dir)
+            return Offload(options.byte_size(self.kv_offload, "--kv-offload", bare="GiB"), self.kv_offload_dir)
         if self.kv_offload_dir is not None:
             raise RequestError("--kv-offload-dir takes what host memory does not hold; add --kv-offload SIZE")
         return None

@@ -58,9 +58,10 @@ def evaluate(
     if speed:
         if gated or tasks is not None:
             raise RecipeError("--speed measures no quality, so no gates and no --tasks go with it; run eval twice")
-        if kv_dtype is not None or kv_policy != FULL:
+        if (kv_dtype, kv_policy, kv_budget) != (None, FULL, None):
             raise RecipeError(
-                "--speed runs with the model's own KV cache, whole; leave --kv-dtype and --kv-policy out, or --speed"
+                "--speed runs with the model's own KV cache, whole; "
+                "leave --kv-dtype, --kv-policy and --kv-budget out, or --speed"
             )
         _speed(model, baseline, device, json_file, quiet=quiet)
         return

@@ -25,7 +25,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="W
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on error.")]
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def device(name: str) -> torch.device:
@@ -45,16 +45,16 @@ def device(name: str) -> torch.device:
     return chosen
 
 
-def byte_size(text: str, option: str) -> int:
-    """Bytes that "8GiB" names.
+def byte_size(text: str, option: str, bare: str = "B") -> int:
+    """Bytes that "8GiB" names; a number alone is in the unit `bare`.
 
     Raises:
         RecipeError: it is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
+    if match is None or (match[2] or bare).upper() not in _UNITS:
         raise RecipeError(f"{option} {text}: not a size; write for example 8GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(float(match[1]) * _UNITS[(match[2] or bare).upper()])
 
 
 def draft_length(text: str) -> int | None:

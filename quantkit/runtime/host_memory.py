@@ -17,11 +17,17 @@ class Blocks(Protocol):
 
     Attributes:
         block_bytes: size of one over all layers.
+        nbytes: size of all.
         device: where they are.
     """
 
     block_bytes: int
     device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """See the class."""
+        ...
 
     def export_block(self, block: int) -> Tensor:
         """All bytes of a block, uint8 [block_bytes], on the device."""
@@ -41,9 +47,11 @@ class HostMemory:
             ResourceError: there is not that much memory.
         """
         on_gpu = blocks.device.type == "cuda"
-        asked, free = places * blocks.block_bytes, available_memory()
+        # A cache on a CPU still counts as free: nothing has been written to it yet.
+        asked, free = places * blocks.block_bytes, max(0, available_memory() - (0 if on_gpu else blocks.nbytes))
         if asked > free:
-            found = f"--kv-offload: there are {free / 2**30:.1f} GiB of free memory and not {asked / 2**30:,.1f}"
+            beside = "" if on_gpu else " beside the KV cache"
+            found = f"--kv-offload: there are {free / 2**30:.1f} GiB of free memory{beside} and not {asked / 2**30:,.1f}"
             raise ResourceError(f"{found}; ask for less")
         self._blocks = blocks
         self._memory = torch.empty(places, blocks.block_bytes, dtype=torch.uint8, pin_memory=on_gpu)

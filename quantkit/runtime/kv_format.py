@@ -22,6 +22,8 @@ KV_DTYPES = ("auto", "bf16", "fp8", "int8", "int4", "int4+4")
 #: to 98% and 88 to 94% are accepted, which is no clear order. So the shortest: prefixes are shared and evicted in finer steps,
 #: and 16-bit open pages take a quarter of the memory.
 _BLOCK, _PAGE = 16, 32
+#: Names of formats whose blocks are quantized as a whole, which takes open pages.
+_PAGED = ("int4", "int4+4")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ class CacheFormat:
     @property
     def paged(self) -> bool:
         """Whether blocks are quantized as a whole, which takes open pages."""
-        return self.name in ("int4", "int4+4")
+        return self.name in _PAGED
 
     @property
     def block_size(self) -> int:
         """Tokens in a block where the user has no opinion."""
-        return _PAGE if self.paged else _BLOCK
+        return default_block_size(self.name)
 
     def layer(
         self, shape: LayerShape, num_blocks: int, block_size: int, device: torch.device, open_pages: Tensor | None, pages: int
@@ -103,6 +105,11 @@ class CacheFormat:
 def plain(dtype: torch.dtype) -> CacheFormat:
     """Numbers as they are, in `dtype`."""
     return CacheFormat(str(dtype).removeprefix("torch."), dtype)
+
+
+def default_block_size(name: str | torch.dtype) -> int:
+    """Tokens in a block of the format that `--kv-dtype` names, where the user has no opinion."""
+    return _PAGE if name in _PAGED else _BLOCK
 
 
 def check_name(name: str | torch.dtype) -> None:

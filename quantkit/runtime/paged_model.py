@@ -21,7 +21,7 @@ from quantkit.runtime.batch import Batch
 from quantkit.runtime.eviction import Budget
 from quantkit.runtime.graphs import DecodeGraphs
 from quantkit.runtime.kv_cache import KVCache, blocks_for, free_memory, require_free
-from quantkit.runtime.kv_format import CacheFormat, cache_format, check_name
+from quantkit.runtime.kv_format import CacheFormat, cache_format, check_name, default_block_size
 from quantkit.runtime.linear import packed, rounding
 from quantkit.runtime.load import Definition, load_definition
 from quantkit.runtime.native_build import has_fixed_ropes, native_decoder
@@ -50,6 +50,7 @@ class CacheOptions:
 
     Raises:
         ResourceError: there is no such type.
+        RecipeError: the budget is too small for its policy.
     """
 
     memory: int | None = None
@@ -62,6 +63,7 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         check_name(self.dtype)
+        self.budget.eviction(self.block_size or default_block_size(self.dtype))  # Asked before a model is loaded.
 
 
 class PagedModel:

@@ -70,9 +70,11 @@ def test_a_model_is_no_worse_than_itself(llama: Path) -> None:
         (("--baseline", "nowhere"), "nowhere: no such folder"),
         (("--device", "tpu"), "--device tpu"),
         (("--kv-dtype", "int5"), "--kv-dtype int5: there is no such type"),
-        (("--kv-dtype", "int8", "--speed"), "leave --kv-dtype and --kv-policy out"),
+        (("--kv-dtype", "int8", "--speed"), "leave --kv-dtype, --kv-policy and --kv-budget out"),
+        (("--kv-budget", 64, "--speed"), "leave --kv-dtype, --kv-policy and --kv-budget out"),
         (("--kv-policy", "sinks"), "--kv-policy sinks needs to know how many tokens to keep"),
         (("--kv-policy", "sinks", "--kv-budget", 20), "--kv-budget 20 is less than 3 blocks"),
+        (("--kv-policy", "sinks", "--kv-budget", 0), "--kv-budget 0 is less than 3 blocks of 16 tokens; give 48 or more"),
     ],
 )
 def test_bad_options(llama: Path, options: tuple[object, ...], words: str) -> None:

@@ -217,8 +217,12 @@ def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: 
         (("x", "--kv-policy", "lru"), "--kv-policy lru: there is no such policy; use full, window, sinks, scored"),
         (("x", "--kv-policy", "sinks"), "--kv-policy sinks needs to know how many tokens to keep; add --kv-budget TOKENS"),
         (("x", "--kv-budget", "64"), "--kv-budget needs a policy that drops tokens"),
+        (("x", "--kv-policy", "sinks", "--kv-budget", "0"), "--kv-budget 0 is less than 3 blocks of 16 tokens; give 48 or"),
+        (("x", "--kv-policy", "window", "--kv-budget", "1"), "--kv-budget 1 is less than 3 blocks of 16 tokens; give 48 or"),
+        (("x", "--kv-policy", "window", "--kv-budget", "-5"), "--kv-budget -5 is less than 3 blocks of 16 tokens"),
         (("x", "--kv-offload-dir", "."), "--kv-offload-dir takes what host memory does not hold; add --kv-offload SIZE"),
-        (("x", "--kv-offload", "4"), "--kv-offload of 4 bytes does not hold a block"),
+        (("x", "--kv-offload", "4B"), "--kv-offload of 4 bytes does not hold a block"),
+        (("x", "--kv-offload", "99999"), "GiB of free memory beside the KV cache and not 99,999.0; ask for less"),
         (("--prompts", "missing.txt"), "missing.txt: cannot be read (No such file or directory)"),
     ],
 )

@@ -51,7 +51,7 @@ def test_block_sizes_windows_and_sinks(scheme: str, block_size: int) -> None:
     assert_right(paged_attention, case, window=40, softcap=5.0, sinks=torch.linspace(-2, 3, 2, device=DEVICE))
 
 
-@pytest.mark.parametrize("step", ["verify", "prefill"])
+@pytest.mark.parametrize("step", ["decode", "verify", "prefill"])
 def test_a_draft_reads_the_upper_plane(step: str) -> None:
     case = _float32(make_quantized("int4+4", [90, 70], STEPS[step], Heads()))
     assert_right(paged_attention, case, draft=True)

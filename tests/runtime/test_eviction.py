@@ -13,6 +13,7 @@ from quantkit.errors import QuantkitError, RequestError
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.eviction import POLICIES, Budget, Eviction, check_windows
 from quantkit.runtime.kv_manager import KVManager
+from quantkit.runtime.paged_model import CacheOptions
 from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.sequence import Draft, FinishReason, Sequence
 
@@ -262,6 +263,14 @@ def test_options_that_cannot_work_are_refused_in_one_line(policy: str, budget: i
     with pytest.raises(QuantkitError, match=f"^{re.escape(message)}$"):
         Budget(policy, budget).eviction(16)
     assert Budget().eviction(16) is None
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 16), ("int8", 16), ("int4", 32), ("int4+4", 32)])
+def test_a_cache_is_not_asked_for_with_less_than_its_policy_needs(dtype: str, size: int) -> None:
+    """So nothing is loaded for it."""
+    with pytest.raises(QuantkitError, match=f"^--kv-budget {3 * size - 1} is less than 3 blocks of {size} tokens; give"):
+        CacheOptions(dtype=dtype, budget=Budget("sinks", 3 * size - 1))
+    assert CacheOptions(dtype=dtype, budget=Budget("sinks", 3 * size))
 
 
 def test_windows_of_layers_must_end_among_the_recent_blocks() -> None:

@@ -14,6 +14,7 @@ from fake_model import FakeModel, expected
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime import host_memory
 from quantkit.runtime.block_file import BlockFile
 from quantkit.runtime.block_store import BlockStore, Offload
 from quantkit.runtime.engine import Engine, EngineConfig
@@ -31,7 +32,7 @@ class StoredModel(FakeModel):
 
     def __init__(self, num_blocks: int = 12) -> None:
         super().__init__(num_blocks, SIZE, max_model_len=48)
-        self.device, self.block_bytes = CPU, SIZE * 16
+        self.device, self.block_bytes, self.nbytes = CPU, SIZE * 16, num_blocks * SIZE * 16
 
     def export_block(self, block: int) -> Tensor:
         slots = self._slots[block * SIZE : (block + 1) * SIZE]
@@ -309,14 +310,20 @@ def test_a_block_of_the_cache_is_its_bytes(dtype: str | torch.dtype) -> None:
         assert not theirs[[0, 2, 3, 4]].any()
 
 
-def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = StoredModel()
     with pytest.raises(QuantkitError, match=r"^--kv-offload of 63 bytes does not hold a block of 0.00 MiB; give more$"):
         BlockStore(model, Offload(63))
     with pytest.raises(QuantkitError, match=r"^--kv-offload of 127 bytes does not hold two blocks of 0.00 MiB; give more$"):
         BlockStore(model, Offload(127, tmp_path))
-    with pytest.raises(QuantkitError, match=r"^--kv-offload: there are .* GiB of free memory and not 1,073,741,824.0; ask"):
+    with pytest.raises(
+        QuantkitError, match=r"^--kv-offload: there are .* GiB of free memory beside the KV cache and not 1,073,741,824.0; ask"
+    ):
         BlockStore(model, Offload(1 << 60))
+    monkeypatch.setattr(host_memory, "available_memory", lambda: model.nbytes + 10 * model.block_bytes)
+    BlockStore(model, Offload(10 * model.block_bytes))
+    with pytest.raises(QuantkitError, match=r"^--kv-offload: there are 0.0 GiB of free memory beside the KV cache"):
+        BlockStore(model, Offload(11 * model.block_bytes))
     missing = tmp_path / "missing"
     message = f"--kv-offload-dir {missing}: cannot be written to (No such file or directory); name a folder that can"
     with pytest.raises(QuantkitError, match=f"^{re.escape(message)}$"):
