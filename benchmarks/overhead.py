@@ -32,7 +32,7 @@ class Timed:
 
     def __init__(self, model: PagedModel) -> None:
         self.model, self.forwards = model, [0.0]
-        self.vocab_size, self.max_model_len = model.vocab_size, model.max_model_len
+        self.vocab_size, self.context, self.max_model_len = model.vocab_size, model.context, model.max_model_len
         self.block_size, self.num_blocks = model.block_size, model.num_blocks
         self.copy_blocks = model.copy_blocks
 

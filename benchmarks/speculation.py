@@ -1,19 +1,19 @@
 """Speculative generation against none, on texts that suit it and texts that do not: one request at a time, one process.
 
     tok/s       (tokens - 1) / (end - first token), the median of the repeats
-    speed-up    tok/s over that of `off`
+    speed-up    tok/s over that of the `off` beside it, the median of the repeats (and their quartiles)
     accepted    drafted tokens that were accepted
     tokens/draft  tokens that a verified draft gave, the one behind it included
     cost        seconds of a draft step / seconds of a step that verifies
 
-Modes run in turn, repeat by repeat, so that a machine that slows down slows all of them; every run starts with an engine that
-has learned nothing. `same` says whether the tokens are those of `off`. With a sampling draft model they need not be.
+Modes run in turn, repeat by repeat (two at least), back and forth, so that a machine that slows down slows all of them; every
+run starts with an engine that has learned nothing. `same` says whether the tokens are those of `off`, as they must be.
 
 Texts: `repetitive` continues a table, `ordinary` continues prose, both greedily; `random` goes on with random digits, sampled
 from the ten likeliest tokens, so that every pair of tokens has occurred before and says nothing about the next.
 
 usage: python -m benchmarks.speculation [--model demo] [--draft MODEL | --qspec 4|8 | --quantspec] [--tokens 128]
-           [--repeats 3] [--context TOKENS] [--json FILE]
+           [--repeats 5] [--context TOKENS] [--json FILE]
 
 Without --draft: prompt lookup. A draft model is any artifact with the model's tokenizer. With --qspec the model, an artifact,
 drafts for itself with activations of so many bits; with --quantspec from the upper half of an int4+4 cache, as `off` has.
@@ -62,6 +62,7 @@ class Measured:
     mode: str
     rate: float
     speed_up: float
+    quartiles: tuple[float, float]
     same: bool
     speculation: SpeculationStats | None
 
@@ -74,7 +75,10 @@ class Measured:
             cost = "" if stats.cost_ratio is None else f"{stats.cost_ratio:.3f}"
             cells = [f"{stats.acceptance_rate:.0%}", f"{stats.mean_accepted_length:.2f}", cost]
         same = "" if self.same else "no"
-        return " | ".join([self.text, self.mode, f"{self.rate:.1f}", f"{self.speed_up:.2f}", *cells, same])
+        low, high = self.quartiles
+        return " | ".join(
+            [self.text, self.mode, f"{self.rate:.1f}", f"{self.speed_up:.2f} ({low:.2f}-{high:.2f})", *cells, same]
+        )
 
 
 def run(model: PagedModel, drafter: Callable[[], Proposer], mode: str, request: Request) -> tuple[float, list[int], Engine]:
@@ -92,16 +96,17 @@ def measure(model: PagedModel, drafter: Callable[[], Proposer], text: str, reque
     """All modes on one text; the first run of all warms up."""
     run(model, drafter, "fixed 4", request)
     runs: dict[str, list[tuple[float, list[int], Engine]]] = {mode: [] for mode in MODES}
-    for _ in range(repeats):
-        for mode in MODES:
+    for repeat in range(repeats):
+        for mode in list(MODES)[:: -1 if repeat % 2 else 1]:
             runs[mode].append(run(model, drafter, mode, request))
-    plain = statistics.median(rate for rate, _, _ in runs["off"])
     measured = []
     for mode, found in runs.items():
         rate = statistics.median(each for each, _, _ in found)
+        ratios = [each / plain for (each, _, _), (plain, _, _) in zip(found, runs["off"], strict=True)]
+        low, speed_up, high = statistics.quantiles(ratios, n=4, method="inclusive")
         same = all(tokens == runs["off"][0][1] for _, tokens, _ in found)
         middle = min(found, key=lambda each: abs(each[0] - rate))
-        measured.append(Measured(text, mode, rate, rate / plain, same, middle[2].stats.speculation))
+        measured.append(Measured(text, mode, rate, speed_up, (low, high), same, middle[2].stats.speculation))
     return measured
 
 
@@ -135,7 +140,7 @@ def main() -> None:
     drafters.add_argument("--qspec", type=int, choices=[4, 8])
     drafters.add_argument("--quantspec", action="store_true")
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--context", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

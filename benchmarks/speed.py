@@ -108,7 +108,9 @@ def main() -> None:
         for number, (name, recipe) in enumerate(RECIPES.items()):
             artifact = quantized(model, recipe, Path(scratch) / str(number))
             show(name, asdict(measure_apart(artifact, cpu)))
-        if options.gguf and find_spec("llama_cpp"):
+        if options.gguf and not find_spec("llama_cpp"):
+            print("llama.cpp is left out: llama-cpp-python is not installed", flush=True)
+        elif options.gguf:
             show("llama.cpp Q4_0", peer("llama.cpp", options.gguf))
             turns.extend(take_turn(artifact, options.gguf) for _ in range(options.turns))
     for dtype in ("float32", "bfloat16"):

@@ -57,6 +57,11 @@ class CpuWeight:
         """Bytes that a product with one row reads."""
         return sum(tensor.nbytes for tensor in (self.data, self.scales, self.zeros) if tensor is not None)
 
+    @property
+    def is_float32(self) -> bool:
+        """Whether it is dense and float32: then products are float32's own, whatever the number of rows."""
+        return self.layout == "dense" and self.data.dtype == torch.float32
+
     def matrix(self, bias: Tensor | None = None, activation_bits: int = 0, order: Tensor | None = None) -> structs.Matrix:
         """What the native kernels take. It borrows: the caller keeps the weight, `bias` (float32 [N]) and `order` alive.
 
@@ -158,7 +163,7 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     assert x.shape[1] == weight.shape[1], f"{tuple(x.shape)} against {weight.shape}"
     library = native.library()
     if library is not None and weight.layout in ("dense", "tiles"):
-        if native_is_best(x.shape[0]):
+        if native_is_best(x.shape[0], float32=weight.is_float32):
             return native_matmul(library, x, weight, bias)
         out = _panel_matmul(x, weight)
     elif weight.layout == "int4":
@@ -182,9 +187,14 @@ def native_matmul(library: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | No
     return out.to(x.dtype)
 
 
-def native_is_best(rows: int) -> bool:
-    """Whether native kernels are the fastest for that many rows: they exist, and torch does not multiply bfloat16 faster."""
-    return native.library() is not None and (rows < _BF16_ROWS or not _multiplies_bf16())
+def native_is_best(rows: int, *, float32: bool) -> bool:
+    """Whether native kernels are the ones for that many rows: they exist, and torch does not multiply bfloat16 faster.
+
+    Args:
+        rows: of the inputs.
+        float32: the weights are (see `CpuWeight.is_float32`), so that bfloat16 would round what nobody asked to be rounded.
+    """
+    return native.library() is not None and (float32 or rows < _BF16_ROWS or not _multiplies_bf16())
 
 
 @cache

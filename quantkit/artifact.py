@@ -46,6 +46,7 @@ class PackedReader:
     Attributes:
         form: its format.
         online: the Hadamard transform that some matrices' inputs must go through; None where there is none.
+        beside: what is to be quantized beside weights, see `Format`; nothing here does so.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -64,6 +65,7 @@ class PackedReader:
             marker = "." + self.form.suffixes[0]
             self.modules = [name.removesuffix(marker) for name in checkpoint.under("") if name.endswith(marker)]
             self._schemes = self.form.schemes(self._config, self.modules)
+            self.beside = self.form.beside(self._config)
         except FormatError as error:
             raise FormatError(f"{where}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:

@@ -14,7 +14,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The transformers config of a checkpoint, which must not need code of its own.
 
     Raises:
-        CheckpointError: the config asks for remote code or transformers refuses it.
+        CheckpointError: the config asks for remote code, transformers refuses it, or its context holds no token.
     """
     path = checkpoint.folder / "config.json"
     if "auto_map" in checkpoint.config:
@@ -23,6 +23,9 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     except Exception as error:  # transformers validates with many exception types
         raise CheckpointError(f"{path}: not a config that transformers accepts ({_one_line(error)})") from error
+    context = getattr(config, "max_position_embeddings", 1)  # Every supported family has one.
+    if context < 1:
+        raise CheckpointError(f"{path}: max_position_embeddings is {context}, it must be at least 1; fetch the file again")
     return config
 
 

@@ -154,6 +154,10 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "unknown architecture": (in_config(model_type="rwkv"), ("config.json", "'rwkv'", "supported: ", "llama")),
     "remote code": (in_config(auto_map={"AutoModel": "evil.Model"}), ("config.json", "trust_remote_code", "use a model")),
     "nonsense in config": (in_config(num_attention_heads="many"), ("config.json",)),
+    "no context": (
+        in_config(max_position_embeddings=0),
+        ("config.json: max_position_embeddings is 0, it must be at least 1; fetch the file again",),
+    ),
     "unknown dtype": (in_config(dtype="float128"), ("config.json", "float128")),
     "already quantized": (
         in_config(quantization_config={"quant_method": "gptq"}),

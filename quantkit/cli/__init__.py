@@ -1,6 +1,6 @@
 """The command line: one file a verb; the only place where errors become text and exit codes.
 
-Exit status: 0 done, 1 a gate failed (`eval --max-ppl-increase`, `--max-kl`), 2 bad input.
+Exit status: 0 done, 1 a gate (`eval --max-ppl-increase`, `--max-kl`) or a request of `generate` failed, 2 bad input.
 """
 
 import errno
@@ -27,6 +27,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+#: Verb -> where it goes on when it was interrupted.
+_GOES_ON = {
+    "quantize": "; the same command goes on after the last finished block",
+    "convert": "; the same command goes on after the last finished shard",
+}
+#: Verb -> what lowers its need of memory.
+_LESS_MEMORY = {
+    "quantize": ", lower --seq-len or --max-memory, or use another --device",
+    "eval": ", lower --seq-len, or use another --device",
+    "generate": ", lower --kv-memory or --max-batch, or use another --device",
+    "serve": ", lower --kv-memory or --max-batch, or use another --device",
+}
 
 
 def _version(wanted: bool) -> None:
@@ -42,15 +54,15 @@ def _root(
     """Make large language models small and fast, and prove that they still work."""
 
 
-def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """`verb`, ending in one line where the user can mend what went wrong."""
+def _guarded(name: str, verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb of that name, ending in one line where the user can mend what went wrong."""
 
     @functools.wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             verb(*args, **kwargs)
         except (QuantkitError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-            message, status = _explain(error)
+            message, status = _explain(error, name)
             if message is None:
                 raise
             if "--debug" in sys.argv:
@@ -61,16 +73,16 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _explain(error: BaseException) -> tuple[str | None, int]:
-    """What to tell the user and the exit status; None for our own bugs."""
+def _explain(error: BaseException, verb: str) -> tuple[str | None, int]:
+    """What to tell the user of a verb and the exit status; None for our own bugs."""
     if isinstance(error, QuantkitError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         return f"{error.filename or 'disk'}: {error.strerror}; free space or choose another place", 2
     if is_out_of_memory(error):
-        return "memory ran out; free some, lower --seq-len or --max-memory, or use another --device, and try again", 2
+        return f"memory ran out; free some{_LESS_MEMORY.get(verb, '')}, and try again", 2
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command goes on after the last finished block", 130
+        return f"interrupted{_GOES_ON.get(verb, '')}", 130
     return None, 1
 
 
@@ -86,7 +98,7 @@ for _name, _verb, _example in (
     ("recipes", recipes.recipes, recipes.EXAMPLE),
     ("calib", calib.calib, calib.EXAMPLE),
 ):
-    app.command(_name, epilog=_example)(_guarded(_verb))
+    app.command(_name, epilog=_example)(_guarded(_name, _verb))
 
 
 def main() -> None:

@@ -39,13 +39,14 @@ class EngineOptions:
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.")] = 32
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens a step; longer prompts come in pieces.")] = 512
     spec: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="off|ngram|draft:MODEL|qspec|quantspec", help="Who drafts tokens that the model then checks at once."
+            metavar="off|ngram|draft:MODEL|qspec|quantspec",
+            help="Who drafts tokens that the model then checks at once; default: off.",
         ),
-    ] = "off"
+    ] = None
     draft_len: Annotated[str, typer.Option(metavar="N|auto", help="Tokens of a draft; auto: what pays.")] = "auto"
-    draft_act_bits: Annotated[int, typer.Option(help="Bits of qspec's activations, 4 or 8.")] = 8
+    draft_act_bits: Annotated[int | None, typer.Option(help="Bits of qspec's activations, 4 or 8; default: 8.")] = None
 
     def open(self, model: str) -> Session:
         """Load MODEL and its engine.
@@ -56,14 +57,18 @@ class EngineOptions:
         memory = None if self.kv_memory is None else options.byte_size(self.kv_memory, "--kv-memory")
         budget = Budget(self.kv_policy, self.kv_budget)
         draft_len = options.draft_length(self.draft_len)
+        if self.spec is None and draft_len is not None:
+            raise RequestError("--draft-len is about drafts and nothing drafts; add --spec, or leave it out")
+        if self.spec != "qspec" and self.draft_act_bits is not None:
+            raise RequestError("--draft-act-bits is about --spec qspec; add that, or leave it out")
         return Session(
             locate(model),
             options.device(self.device),
             CacheOptions(memory, self.max_model_len, self.max_batch, self.token_budget, dtype=self.kv_dtype, budget=budget),
             EngineConfig(max_batch=self.max_batch, token_budget=self.token_budget, draft_len=draft_len),
             self._offload(),
-            self.spec,
-            self.draft_act_bits,
+            self.spec or "off",
+            8 if self.draft_act_bits is None else self.draft_act_bits,
         )
 
     def _offload(self) -> Offload | None:

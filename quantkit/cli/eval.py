@@ -12,7 +12,7 @@ from quantkit.cli import options, tables
 from quantkit.cli.engine_options import EngineOptions
 from quantkit.cli.eval_tasks import evaluate_tasks
 from quantkit.errors import RecipeError
-from quantkit.evaluate.run import EvalReport, EvalRequest
+from quantkit.evaluate.run import KERNEL_TOLERANCE, EvalReport, EvalRequest
 from quantkit.evaluate.run import evaluate as run
 from quantkit.evaluate.speed import measure_apart
 from quantkit.runtime.eviction import FULL, Budget
@@ -90,6 +90,12 @@ def evaluate(
     with tables.stage_bar(enabled=not quiet and sys.stderr.isatty()) as advance:
         report = run(request, advance)
     options.console(json_file, quiet=quiet).print(tables.eval_table(report, model, baseline))
+    if report.kernel_difference is not None and not abs(report.kernel_difference) <= KERNEL_TOLERANCE:
+        typer.echo(
+            f"warning: the packed kernels move the perplexity by {report.kernel_difference:+.1e} from that of the dequantized "
+            f"weights, more than the {KERNEL_TOLERANCE:.0e} that rounding explains; generated text suffers alike",
+            err=True,
+        )
     failures = _failures(report, increase, max_kl)
     options.write_json(json_file, report.to_json() | {"failed_gates": failures})
     for failure in failures:

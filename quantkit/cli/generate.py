@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from quantkit.cli import options, tables
+from quantkit.cli.completions import Completions, cut_short
 from quantkit.cli.engine_options import EngineOptions, with_engine
 from quantkit.errors import RequestError
+from quantkit.runtime.prompts import Located, read_prompts
 from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.sequence import Output
-from quantkit.runtime.session import Prompt, read_prompts
+from quantkit.runtime.session import Session, Summary
 
 EXAMPLE = 'Example: quantkit generate demo-w4 --chat "Why is the sky blue?" --max-tokens 100 --spec ngram'
 
@@ -55,6 +57,8 @@ def generate(
     options.require_writable(json_file)
     if (prompt is None) == (prompts is None):
         raise RequestError("name either a prompt or a file of prompts with --prompts, not both and not neither")
+    if logprobs is not None and json_file is None:
+        raise RequestError("--logprobs are only in --json; add --json FILE, or --json - for stdout")
     params = SamplingParams(
         max_tokens=max_tokens,
         n=samples,
@@ -72,27 +76,48 @@ def generate(
         logprobs=logprobs,
     )
     schema = None if json_schema is None else _read_schema(json_schema)
-    texts: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else []
+    given = [Located(prompt)] if prompt is not None else read_prompts(prompts) if prompts is not None else []
     session = engine.open(model)
     if not quiet:
         typer.echo(tables.kv_plan(session.model.cache), err=True)
     constraint = None if schema is None else session.grammars.compile(schema)
-    requests = [session.request(text, params, chat=chat, constraint=constraint) for text in texts]
+    requests = []
+    for each in given:
+        with each.located_errors():
+            requests.append(session.request(each.prompt, params, chat=chat, constraint=constraint))
     machine = str(json_file) == "-"
     stream = prompt is not None and samples == 1 and not machine
-    started = time.monotonic()
-    with _progress(len(requests) * samples, enabled=not (stream or quiet) and sys.stderr.isatty()) as advance:
-        outputs = session.engine.generate(requests, _write if stream else advance)
-    summary = session.summary(outputs, time.monotonic() - started)
-    if stream:
-        typer.echo()
-    elif not machine:
-        _print_all(texts, outputs)
-    if not quiet:
+    total, started = len(requests) * samples, time.monotonic()
+    completions = Completions(session.engine, given, requests)
+    try:
+        with _progress(total, enabled=not (stream or quiet) and sys.stderr.isatty()) as advance:
+            completions.run(_write if stream else advance)
+    finally:  # What has ended is not lost to what ends the run.
+        outputs = completions.ended
+        summary = session.summary(outputs, time.monotonic() - started)
+        if stream:
+            typer.echo()
+        elif not machine:
+            completions.show()
+        _tell(outputs, summary, session, total, max_tokens, quiet=quiet)
+        options.write_json(json_file, {"completions": completions.to_json(), "summary": summary.to_json()})
+    for failure in completions.failures:
+        typer.echo(f"error: {failure}", err=True)
+    if completions.failures:
+        raise typer.Exit(1)
+
+
+def _tell(outputs: list[Output], summary: Summary, session: Session, total: int, max_tokens: int, *, quiet: bool) -> None:
+    """On stderr: the run in numbers, and what is less than was asked for."""
+    if outputs and not quiet:
         typer.echo(tables.generated(summary), err=True)
         if summary.speculation is not None:
             typer.echo(tables.speculated(summary.speculation), err=True)
-    options.write_json(json_file, {"completions": [_completion(output) for output in outputs], "summary": summary.to_json()})
+    if cut := cut_short(outputs, session.model, max_tokens):
+        held = f"KV memory holds {session.model.max_model_len:,} tokens, prompt and output together"
+        typer.echo(f"note: {held}, where {cut} of {total} completions ended; raise --kv-memory for longer ones", err=True)
+    if len(outputs) < total > 1:
+        typer.echo(f"note: {len(outputs)} of {total} completions had ended", err=True)
 
 
 def _read_schema(path: Path) -> Any:
@@ -134,28 +159,3 @@ def _progress(total: int, *, enabled: bool) -> Iterator[Callable[[Output], None]
             progress.update(task, advance=done, rate=f"{tokens / (time.monotonic() - started):.0f} tokens/s")
 
         yield advance
-
-
-def _print_all(texts: list[Prompt], outputs: list[Output]) -> None:
-    """Every prompt and its samples, under a line that names them."""
-    samples = len(outputs) // len(texts)
-    for number, output in enumerate(outputs):
-        text = texts[number // samples]
-        sample = f", sample {output.index + 1}" if samples > 1 else ""
-        typer.echo(f"--- {number // samples + 1}{sample}: {text if isinstance(text, str) else text[-1]['content']}")
-        typer.echo(output.text)
-
-
-def _completion(output: Output) -> dict[str, Any]:
-    """An output as plain data."""
-    return {
-        "request": output.request_id,
-        "sample": output.index,
-        "text": output.text,
-        "token_ids": output.token_ids,
-        "finish_reason": None if output.finish_reason is None else output.finish_reason.value,
-        "stop": output.stop,
-        "usage": output.usage._asdict(),
-        "timing": output.timing._asdict(),
-        "logprobs": [entry._asdict() for entry in output.logprobs],
-    }

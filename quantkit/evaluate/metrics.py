@@ -86,4 +86,4 @@ def measure_logits(
 
 def _logits(model: BlockModel, hidden: Tensor, window: int, start: int, stop: int) -> Tensor:
     """Behind some tokens of a window, [stop - start, V]."""
-    return model.logits(hidden[window : window + 1, start:stop].to(model.device))[0]
+    return model.logits(hidden[window : window + 1, start:stop].to(model.device, model.dtype))[0]

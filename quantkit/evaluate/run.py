@@ -32,6 +32,9 @@ from quantkit.usage import cpu_seconds, peak_memory
 #: Tokens over which kernels are compared with dequantized weights: enough for a perplexity, a fraction of the whole.
 _CHECKED_TOKENS = 2048
 
+#: How far, relative, the engine's kernels may move a perplexity: more than their rounding does, so something is wrong.
+KERNEL_TOLERANCE = 1e-3
+
 
 @dataclass(frozen=True)
 class EvalRequest:

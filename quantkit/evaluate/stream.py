@@ -17,14 +17,20 @@ from quantkit.runtime import attention
 from quantkit.runtime.batch import lone_batch
 from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.kv_format import LayerShape, cache_format
-from quantkit.runtime.load import Source, load_block
+from quantkit.runtime.load import load_block, load_outside
+from quantkit.runtime.source import Source
 
 #: Tokens that run through a block at once.
 _BATCH_TOKENS = 4096
 
 
 class PackedBlockModel(BlockModel):
-    """A block model whose matrices stay packed and run through the engine's kernels."""
+    """A block model whose matrices, the head's too, stay packed and run through the engine's kernels."""
+
+    def load_outside(self) -> None:
+        """Read embeddings, final norm and head, as the engine does; nothing is widened. To be called once."""
+        load_outside(self._model, Source(self.checkpoint), self.device, self.dtype)
+        self._load(self._model, "", [name for name, _ in self._model.named_parameters() if name in self._outside])
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

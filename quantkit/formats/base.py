@@ -38,6 +38,7 @@ class Format:
         problem: (scheme, rows, columns) -> why the format cannot hold such a matrix, or None.
         engines: schemes in use -> what loads the result.
         dense_shape: (shape of the first suffix's tensor, bits) -> (N, K), K rounded up to whole words.
+        beside: quantization_config -> what it quantizes beside weights, each with the endings of the tensors for that.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Format:
     problem: Callable[[Scheme, int, int], str | None]
     engines: Callable[[set[Scheme]], list[Engine]]
     dense_shape: Callable[[tuple[int, ...], int], tuple[int, int]]
+    beside: Callable[[Mapping[str, Any]], dict[str, tuple[str, ...]]] = lambda _: {}
 
 
 def exact(values: Tensor, dtype: torch.dtype) -> Tensor:

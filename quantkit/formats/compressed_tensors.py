@@ -15,6 +15,13 @@ from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, pa
 from quantkit.formats.packing import pack, unpack, words
 from quantkit.methods.grid import QuantizedWeight, Scheme
 
+#: Fields that quantize something beside weights -> endings of the tensors for that.
+_BESIDE = {
+    "input_activations": (".input_scale", ".input_zero_point"),
+    "output_activations": (".output_scale", ".output_zero_point"),
+    "kv_cache_scheme": (".k_scale", ".k_zero_point", ".v_scale", ".v_zero_point"),
+}
+
 
 def _encode(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     bits = weight.scheme.bits
@@ -106,6 +113,11 @@ def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme 
     return plan
 
 
+def _beside(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    stated = [config, *config["config_groups"].values()]
+    return {field: endings for field, endings in _BESIDE.items() if any(each.get(field) for each in stated)}
+
+
 def _problem(scheme: Scheme, _rows: int, columns: int) -> str | None:
     return group_problem(scheme, columns)
 
@@ -142,4 +154,5 @@ COMPRESSED_TENSORS = Format(
     _problem,
     _engines,
     _dense_shape,
+    _beside,
 )

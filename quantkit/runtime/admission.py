@@ -49,8 +49,10 @@ def check_request(request: Request, model: Model, max_batch: int, has_text: bool
         wrong = next(token for token in prompt if not 0 <= token < vocab)
         raise RequestError(f"token {wrong} of the prompt is not in the vocabulary of {vocab:,}; use this model's tokenizer")
     if len(prompt) >= model.max_model_len:
-        limit = f"{model.max_model_len:,} tokens, prompt and output together"
-        raise RequestError(f"the prompt has {len(prompt):,} tokens and the context is {limit}; shorten the prompt")
+        found, limit = f"the prompt has {len(prompt):,} tokens", f"{model.max_model_len:,} tokens, prompt and output together"
+        if model.max_model_len < model.context:
+            raise RequestError(f"{found} and KV memory holds {limit}; raise --kv-memory or shorten the prompt")
+        raise RequestError(f"{found} and the context is {limit}; shorten the prompt")
     held, needed = most_held(model, capacity), max(len(prompt), length_limit(request, model, capacity) - 1)
     if held is not None and needed > held:
         raise RequestError(

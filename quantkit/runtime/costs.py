@@ -34,10 +34,11 @@ class Curve:
 
     Attributes:
         samples: times that were counted.
+        changes: how often what it says has changed.
     """
 
     def __init__(self) -> None:
-        self.samples = 0
+        self.samples = self.changes = 0
         self._times: dict[int, deque[float]] = {}
         #: Counts with a time, ascending, and the least of each one's.
         self._counts: list[int] = []
@@ -51,7 +52,9 @@ class Curve:
         if count not in self._least:
             insort(self._counts, count)
         self._times[count].append(seconds)
-        self._least[count] = min(self._times[count])
+        least = min(self._times[count])
+        self.changes += least != self._least.get(count)
+        self._least[count] = least
         self.samples += 1
 
     def at(self, count: int) -> float:

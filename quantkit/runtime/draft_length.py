@@ -139,8 +139,9 @@ class AdaptiveLength:
         #: Of all requests.
         self._common = Record(accepted=2.0, judged=4.0)
         self._streak = 0
-        #: Of the last number of sequences that was asked about, until a step is timed.
-        self._known: tuple[int, list[float]] = 0, []
+        #: What was last asked for, and the answer: worked out anew with every step, it would cost half a percent of one.
+        self._asked: tuple[int, int, int] = 0, 0, 0
+        self._known: list[float] = []
 
     def length(self, sequence: Sequence, running: int, backlog: int) -> int:
         """How many tokens to draft for a sequence.
@@ -180,7 +181,6 @@ class AdaptiveLength:
             self.costs.note_draft(drafting, longest, step.backlog, step.draft_seconds)
         self._streak = self._streak + 1 if longest else 0
         self._common.waited += 1
-        self._known = 0, []
 
     def released(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended; one that was preempted comes back."""
@@ -234,6 +234,7 @@ class AdaptiveLength:
 
     def _seconds(self, running: int) -> list[float]:
         """Of a step with drafts of 0, 1, 2, ... tokens for `running` sequences."""
-        if self._known[0] != running:
-            self._known = running, self.costs.rounds(running, MOST_DRAFTED)
-        return self._known[1]
+        asked = running, self.costs.steps.changes, self.costs.drafts.changes
+        if asked != self._asked or not self._known:
+            self._asked, self._known = asked, self.costs.rounds(running, MOST_DRAFTED)
+        return self._known

@@ -19,6 +19,7 @@ from quantkit.kernels.kv_store import Cache, Store, planes
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.kv_format import CacheFormat, LayerShape
 from quantkit.runtime.open_pages import OpenPages
+from quantkit.usage import available_memory
 
 
 class KVCache:
@@ -143,3 +144,20 @@ def blocks_for(
             f"needs {(one * size + apart) / 2**20:.0f} MiB; give more memory or lower {option}"
         )
     return count
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def require_free(wanted: int, device: torch.device, beside: int) -> None:
+    """Refuse a cache of `wanted` bytes where, beside other `beside` bytes, there are not so many.
+
+    Raises:
+        ResourceError: it would not fit. On a CPU nothing else would say so before its pages are written to.
+    """
+    free = max(0, free_memory(device) - beside)
+    if wanted > free:
+        found = f"there are {free / 2**30:.1f} GiB of free memory and the cache would take {wanted / 2**30:,.1f}"
+        raise ResourceError(f"--kv-memory: {found}; ask for less, or lower --max-batch or --max-model-len")

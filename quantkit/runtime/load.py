@@ -4,7 +4,7 @@ The definition is built on the meta device. Every matrix is read, merged with th
 once for its kernel, so that peak memory is the packed model and one block as it lies on disk.
 """
 
-from collections.abc import Sequence
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from quantkit.architecture import Family, family_of
-from quantkit.artifact import PackedReader
 from quantkit.checkpoint.reader import Checkpoint, shown
 from quantkit.definition import read_config, realise_buffers, skeleton
 from quantkit.errors import CheckpointError
@@ -22,6 +21,9 @@ from quantkit.methods.threads import one_thread
 from quantkit.runtime import attention
 from quantkit.runtime.kv_format import LayerShape
 from quantkit.runtime.linear import Embedding, Linear, Member, Merged, Norm, ready
+from quantkit.runtime.source import Source
+
+logger = logging.getLogger("quantkit.runtime")
 
 #: Buffers that some tools store and every model computes.
 _COMPUTED = (".inv_freq", ".masked_bias")
@@ -58,55 +60,6 @@ class Definition:
         return norms + sum(layer.kernel_weight.nbytes for layer in self.linears())
 
 
-class Source:
-    """A checkpoint's matrices and vectors by name, and which tensors nobody asked for."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        quantized = "quantization_config" in checkpoint.config
-        self._packed = PackedReader(checkpoint) if quantized else None
-        self._modules = set(self._packed.modules) if self._packed else set()
-        self.left = set(checkpoint.tensors)
-
-    def holds(self, module: str) -> bool:
-        """Whether there is a matrix, packed or dense, under that path."""
-        return module in self._modules or f"{module}.weight" in self.checkpoint.tensors
-
-    def hadamard(self, module: str) -> int:
-        """Block of the Hadamard transform that a matrix wants its inputs to go through; 0 for none."""
-        online = self._packed.online if self._packed else None
-        return online.block_of(module) if online else 0
-
-    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A dense tensor of the shape that config.json calls for.
-
-        Raises:
-            CheckpointError: it is missing or has another shape.
-        """
-        tensor = self.checkpoint.read([name])[name]
-        self.left.discard(name)
-        self._check(name, tensor.shape, shape)
-        return tensor
-
-    def matrix(self, module: str, shape: Sequence[int]) -> tuple[QuantizedWeight | Tensor, Tensor | None]:
-        """A matrix [N, K], quantized or dense, and its column order (see `PackedReader.read_sorted`).
-
-        Raises:
-            CheckpointError: it is missing or has another shape.
-        """
-        if self._packed is None or module not in self._modules:
-            return self.tensor(f"{module}.weight", shape), None
-        weight, order = self._packed.read_sorted(module)
-        self.left -= {f"{module}.{suffix}" for suffix in self._packed.form.suffixes}
-        self._check(module, weight.codes.shape, shape)
-        return weight, order
-
-    def _check(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
-        if tuple(found) != tuple(wanted):
-            where = self.checkpoint.folder
-            raise CheckpointError(f"{where}: {shown(name)} has shape {list(found)}, config.json says {list(wanted)}")
-
-
 @torch.no_grad()
 def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     """Load a model for the runtime. Activations are float32 on a CPU, of the checkpoint's type on a GPU.
@@ -119,14 +72,18 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.bfloat16
     model = skeleton(config, attention.register(), dtype)
     source = Source(checkpoint)
+    if source.beside:
+        where, fields = checkpoint.folder / "config.json", " and ".join(source.beside)
+        logger.warning("note: %s: %s are not applied; activations and KV cache stay more precise", where, fields)
     blocks = model.get_submodule(family.blocks)
     with one_thread():  # Thousands of small passes over memory.
         for index, block in enumerate(blocks):
             load_block(block, f"{family.blocks}.{index}.", family, source, device, dtype)
-        _load_outside(model, source, device, dtype)
+        load_outside(model, source, device, dtype)
         _load_norms(model, "", family, source, device, dtype)
     realise_buffers(model, model, device)
-    stray = sorted(name for name in source.left if not name.endswith(_COMPUTED))
+    unread = _COMPUTED + sum(source.beside.values(), ())
+    stray = sorted(name for name in source.left if not name.endswith(unread))
     if stray:
         raise CheckpointError(f"{checkpoint.folder}: holds {shown(stray[0])}, for which config.json has no place")
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), "a tensor was not loaded"
@@ -216,8 +173,16 @@ def _load_norms(
         root.set_submodule(name, Norm((stored.float() + family.norm_offset).to(device, dtype), eps))
 
 
-def _load_outside(model: Any, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-    """Embedding and head; a tied head shares the embedding's memory."""
+def load_outside(model: Any, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    """Give the skeleton its embedding and head, ready for their kernels; a tied head shares the embedding's memory.
+
+    Args:
+        model: a skeleton; changed in place.
+        source, device, dtype: see `load_block`.
+
+    Raises:
+        CheckpointError, FormatError: a tensor is missing, damaged or of another shape.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding_name, head_name = names[id(embedding)], names[id(head)]

@@ -13,13 +13,15 @@ class Model(Protocol):
 
     Attributes:
         vocab_size: width of the logits.
-        max_model_len: longest sequence, prompt and output together.
+        context: longest sequence, prompt and output together, as far as the model goes or is asked to go.
+        max_model_len: the same; shorter where KV memory holds less.
         block_size: tokens in a KV block.
         num_blocks: KV blocks.
         sliding_window: tokens that a layer of a limited view sees, the widest such; 0 where every layer sees everything.
     """
 
     vocab_size: int
+    context: int
     max_model_len: int
     block_size: int
     num_blocks: int

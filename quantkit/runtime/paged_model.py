@@ -1,12 +1,13 @@
 """A loaded model with its paged cache: what the engine steps.
 
 On a CPU a step goes through the native decoder, which spends no Python on each layer, wherever its kernels are the fastest;
-a long prompt on a processor that multiplies bfloat16, or a model that the decoder cannot express, goes through
-transformers' definition. On a GPU decode steps replay CUDA graphs.
+a long prompt on a processor that multiplies bfloat16 (all weights in float32 apart), or a model that the decoder cannot
+express, goes through transformers' definition. On a GPU decode steps replay CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +20,13 @@ from quantkit.runtime.attention import Paged, layer_window
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.eviction import Budget
 from quantkit.runtime.graphs import DecodeGraphs
-from quantkit.runtime.kv_cache import KVCache, blocks_for
+from quantkit.runtime.kv_cache import KVCache, blocks_for, free_memory, require_free
 from quantkit.runtime.kv_format import CacheFormat, cache_format, check_name, default_block_size
 from quantkit.runtime.linear import packed, rounding
 from quantkit.runtime.load import Definition, load_definition
 from quantkit.runtime.native_build import has_fixed_ropes, native_decoder
 from quantkit.runtime.open_pages import pages_needed
-from quantkit.usage import available_memory, keep_freed_memory, trim_memory
+from quantkit.usage import keep_freed_memory, trim_memory
 
 #: A forward through the definition: a batch on the model's device, and whether it is a draft.
 Run = Callable[[Batch, bool], Tensor]
@@ -72,13 +73,19 @@ class PagedModel:
     Attributes:
         definition: the loaded model.
         cache: keys and values.
-        vocab_size, max_model_len, block_size, num_blocks, sliding_window: what the engine must know.
+        vocab_size, context, max_model_len, block_size, num_blocks, sliding_window: what the engine must know.
     """
 
-    def __init__(self, definition: Definition, options: CacheOptions) -> None:
+    def __init__(self, definition: Definition, options: CacheOptions, beside: int = 0) -> None:
         """
+        Args:
+            definition: the loaded model.
+            options: of its cache.
+            beside: bytes that are taken, though they still count as free.
+
         Raises:
-            ResourceError: the cache cannot hold one sequence of max_model_len, or cannot be of the wanted type.
+            ResourceError: the cache cannot hold one sequence of max_model_len, cannot be of the wanted type, or is larger than
+                what is free.
         """
         self.definition = definition
         self.vocab_size: int = definition.config.vocab_size
@@ -87,10 +94,13 @@ class PagedModel:
         memory = _memory(options, definition.device)
         pages = pages_needed(self.block_size, options.max_batch, options.step_tokens) if form.paged else 0
         apart = pages * form.page_bytes(definition.layers, self.block_size)
+        self.context: int = options.max_model_len or definition.config.max_position_embeddings
         self.max_model_len = _length(definition, options, form, self.block_size, memory, apart)
         longest, of = min((self.max_model_len, "--max-model-len"), (options.budget.capacity(self.block_size), "--kv-budget"))
         sizes = memory, longest, options.max_batch, apart, of, options.memory_is
         self.num_blocks = blocks_for(definition.layers, self.block_size, form, *sizes)
+        taken = apart + self.num_blocks * form.block_bytes(definition.layers, self.block_size)
+        require_free(taken, definition.device, beside)
         self.cache = KVCache(definition.layers, self.num_blocks, self.block_size, form, definition.device, pages)
         blocks = definition.module.get_submodule(definition.family.blocks)
         self.sliding_window = max(layer_window(block.self_attn, definition.config) for block in blocks)
@@ -106,7 +116,10 @@ class PagedModel:
         decoder = native_decoder(self.definition, self.cache, activation_bits)
         if decoder is None:
             return lambda batch, draft: None
-        return lambda batch, draft: decoder(batch, draft) if cpu.native_is_best(len(batch.token_ids)) else None
+        weights = [linear.kernel_weight for linear in self.definition.linears()]
+        float32 = all(isinstance(weight, cpu.CpuWeight) and weight.is_float32 for weight in weights)
+        best = partial(cpu.native_is_best, float32=float32)
+        return lambda batch, draft: decoder(batch, draft) if best(len(batch.token_ids)) else None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, draft: bool = False) -> Tensor:
@@ -193,15 +206,15 @@ def open_with_draft(folder: Path, draft: Path, device: torch.device, options: Ca
     left = max(0, memory - apart) * size * main_tokens // (main_bytes * block_size + size * main_tokens)
     model = PagedModel(main, replace(options, memory=memory - left, memory_is="--kv-memory: the model's share"))
     longest = min(model.max_model_len, small.config.max_position_embeddings, left // size * block_size)
-    of_draft = replace(of_draft, memory_is="--kv-memory: the draft model's share")
-    drafter = PagedModel(small, replace(of_draft, memory=left, max_model_len=longest or None))
+    of_draft = replace(of_draft, memory=left, max_model_len=longest or None, memory_is="--kv-memory: the draft model's share")
+    drafter = PagedModel(small, of_draft, model.cache.nbytes if device.type == "cpu" else 0)
     keep_freed_memory()
     return model, drafter
 
 
 def _memory(options: CacheOptions, device: torch.device) -> int:
     """Bytes for the cache."""
-    return int(_CACHE_SHARE * _free(device)) if options.memory is None else options.memory
+    return int(_CACHE_SHARE * free_memory(device)) if options.memory is None else options.memory
 
 
 def _block(definition: Definition, options: CacheOptions) -> tuple[int, int, int]:
@@ -216,10 +229,6 @@ def _declared(definition: Definition) -> torch.dtype:
     """The type that the checkpoint declares; on a CPU activations are wider, but a wider cache would only be slower."""
     declared = definition.config.dtype
     return declared if isinstance(declared, torch.dtype) else definition.dtype
-
-
-def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def _length(definition: Definition, options: CacheOptions, form: CacheFormat, block_size: int, memory: int, apart: int) -> int:

@@ -29,7 +29,7 @@ class SamplingParams:
         repetition_penalty: divides positive, multiplies negative logits of tokens in the prompt or the output.
         presence_penalty: subtracted from the logits of tokens in the output.
         frequency_penalty: the same, times the number of occurrences.
-        seed: the same seed gives the same samples, whatever else is in the batch; None: from the system.
+        seed: the same seed gives the same samples, whatever else is in the batch and whoever drafts; None: from the system.
         stop: strings that end the output.
         stop_token_ids: tokens that end the output, beside the model's end-of-sequence tokens.
         include_stop: whether the text keeps the stop string or the stop token's text. Token ids always keep all.

@@ -100,7 +100,7 @@ class Sequence:
         stop_tokens: token ids that end it.
         text: turns its tokens into text.
         random: its own source of uniform numbers, so that no other request has a say; one a token, unless a drafter that
-            draws its tokens takes more.
+            draws its tokens without a seed takes more.
         timing: see `Timing`.
         constraint: what its output must be like; it knows all of it. None: anything.
         forks: the request's other samples, until they split off with the first token.

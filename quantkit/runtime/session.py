@@ -1,12 +1,11 @@
 """A model ready to generate: weights, cache, tokenizer and engine, opened in one call and described in numbers."""
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from quantkit.runtime.block_store import BlockStore, Offload
 from quantkit.runtime.constraint import Constraint
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions
+from quantkit.runtime.prompts import Prompt
 from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.sequence import Output
 from quantkit.runtime.speculate import open_speculating
@@ -26,9 +26,6 @@ from quantkit.usage import peak_memory
 
 if TYPE_CHECKING:
     from quantkit.runtime.json_grammar import JsonGrammars
-
-#: A prompt as text, or as chat messages (`role`, `content`).
-Prompt = str | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -200,38 +197,6 @@ class Session:
             fetched_blocks=stats.offload.fetched if stats.offload else 0,
             speculation=stats.speculation,
         )
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts from a file: a line each, or, in a .jsonl, the `prompt` or the `messages` of each object.
-
-    Raises:
-        RequestError: the file is missing, not UTF-8, empty, or a line holds no prompt.
-    """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise RequestError(f"{path}: cannot be read ({reason}); name a .txt or .jsonl file of prompts") from None
-    if not lines:
-        raise RequestError(f"{path}: holds no prompt; write one a line")
-    if path.suffix != ".jsonl":
-        return list(lines)
-    return [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-
-
-def _from_json(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"{where}: is not JSON ({error})") from None
-    found = (row.get("messages") or row.get("prompt")) if isinstance(row, dict) else None
-    messages = isinstance(found, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in found
-    )
-    if not messages and not isinstance(found, str):
-        raise RequestError(f'{where}: has neither a "prompt" (text) nor "messages" (a list of role and content)')
-    return cast(Prompt, found)
 
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any, cast
 
 from quantkit.runtime.constraint import Constraint
+from quantkit.runtime.prompts import Prompt
 from quantkit.runtime.request import Request, SamplingParams
-from quantkit.runtime.session import Prompt, Session
+from quantkit.runtime.session import Session
 
 
 class Texts:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from cli.command import quantkit, refused
 
+from quantkit.evaluate import run as evaluate_run
+
 SIZES = ("--windows", 3, "--seq-len", 64)
 
 
@@ -92,6 +94,16 @@ def test_shows_what_json_holds(llama: Path, two_bits: Path) -> None:
 def test_without_a_baseline_nothing_is_compared(two_bits: Path) -> None:
     report = json.loads(quantkit("eval", two_bits, *SIZES, "--json", "-").out)
     assert report["baseline"] is report["ppl_increase"] is report["model"]["metrics"]["kl_mean"] is None
+
+
+def test_kernels_that_are_wrong_are_told_of(two_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "warning" not in quantkit("eval", two_bits, *SIZES).err
+    monkeypatch.setattr(evaluate_run, "_kernel_difference", lambda *_: -0.002)
+    done = quantkit("eval", two_bits, *SIZES, "-q", "--json", "-")
+    assert json.loads(done.out)["kernel_difference"] == -0.002
+    (warning,) = done.err.splitlines()
+    assert warning.startswith("warning: the packed kernels move the perplexity by -2.0e-03 ")
+    assert done.status == 0
 
 
 def test_a_bar_on_a_terminal(llama: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_draft_model_shares_the_memory(llama: Path) -> None:
     (found,) = completions(llama, "Hello", *LENGTH, "--spec", f"draft:{llama}", "--kv-memory", "64KiB")
     assert found["finish_reason"] == "length"
     line = refused("generate", llama, "x" * 40, *LENGTH, "--spec", f"draft:{llama}", "--kv-memory", "64KiB")
-    assert "the prompt has 40 tokens and the context is 32" in line
+    assert "the prompt has 40 tokens and KV memory holds 32 tokens" in line
 
 
 def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -198,6 +198,9 @@ def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: 
         (("x", "--spec", "draft:nowhere"), "nowhere: no such folder"),
         (("x", "--spec", "ngram", "--draft-len", "0"), "--draft-len 0: write a number from 1 to 15, or auto"),
         (("x", "--spec", "ngram", "--draft-len", "many"), "--draft-len many: write a number"),
+        (("x", "--draft-len", "4"), "--draft-len is about drafts and nothing drafts; add --spec, or leave it out"),
+        (("x", "--draft-act-bits", "8"), "--draft-act-bits is about --spec qspec; add that, or leave it out"),
+        (("x", "--spec", "ngram", "--draft-act-bits", "8"), "--draft-act-bits is about --spec qspec"),
         ((), "name either a prompt or a file of prompts"),
         (("x", "--prompts", "y.txt"), "not both"),
         (("",), "the prompt has no tokens"),
@@ -257,7 +260,8 @@ def test_a_budget_serves_a_prompt_that_memory_does_not_hold(llama: Path) -> None
     # 151 tokens are computed: of the 10 blocks that they fill or begin, 4 are left.
     assert found["summary"]["evicted_blocks"] == 6
     assert "KV blocks: 6 dropped" in done.err
-    assert "the prompt has 140 tokens and the context is 64 tokens" in refused("generate", llama, prompt, *LENGTH, *small)
+    line = refused("generate", llama, prompt, *LENGTH, *small)
+    assert "140 tokens and KV memory holds 64 tokens, prompt and output together; raise --kv-memory or shorten" in line
 
 
 def test_offloaded_prefixes_are_fetched_for_later_prompts(llama: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -11,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.cli.progress import RunProgress
 from quantkit.errors import CheckpointError, CorpusError
-from quantkit.evaluate.run import EvalReport, EvalRequest, evaluate
+from quantkit.evaluate import stream
+from quantkit.evaluate.run import KERNEL_TOLERANCE, EvalReport, EvalRequest, evaluate
 from quantkit.quantize import Request, run
 from quantkit.recipe import load_recipe
+from quantkit.runtime.load import load_outside
 
 
 @pytest.fixture(autouse=True)
@@ -146,16 +149,33 @@ def test_a_text_that_is_too_short_is_refused(llama: Path, tmp_path: Path) -> Non
         evaluate(request, lambda *_: None)
 
 
+def _quantized(model: Path, out: Path, bits: int) -> Path:
+    """A model of which everything is packed, the head in 8 bits."""
+    recipe = load_recipe("rtn-w4", {"bits": bits, "group_size": 16, "rules": [{"match": "lm_head", "bits": 8}]})
+    run(Request(model, out, recipe, torch.device("cpu"), 1 << 30, overwrite=False), RunProgress(quiet=True, verbose=False))
+    return out
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_kernels_are_as_good_as_dequantized_weights(llama: Path, tmp_path: Path, bits: int) -> None:
     """The bound is the project's promise; on a CPU only the order of float32 sums differs."""
-    recipe = load_recipe("rtn-w4", {"bits": bits, "group_size": 16, "rules": [{"match": "lm_head", "bits": 8}]})
-    request = Request(llama, tmp_path / "out", recipe, torch.device("cpu"), 1 << 30, overwrite=False)
-    run(request, RunProgress(quiet=True, verbose=False))
-    report, walked = _evaluate(tmp_path / "out", None)
+    report, walked = _evaluate(_quantized(llama, tmp_path / "out", bits), None)
     assert "dequantized" in walked
     assert report.kernel_difference is not None
-    assert abs(report.kernel_difference) <= 1e-3
+    assert abs(report.kernel_difference) <= KERNEL_TOLERANCE
+
+
+def test_an_error_of_the_head_is_seen(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's head has doubled scales; that of the dequantized weights does not."""
+
+    def doubled(model: Any, *how: Any) -> None:
+        load_outside(model, *how)
+        model.get_output_embeddings().kernel_weight.scales.mul_(2)
+
+    monkeypatch.setattr(stream, "load_outside", doubled)
+    report, _ = _evaluate(_quantized(llama, tmp_path / "out", 4), None)
+    assert report.kernel_difference is not None
+    assert abs(report.kernel_difference) > 10 * KERNEL_TOLERANCE
 
 
 def test_a_model_that_is_not_quantized_has_nothing_to_compare(llama: Path) -> None:

@@ -4,6 +4,7 @@ At 4.3 TB/s of 4-bit weights an H200 can issue about 3.5 instructions for each, 
 1.7, at 8 bits 7. So the count decides whether a kernel waits for memory or for itself.
 """
 
+from itertools import product
 from typing import Any
 
 import aot
@@ -117,8 +118,9 @@ def test_the_other_kernels_compile_without_spills() -> None:
     constexprs = {"GROUP": 64, "BRAIN_SCALES": True, "BLOCK_N": 64}
     jobs = [
         aot.Job("quantkit.kernels.dequantize:dequantize_kernel", dense, {"BITS": bits, **constexprs}, (), arch)
-        for bits, arch in ((2, 80), (3, 90), (4, 80), (8, 90))
+        for bits, arch in product((2, 3, 4, 8), (80, 90))
     ]
     types = {"partial": "*fp32", "bias": "*fp16", "out": "*fp16", "N": "i32", "SIZE": "i32"}
-    jobs.append(aot.Job("quantkit.kernels.dequant_gemm:reduce_kernel", types, {"SPLITS": 16, "BLOCK": 512}, (), 90))
+    reduce = "quantkit.kernels.dequant_gemm:reduce_kernel"
+    jobs += [aot.Job(reduce, types, {"SPLITS": 16, "BLOCK": 512}, (), arch) for arch in (80, 90)]
     assert [found.stack for found in aot.compile_all(jobs)] == [0] * len(jobs)

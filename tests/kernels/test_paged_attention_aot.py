@@ -68,7 +68,9 @@ def _compiled() -> dict[tuple[object, ...], aot.Compiled]:
     key, key_cache = call.query, call.key_cache
     slots = torch.empty(100, dtype=torch.int64, device="meta")
     write = (key[:, :KV_HEADS], key[:, :KV_HEADS], key_cache, key_cache, slots)
-    [jobs["write",]] = launches.jobs(kv_write, ("kv_write_kernel",), lambda: kv_write.kv_write(*write), 80)
+    for device in (A100, H100):
+        launch = partial(kv_write.kv_write, *write)
+        [jobs["write", device]] = launches.jobs(kv_write, ("kv_write_kernel",), launch, device.capability)
     return dict(zip(jobs, aot.compile_all(list(jobs.values())), strict=True))
 
 
@@ -108,11 +110,13 @@ def test_no_config_spills_or_is_too_large(device: Device) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("kernel", [("merge", A100), ("merge", H100), ("write",)], ids=str)
-def test_small_kernels_do_not_spill(kernel: tuple[object, ...]) -> None:
-    assert _compiled()[kernel].stack == 0
+@pytest.mark.parametrize("device", [A100, H100], ids=_name)
+@pytest.mark.parametrize("kernel", ["merge", "write"])
+def test_small_kernels_do_not_spill(kernel: str, device: Device) -> None:
+    assert _compiled()[kernel, device].stack == 0
 
 
-def test_keys_are_stored_in_wide_pieces() -> None:
-    stores = [opcode for opcode in _compiled()["write",].instructions if opcode.startswith("STG")]
+@pytest.mark.parametrize("device", [A100, H100], ids=_name)
+def test_keys_are_stored_in_wide_pieces(device: Device) -> None:
+    stores = [opcode for opcode in _compiled()["write", device].instructions if opcode.startswith("STG")]
     assert stores == ["STG.E.128"]

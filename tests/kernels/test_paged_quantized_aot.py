@@ -1,6 +1,7 @@
 """The kernels on quantized caches as they would run on an A100 and on an H100, compiled without either: nothing spills."""
 
 from functools import lru_cache, partial
+from itertools import product
 
 import aot
 import launches
@@ -66,11 +67,12 @@ def _compiled() -> dict[tuple[object, ...], tuple[aot.Job, aot.Compiled]]:
         launch = partial(paged_prefill.paged_prefill, call, 1024, prefill_configs(Problem.of(call, 1024, 4), device)[0])
         [job] = launches.jobs(paged_prefill, ("prefill_kernel",), launch, device.capability)
         jobs["prefill", form, device] = job
-    for form, keys in WRITE:
+    for (form, keys), device in product(WRITE, (A100, H100)):
         arguments = _empty(100, KV_HEADS, DIM), _cache(form, keys=keys), _empty(100, dtype=torch.int64)
         names = ("row_kernel", "open_kernel", "settle_kernel")
-        for job in launches.jobs(kv_write_stored, names, lambda a=arguments: kv_write_stored.write_stored(*a), 80):
-            jobs["write", form, keys, job.kernel.partition(":")[2]] = job
+        launch = partial(kv_write_stored.write_stored, *arguments)
+        for job in launches.jobs(kv_write_stored, names, launch, device.capability):
+            jobs["write", form, keys, job.kernel.partition(":")[2], device] = job
     return dict(zip(jobs, zip(jobs.values(), aot.compile_all(list(jobs.values())), strict=True), strict=True))
 
 
@@ -97,5 +99,5 @@ def test_prefill_does_not_spill(form: str, device: Device) -> None:
 
 def test_writes_do_not_spill() -> None:
     writes = {key: found for key, (_, found) in _compiled().items() if key[0] == "write"}
-    assert len(writes) == 1 + 1 + 2 + 2
+    assert len(writes) == 2 * (1 + 1 + 2 + 2)
     assert [key for key, found in writes.items() if found.stack] == []

@@ -3,6 +3,7 @@
 A float kernel needs 2.1 of them at 4 bits (see test_dequant_matmul_aot); bytes need no conversion.
 """
 
+from itertools import product
 from typing import Any
 
 import aot
@@ -59,14 +60,10 @@ def _weights(job: aot.Job) -> int:
     return int(given["BYTES"] * fields * given["LOADS"] * given["BLOCK_N"])
 
 
-GEMMS = {
-    **{(bits, rows, GROUP, 90): _gemm(bits, rows, GROUP, 90) for bits, rows in LEAN},
-    (4, 8, GROUP, 80): _gemm(4, 8, GROUP, 80),
-    # Groups that share a block, and rows for other sizes of block.
-    (4, 8, 32, 90): _gemm(4, 8, 32, 90),
-    **{(4, rows, 64, 90): _gemm(4, rows, 64, 90) for rows in (16, 128)},
-}
-ROUNDINGS = {(bits, group, arch): _rounding(bits, group, arch) for bits, group, arch in [(4, 64, 80), (3, 96, 90)]}
+#: Those, groups that share a block, and rows for other sizes of block.
+SHAPES = [*((bits, rows, GROUP) for bits, rows in LEAN), (4, 8, 32), (4, 16, 64), (4, 128, 64)]
+GEMMS = {(*shape, arch): _gemm(*shape, arch) for shape, arch in product(SHAPES, (80, 90))}
+ROUNDINGS = {(*shape, arch): _rounding(*shape, arch) for shape, arch in product([(4, 64), (3, 96)], (80, 90))}
 
 
 @pytest.fixture(scope="module")

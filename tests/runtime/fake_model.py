@@ -46,7 +46,7 @@ class FakeModel:
     """
 
     def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 128, vocab_size: int = VOCAB) -> None:
-        self.vocab_size, self.max_model_len = vocab_size, max_model_len
+        self.vocab_size, self.context, self.max_model_len = vocab_size, max_model_len, max_model_len
         self.block_size, self.num_blocks = block_size, num_blocks
         self.sliding_window = 0
         self.batches: list[tuple[int, int]] = []

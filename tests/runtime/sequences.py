@@ -1,8 +1,12 @@
-"""Sequences without an engine."""
+"""Sequences without an engine, and with known random numbers."""
 
 from array import array
+from itertools import count
 from random import Random
 
+import pytest
+
+from quantkit.runtime import engine
 from quantkit.runtime.detokenize import TextStream
 from quantkit.runtime.request import SamplingParams
 from quantkit.runtime.sequence import Sequence, Timing
@@ -24,3 +28,10 @@ def sequence(
         random=Random(index),
         timing=Timing(0.0),
     )
+
+
+@pytest.fixture
+def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences without a seed get the random numbers of 0, 1, 2, ..., so that a test does the same each time."""
+    numbers = count()
+    monkeypatch.setattr(engine, "Random", lambda: Random(next(numbers)))

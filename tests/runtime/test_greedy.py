@@ -10,6 +10,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from quantkit.kernels import cpu
 from quantkit.runtime.draft_model import DraftModel
 from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.ngram import NgramProposer
@@ -73,6 +74,16 @@ def generated(engine: Engine, order: list[int]) -> dict[int, list[int]]:
 def test_any_batch_and_any_chunks(folder: Path, alone: list[list[int]], config: EngineConfig) -> None:
     found = generated(engine(folder, config), [4, 0, 5, 2, 1, 3])
     assert [found[index] for index in range(len(PROMPTS))] == alone
+
+
+def test_where_the_processor_multiplies_bfloat16(
+    folder: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights in float32 are multiplied in float32 all the same, in steps of 150 tokens as in those of 11."""
+    monkeypatch.setattr(cpu, "_multiplies_bf16", lambda: True)
+    for config in (EngineConfig(max_batch=1), EngineConfig(max_batch=6), EngineConfig(max_batch=3, token_budget=11)):
+        found = generated(engine(folder, config), [4, 0, 5, 2, 1, 3])
+        assert [found[index] for index in range(len(PROMPTS))] == alone
 
 
 def test_a_warm_prefix_cache(folder: Path, alone: list[list[int]]) -> None:

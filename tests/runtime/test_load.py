@@ -22,7 +22,7 @@ from quantkit.runtime.eviction import Budget
 from quantkit.runtime.linear import ready
 from quantkit.runtime.load import load_definition
 from quantkit.runtime.native_build import describe
-from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model, open_with_draft
 
 CPU = torch.device("cpu")
 
@@ -180,6 +180,53 @@ def test_tensors_that_disagree_with_the_config(
         load_definition(_damaged(llama, tmp_path / "model", change), CPU)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("lm_head.weight", torch.float64),
+        ("lm_head.weight", torch.int8),
+        ("model.embed_tokens.weight", torch.int32),
+        ("model.norm.weight", torch.int32),
+        ("model.layers.0.mlp.up_proj.weight", torch.float8_e4m3fn),
+    ],
+)
+def test_dense_tensors_of_other_types_are_refused(llama: Path, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    checkpoint = _damaged(llama, tmp_path / "model", {name: load_file(llama / "model.safetensors")[name].to(dtype)})
+    found = str(dtype).removeprefix("torch.")
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: tensor '{name}' is {found}, only float32, .*; convert it"):
+        load_definition(checkpoint, CPU)
+
+
+@pytest.mark.parametrize("length", [0, -4])
+def test_a_context_without_tokens_is_refused(llama: Path, tmp_path: Path, length: int) -> None:
+    checkpoint = _damaged(llama, tmp_path / "model", {})
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(checkpoint.config | {"max_position_embeddings": length}))
+    with pytest.raises(CheckpointError, match=f"config.json: max_position_embeddings is {length}, it must be at least 1"):
+        load_definition(Checkpoint(tmp_path / "model"), CPU)
+
+
+def test_what_is_to_be_quantized_beside_weights_stays_precise_and_is_said(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """W4A8 with an 8-bit KV cache, as llm-compressor writes it."""
+    out = tmp_path / "out"
+    options = ["--method", "rtn", "--bits", "4", "--group-size", "16", "-q"]
+    assert CliRunner().invoke(app, ["quantize", str(llama), "-o", str(out), *options]).exit_code == 0
+    plain = paged_logits(opened(out), TOKENS, PIECES)
+    assert not caplog.messages
+    config, eight = json.loads((out / "config.json").read_text()), {"num_bits": 8, "type": "float", "dynamic": False}
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = eight
+    config["quantization_config"]["kv_cache_scheme"] = eight
+    (out / "config.json").write_text(json.dumps(config))
+    attention = "model.layers.0.self_attn"
+    scales = {f"{attention}.{name}": torch.ones(1) for name in ("q_proj.input_scale", "k_scale", "v_scale")}
+    save_file(load_file(out / "model.safetensors") | scales, out / "model.safetensors", {"format": "pt"})
+    assert torch.equal(paged_logits(opened(out), TOKENS, PIECES), plain)
+    fields = "input_activations and kv_cache_scheme are not applied; activations and KV cache stay more precise"
+    assert caplog.messages == [f"note: {out}/config.json: {fields}"]
+
+
 def test_the_cache_is_sized_from_memory(llama: Path) -> None:
     per_token = 3 * 2 * 2 * 16 * 4  # layers x (key + value) x heads x width x float32
     model = open_model(llama, CPU, CacheOptions(memory=100 * per_token, max_batch=1))
@@ -209,3 +256,25 @@ def test_the_cache_is_sized_from_memory(llama: Path) -> None:
 def test_a_cache_that_cannot_serve_one_request(llama: Path, options: CacheOptions, message: str) -> None:
     with pytest.raises(ResourceError, match=message):
         open_model(llama, CPU, options)
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A machine with memory for 1,024 tokens of the llama."""
+    free = 1024 * 3 * 2 * 2 * 16 * 4
+    monkeypatch.setattr("quantkit.runtime.kv_cache.available_memory", lambda: free)
+    return free
+
+
+def test_a_cache_larger_than_what_is_free_is_refused(llama: Path, little: int) -> None:
+    # What counts is what would be allocated: for 4 sequences of 256 tokens, all that is free.
+    assert open_model(llama, CPU, CacheOptions(memory=1 << 40, max_batch=4)).cache.nbytes == little
+    with pytest.raises(ResourceError, match=r"--kv-memory: there are 0.0 GiB of free memory and the cache would take "):
+        open_model(llama, CPU, CacheOptions(memory=1 << 40, max_batch=5))
+
+
+def test_the_caches_of_model_and_drafter_must_both_be_free(llama: Path, little: int) -> None:
+    model, drafter = open_with_draft(llama, llama, CPU, CacheOptions(memory=1 << 40, max_batch=2))
+    assert model.cache.nbytes + drafter.cache.nbytes == little
+    with pytest.raises(ResourceError, match="--kv-memory: "):
+        open_with_draft(llama, llama, CPU, CacheOptions(memory=1 << 40, max_batch=3))

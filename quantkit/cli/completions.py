@@ -1,0 +1,98 @@
+"""What comes of the requests of `quantkit generate`.
+
+What has ended can be shown and written at any time, so that neither a failed request nor Ctrl-C costs the others' texts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from quantkit.errors import QuantkitError
+from quantkit.runtime.accept import joined
+from quantkit.runtime.engine import Engine
+from quantkit.runtime.model import Model
+from quantkit.runtime.prompts import Located
+from quantkit.runtime.request import Request
+from quantkit.runtime.sequence import FinishReason, Output
+
+
+class Completions:
+    """Requests in an engine and their outputs, sample by sample."""
+
+    def __init__(self, engine: Engine, prompts: Sequence[Located], requests: Sequence[Request]) -> None:
+        """
+        Args:
+            engine: has no other work.
+            prompts: of the requests, in their order.
+            requests: are added to it.
+
+        Raises:
+            RequestError: one of them can never be served.
+        """
+        self._engine = engine
+        self._prompts: dict[int, Located] = {}
+        self._parts: dict[tuple[int, int], list[Output]] = {}
+        for prompt, request in zip(prompts, requests, strict=True):
+            with prompt.located_errors():
+                self._prompts[engine.add(request)] = prompt
+
+    def run(self, watch: Callable[[Output], None]) -> None:
+        """Run the requests to their end, whatever becomes of single ones; `watch` sees every output as it comes.
+
+        Raises:
+            Exception: whatever a step failed with that is no fault of its requests.
+        """
+        while self._engine.has_work:
+            for output in self._engine.step():
+                if output.error is not None and not isinstance(output.error, QuantkitError):
+                    raise output.error
+                self._parts.setdefault((output.request_id, output.index), []).append(output)
+                watch(output)
+
+    @property
+    def ended(self) -> list[Output]:
+        """Whole outputs of the samples that have ended, in the order of the prompts."""
+        return [joined(parts) for _, parts in sorted(self._parts.items()) if parts[-1].finish_reason is not None]
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for each request that failed."""
+        errors = {output.request_id: output.error for output in self.ended if output.error is not None}
+        return [self._prompts[number].said(error) for number, error in errors.items()]
+
+    def show(self) -> None:
+        """Print every prompt and its samples that have ended, under a line that names them."""
+        outputs = self.ended
+        several = any(output.index for output in outputs)
+        for output in outputs:
+            text = self._prompts[output.request_id].prompt
+            sample = f", sample {output.index + 1}" if several else ""
+            typer.echo(f"--- {output.request_id + 1}{sample}: {text if isinstance(text, str) else text[-1]['content']}")
+            typer.echo(output.text)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The samples that have ended as plain data."""
+        return [_completion(output) for output in self.ended]
+
+
+def cut_short(outputs: Sequence[Output], model: Model, max_tokens: int) -> int:
+    """How many texts ended before `max_tokens` because KV memory holds less than the model's context."""
+    if model.max_model_len == model.context:
+        return 0
+    return sum(output.finish_reason is FinishReason.LENGTH and output.usage.generated < max_tokens for output in outputs)
+
+
+def _completion(output: Output) -> dict[str, Any]:
+    return {
+        "request": output.request_id,
+        "sample": output.index,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": None if output.finish_reason is None else output.finish_reason.value,
+        "stop": output.stop,
+        "error": None if output.error is None else str(output.error),
+        "usage": output.usage._asdict(),
+        "timing": output.timing._asdict(),
+        "logprobs": [entry._asdict() for entry in output.logprobs],
+    }
