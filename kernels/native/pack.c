@@ -60,13 +60,14 @@ static void unpack_body(void *argument) {
     const int64_t words_in_group = padded_group(w) / fields;
     for (Range r = my_share(c->count); r.first < r.last; r.first++) {
         const int64_t row = c->first + r.first, tile = row / TILE, n = row % TILE;
+        const int64_t scales = tile_scales(w, tile) + n, zeros = tile_zeros(w, tile) + n;
         const uint32_t *words = (const uint32_t *)w->data + tile * tile_words(w) + n;
         for (int64_t k = 0; k < w->columns; k++) {
             const int64_t g = k / w->group, j = k % w->group;
             const uint32_t word = words[(g * words_in_group + j / fields) * TILE] >> j % fields * w->bits;
             const int code = (int)(word & ((1u << w->bits) - 1));
-            const int zero = w->zeros ? (int)(w->zeros[tile_zeros(w, tile) + g / 4 * TILE + n] >> g % 4 * 8 & 0xffu) : w->zero;
-            const float value = (float)(code - zero) * scale_at(w, tile_scales(w, tile) + g * TILE + n);
+            const int zero = w->zeros ? (int)(w->zeros[zeros + g / 4 * TILE] >> g % 4 * 8 & 0xffu) : w->zero;
+            const float value = (float)(code - zero) * scale_at(w, scales + g * TILE);
             if (c->type == F32) ((float *)c->out)[r.first * w->columns + k] = value;
             else ((uint16_t *)c->out)[r.first * w->columns + k] = to_bf16(value);
         }

@@ -101,9 +101,10 @@ def generate(
             completions.show()
         _tell(outputs, summary, session, total, max_tokens, quiet=quiet)
         options.write_json(json_file, {"completions": completions.to_json(), "summary": summary.to_json()})
-    for failure in completions.failures:
+    failures = completions.failures
+    for failure in failures:
         typer.echo(f"error: {failure}", err=True)
-    if completions.failures:
+    if failures:
         raise typer.Exit(1)
 
 
