@@ -2,8 +2,6 @@
 #include "attention.h"
 #include "vec.h"
 
-/* Loops over bytes are left to the compiler, which widens them in one instruction where they may not alias what is written. */
-
 /* The same way as half_to_float, from a byte of 4 exponent and 3 mantissa bits; NaN reads as 480. */
 #define E4M3_REBIAS 1.329227995784916e36f /* 2^120 */
 
@@ -12,10 +10,6 @@ static void read_e4m3(const uint8_t *restrict row, int64_t dim, float *restrict 
         const float magnitude = bits_to_float((row[d] & 0x7fu) << 20) * E4M3_REBIAS;
         out[d] = bits_to_float(float_to_bits(magnitude) | (row[d] & 0x80u) << 24);
     }
-}
-
-static void read_codes(const uint8_t *restrict row, int64_t dim, float scale, float minimum, float *restrict out) {
-    for (int64_t d = 0; d < dim; d++) out[d] = (float)(int32_t)row[d] * scale + minimum;
 }
 
 INLINE void gather_as(int type, const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {
@@ -37,63 +31,79 @@ INLINE void gather_as(int type, const Side *side, int64_t head, int64_t heads, c
 }
 
 /* The floats of a row behind its last number, which nobody reads for their value, but which a NaN would spoil. */
-INLINE void clear_end(float *row, int64_t dim) { memset(row + dim, 0, sizeof(float) * (padded(dim) - dim)); }
+INLINE void clear_end(float *row, int64_t dim) {
+    for (int64_t d = dim; d < padded(dim); d++) row[d] = 0;
+}
 
-static void gather_bytes(const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {
+/* Codes that are widened together: of loops over bytes the compiler makes good code where it knows their length. */
+#define PIECE 32
+
+/* scale * code + minimum, of each channel or one of all. */
+INLINE void scale_codes(int by_channel, const uint8_t *restrict codes, int64_t count, const float *restrict scales,
+                        const float *restrict minima, float *restrict out) {
+    for (int64_t i = 0; i < count; i++) out[i] = (float)codes[i] * scales[by_channel ? i : 0] + minima[by_channel ? i : 0];
+}
+
+/* `count` bytes of a row from channel d on: both halves, which belong `half` channels apart, with those of the lower plane
+   where there is one. */
+INLINE void unpack(int by_channel, const uint8_t *restrict upper, const uint8_t *restrict lower, int64_t d, int64_t count,
+                   int64_t half, const float *scales, const float *minima, float *out) {
+    const int64_t at = by_channel ? d : 0, next = by_channel ? d + half : 0;
+    uint8_t first[PIECE], second[PIECE];
+    for (int64_t i = 0; i < count; i++) {
+        first[i] = lower ? (uint8_t)(upper[d + i] << 4 | (lower[d + i] & 15)) : upper[d + i] & 15;
+        second[i] = lower ? (upper[d + i] & 0xf0) | lower[d + i] >> 4 : upper[d + i] >> 4;
+    }
+    scale_codes(by_channel, first, count, scales + at, minima + at, out + d);
+    scale_codes(by_channel, second, count, scales + next, minima + next, out + half + d);
+}
+
+/* Codes of both planes are 16 times as fine, and 8 too large. */
+INLINE float scale_of(uint16_t half, int both) { return from_half(half) * (both ? 1.0f / 16 : 1); }
+INLINE float minimum_of(uint16_t half, int both, float scale) { return from_half(half) - (both ? 8 * scale : 0); }
+
+/* Scales and minima [count, heads] of the first `count` keys, where each key and head has its own. */
+static void fetch_tokens(const Side *side, int64_t head, int64_t heads, const Keys *keys, int64_t count, int both,
+                         float *scales, float *minima) {
+    uint32_t pairs[heads * CHUNK];
+    for (int64_t i = 0; i < count; i++)
+        memcpy(pairs + i * heads, side->store->params + (keys->slots[i] * side->kv_heads + head) * 2, sizeof *pairs * heads);
+    for (int64_t i = 0; i < count * heads; i++) {
+        scales[i] = scale_of((uint16_t)pairs[i], both);
+        minima[i] = minimum_of((uint16_t)(pairs[i] >> 16), both, scales[i]);
+    }
+}
+
+/* Scales and minima [heads, dim] of a page's channels. */
+static void fetch_channels(const Side *side, int64_t block, int64_t head, int64_t heads, int both, float *scales,
+                           float *minima) {
     const int64_t dim = side->dim;
-    for (int64_t i = 0; i < keys->count; i++) {
-        const int64_t first = keys->slots[i] * side->kv_heads + head;
-        for (int64_t h = 0; h < heads; h++) {
-            const uint8_t *row = (const uint8_t *)side->store->data + (first + h) * dim;
-            const uint16_t *params = side->store->params + (first + h) * 2;
-            float *out = to + (h * CHUNK + i) * padded(dim);
-            clear_end(out, dim);
-            if (side->type == I8) read_codes(row, dim, from_half(params[0]), from_half(params[1]), out);
-            else read_e4m3(row, dim, out);
+    for (int64_t h = 0; h < heads; h++, scales += dim, minima += dim) {
+        const uint16_t *params = side->store->params + (block * side->kv_heads + head + h) * 2 * dim;
+        for (int64_t d = 0; d < dim; d++) {
+            scales[d] = scale_of(params[d], both);
+            minima[d] = minimum_of(params[dim + d], both, scales[d]);
         }
     }
 }
 
-/* Scales (times `factor`) and minima of a page's channels as floats [dim]. */
-static void fetch_channels(const Side *side, int64_t block, int64_t head, float factor, float *scales, float *minima) {
-    const int64_t dim = side->dim;
-    const uint16_t *params = side->store->params + (block * side->kv_heads + head) * 2 * dim;
-    for (int64_t d = 0; d < dim; d++) {
-        scales[d] = factor * from_half(params[d]);
-        minima[d] = from_half(params[dim + d]);
+static void gather_bytes(const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {
+    const int64_t dim = side->dim, whole = dim / PIECE * PIECE;
+    float scales[heads * CHUNK], minima[heads * CHUNK];
+    if (side->type == I8) fetch_tokens(side, head, heads, keys, keys->count, 0, scales, minima);
+    for (int64_t i = 0; i < keys->count; i++) {
+        const uint8_t *row = (const uint8_t *)side->store->data + (keys->slots[i] * side->kv_heads + head) * dim;
+        for (int64_t h = 0; h < heads; h++, row += dim) {
+            const float *scale = scales + i * heads + h, *minimum = minima + i * heads + h;
+            float *out = to + (h * CHUNK + i) * padded(dim);
+            if (side->type == F8) read_e4m3(row, dim, out);
+            else {
+                for (int64_t d = 0; d < whole; d += PIECE) scale_codes(0, row + d, PIECE, scale, minimum, out + d);
+                scale_codes(0, row + whole, dim - whole, scale, minimum, out + whole);
+            }
+            clear_end(out, dim);
+        }
     }
-}
-
-/* Half a row of codes: those in the upper halves of bytes (`shift` 4) or in the lower ones; with the lower plane's beside
-   them where there is one; scales and minima of each channel, or one of all. */
-INLINE void unpack(int by_channel, int shift, const uint8_t *restrict upper, const uint8_t *restrict lower, int64_t half,
-                   const float *restrict scales, const float *restrict minima, float *restrict out) {
-    for (int64_t d = 0; d < half; d++) {
-        int32_t code = upper[d] >> shift & 15;
-        if (lower) code = code * 16 + (lower[d] >> shift & 15) - 8;
-        out[d] = (float)code * scales[by_channel ? d : 0] + minima[by_channel ? d : 0];
-    }
-}
-
-INLINE void unpack_halves(int by_channel, const uint8_t *upper, const uint8_t *lower, int64_t half, const float *scales,
-                          const float *minima, float *out) {
-    const int64_t next = by_channel ? half : 0;
-    unpack(by_channel, 0, upper, lower, half, scales, minima, out);
-    unpack(by_channel, 4, upper, lower, half, scales + next, minima + next, out + half);
-}
-
-/* One head's row in a slot. */
-static void unpack_row(const Side *side, int64_t row, const uint8_t *lower, const float *scales, const float *minima,
-                       float *out) {
-    const int64_t half = side->dim / 2;
-    const uint8_t *upper = (const uint8_t *)side->store->data + row * half;
-    const uint16_t *params = side->store->params + row * 2;
-    const float scale = side->by_channel ? 0 : from_half(params[0]) * (lower ? 1.0f / 16 : 1);
-    const float minimum = side->by_channel ? 0 : from_half(params[1]);
-    if (side->by_channel && lower) unpack_halves(1, upper, lower + row * half, half, scales, minima, out);
-    else if (side->by_channel) unpack_halves(1, upper, NULL, half, scales, minima, out);
-    else if (lower) unpack_halves(0, upper, lower + row * half, half, &scale, &minimum, out);
-    else unpack_halves(0, upper, NULL, half, &scale, &minimum, out);
 }
 
 /* One head's row of an open page. */
@@ -101,24 +111,42 @@ static void widen_row(const uint16_t *restrict row, int64_t dim, float *restrict
     for (int64_t d = 0; d < dim; d++) out[d] = from_bf16(row[d]);
 }
 
-static void gather_pages(const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {
-    const int64_t dim = side->dim, width = padded(dim);
-    const uint8_t *lower = side->pages->draft ? NULL : side->store->lower;
-    float scales[heads * dim], minima[heads * dim];
+INLINE void unpack_pages(int by_channel, int both, const Side *side, int64_t head, int64_t heads, const Keys *keys,
+                         float *to) {
+    const int64_t dim = side->dim, half = dim / 2, whole = half / PIECE * PIECE, params = heads * (by_channel ? dim : CHUNK);
+    float scales[params], minima[params];
     int64_t block = -1;
-    for (int64_t i = 0; i < keys->count; i++) {
+    if (!by_channel) fetch_tokens(side, head, heads, keys, keys->settled, both, scales, minima);
+    for (int64_t i = 0; i < keys->settled; i++) {
         const int64_t row = keys->slots[i] * side->kv_heads + head, in = keys->slots[i] / side->pages->block_size;
-        if (side->by_channel && i < keys->settled && in != block)
-            for (int64_t h = 0; h < heads; h++)
-                fetch_channels(side, in, head + h, lower ? 1.0f / 16 : 1, scales + h * dim, minima + h * dim);
+        if (by_channel && in != block) fetch_channels(side, in, head, heads, both, scales, minima);
         block = in;
         for (int64_t h = 0; h < heads; h++) {
-            float *out = to + (h * CHUNK + i) * width;
+            const int64_t at = by_channel ? h * dim : i * heads + h;
+            const uint8_t *upper = (const uint8_t *)side->store->data + (row + h) * half;
+            const uint8_t *lower = both ? side->store->lower + (row + h) * half : NULL;
+            float *out = to + (h * CHUNK + i) * padded(dim);
+            for (int64_t d = 0; d < whole; d += PIECE)
+                unpack(by_channel, upper, lower, d, PIECE, half, scales + at, minima + at, out);
+            unpack(by_channel, upper, lower, whole, half - whole, half, scales + at, minima + at, out);
             clear_end(out, dim);
-            if (i < keys->settled) unpack_row(side, row + h, lower, scales + h * dim, minima + h * dim, out);
-            else widen_row(side->store->open + (row + h) * dim, dim, out);
         }
     }
+}
+
+static void gather_pages(const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {
+    const int64_t dim = side->dim;
+    const int both = side->store->lower && !side->pages->draft;
+    if (side->by_channel && both) unpack_pages(1, 1, side, head, heads, keys, to);
+    else if (side->by_channel) unpack_pages(1, 0, side, head, heads, keys, to);
+    else if (both) unpack_pages(0, 1, side, head, heads, keys, to);
+    else unpack_pages(0, 0, side, head, heads, keys, to);
+    for (int64_t i = keys->settled; i < keys->count; i++)
+        for (int64_t h = 0; h < heads; h++) {
+            float *out = to + (h * CHUNK + i) * padded(dim);
+            widen_row(side->store->open + (keys->slots[i] * side->kv_heads + head + h) * dim, dim, out);
+            clear_end(out, dim);
+        }
 }
 
 void gather(const Side *side, int64_t head, int64_t heads, const Keys *keys, float *to) {

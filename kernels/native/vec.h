@@ -80,7 +80,8 @@ INLINE vf odd_half(vu words, int type) { return type == BF16 ? (vf)(words & 0xff
 INLINE void to_order(int type, const float *x, int64_t n, float scale, float *to) {
     for (int64_t k = 0; k < n; k += 2 * LANES, to += 2 * LANES) {
         float part[2 * LANES] = {0};
-        memcpy(part, x + k, sizeof(float) * smaller(2 * LANES, n - k));
+        if (n - k >= 2 * LANES) memcpy(part, x + k, sizeof part); /* of a length that the compiler knows */
+        else memcpy(part, x + k, sizeof(float) * (n - k));
         for (int i = 0; i < LANES; i++) {
             to[i] = scale * part[type == F32 ? i : 2 * i];
             to[LANES + i] = scale * part[type == F32 ? LANES + i : 2 * i + 1];
@@ -96,7 +97,8 @@ INLINE void from_order(int type, const float *x, int64_t n, float scale, float *
             part[type == F32 ? i : 2 * i] = scale * x[i];
             part[type == F32 ? LANES + i : 2 * i + 1] = scale * x[LANES + i];
         }
-        memcpy(to + k, part, sizeof(float) * smaller(2 * LANES, n - k));
+        if (n - k >= 2 * LANES) memcpy(to + k, part, sizeof part);
+        else memcpy(to + k, part, sizeof(float) * (n - k));
     }
 }
 

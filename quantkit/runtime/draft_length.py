@@ -23,18 +23,15 @@ known to all requests of an engine, and a new one starts with the latest request
 Times come from outside, so that every decision is a function of what was noted.
 """
 
-import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from quantkit.runtime.costs import ORDINARY_BACKLOG, Costs
+from quantkit.runtime.draft_record import FIRST_PAUSE, Record, best_length
 from quantkit.runtime.sequence import Sequence, Status
 
 #: Longest draft; with the token before it, what the decode graphs of a GPU take (`graphs.MAX_QUERY_LEN`).
 MOST_DRAFTED = 15
-
-#: A length must promise this much more speed than none.
-_MARGIN = 1.03
 
 #: What may be lost: a share of the time of plain steps, and as many of them at once.
 _SHARE, _START = 0.02, 1.0
@@ -45,73 +42,22 @@ _MOST_CHARGED = 2
 #: Tokens of a probe. While the cost of drafts is unknown, one.
 _PROBE = 2
 
-#: Steps before a probe: at first, at most, and at most for a new request.
-_FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_INHERITED = 8, 512, 64
+#: Steps before a probe at most, and at most for a new request.
+_LONGEST_PAUSE, _LONGEST_INHERITED = 512, 64
+
+#: Steps between looks at whether drafts have come to pay: a look costs half a percent of a short step.
+_LOOK = 4
 
 #: After this many steps with drafts comes one without, so that the cost of a plain step stays known.
 _STREAK = 32
-
-#: What older outcomes count after each token that was judged: the last 25 or so have the say.
-_FADE = 0.96
 
 #: Tokens that a new request's rate counts for.
 _PRIOR = 4.0
 
 
-def best_length(rate: float, seconds: SequenceOf[float]) -> int:
-    """The draft length that gives the most tokens a second; 0 where none is faster than no draft by a margin.
-
-    Args:
-        rate: probability that a draft token is accepted.
-        seconds: of a step with drafts of 0, 1, 2, ... tokens.
-    """
-    best, most, tokens = 0, _MARGIN, 1.0
-    for length in range(1, len(seconds)):
-        tokens += rate**length
-        gain = tokens * seconds[0] / seconds[length]
-        if gain > most:
-            best, most = length, gain
-    return best
-
-
-@dataclass
-class Record:
-    """A request's recent drafts.
-
-    Attributes:
-        accepted, judged: tokens accepted; tokens accepted or rejected, those behind a rejected one left out. Both fade.
-        pause: steps between probes.
-        waited: steps since the last draft.
-        balance: seconds gained and allowed to be lost, less those lost.
-    """
-
-    accepted: float
-    judged: float
-    pause: int = _FIRST_PAUSE
-    waited: int = 0
-    balance: float = 0.0
-
-    @property
-    def rate(self) -> float:
-        """Probability that a token is accepted."""
-        return self.accepted / self.judged
-
-    @property
-    def hope(self) -> float:
-        """That probability if the tokens so far were unlucky, by one standard deviation."""
-        return min(self.rate + math.sqrt(self.rate * (1 - self.rate) / self.judged), 1.0)
-
-    def note(self, drafted: int, accepted: int) -> None:
-        """Add a draft of which the first `accepted` tokens were accepted."""
-        judged = min(accepted + 1, drafted)
-        self.accepted = _FADE**judged * self.accepted + accepted
-        self.judged = _FADE**judged * self.judged + judged
-        self.waited = 0
-
-
 @dataclass(frozen=True)
 class Round:
-    """What came of a step.
+    """What came of a step with drafts, or with prompts beside.
 
     Attributes:
         outcomes: of every sequence that decoded: tokens drafted, and of these accepted.
@@ -151,23 +97,31 @@ class AdaptiveLength:
             running: sequences that decode.
             backlog: what its drafter must catch up on, in tokens.
         """
-        seconds, record = self._seconds(running), self._record(sequence)
+        record = self._record(sequence)
         record.waited += 1
-        if not seconds or self._streak >= _STREAK:
+        record.rest -= 1
+        if record.rest > 0 or self._streak >= _STREAK:
             return 0
-        # Were all to draft alike.
-        covered = seconds[0] * (1 + _START) + min(self._common.balance, running * record.balance)
+        seconds = self._seconds(running)
+        if not seconds:
+            return 0
         length = best_length(record.rate, seconds)
         if not length and (record.waited > record.pause or best_length(record.hope, seconds)):
             length = _PROBE if self.costs.drafts.samples else 1
+        if not length:
+            record.rest = _LOOK
+        # Were all to draft alike.
+        covered = seconds[0] * (1 + _START) + min(self._common.balance, running * record.balance)
         while length and seconds[length] > covered:
             length -= 1
+            if not length:  # Each plain step covers a little more.
+                record.rest = min(int((seconds[1] - covered) / (_SHARE * seconds[0])), _LOOK)
         catching_up = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0), seconds[0])
         rest = (sequence.limit - len(sequence.tokens)) * seconds[0]
         return length if catching_up <= _SHARE * rest else 0
 
     def note(self, step: Round) -> None:
-        """Add a step."""
+        """Add a step that is not plain, see `note_plain`."""
         running, longest = len(step.outcomes), max(drafted for drafted, _ in step.outcomes.values())
         if longest:
             self._judge(step.outcomes, running)
@@ -181,6 +135,23 @@ class AdaptiveLength:
             self.costs.note_draft(drafting, longest, step.backlog, step.draft_seconds)
         self._streak = self._streak + 1 if longest else 0
         self._common.waited += 1
+
+    def note_plain(self, sequences: SequenceOf[Sequence], seconds: float) -> float | None:
+        """Add a step in which these sequences decoded, nothing else was computed and nothing drafted.
+
+        Returns:
+            What such a step took before; None while that is unknown.
+        """
+        running = len(sequences)
+        plain = self.costs.step(running)
+        if plain is not None:
+            for sequence in sequences:
+                self._record(sequence).balance += _SHARE * plain / running
+            self._common.balance += _SHARE * plain
+        self.costs.steps.note(running, seconds)
+        self._streak = 0
+        self._common.waited += 1
+        return plain
 
     def released(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended; one that was preempted comes back."""
@@ -197,7 +168,7 @@ class AdaptiveLength:
                 record.note(drafted, accepted)
                 self._common.note(drafted, accepted)
                 if accepted == drafted and best_length(1.0, seconds):
-                    record.waited, record.pause = record.pause, _FIRST_PAUSE  # It is worth another look at once.
+                    record.waited, record.pause = record.pause, FIRST_PAUSE  # It is worth another look at once.
                 elif probed:
                     record.pause = min(2 * record.pause, _LONGEST_PAUSE)
                 self._common.pause = record.pause

@@ -27,7 +27,9 @@ class Speculation:
         """
         self._proposer, self._draft_len, self._kv, self._token_budget = proposer, draft_len, kv, token_budget
         self._adaptive = AdaptiveLength() if draft_len is None else None
-        #: This step's drafts that are not empty, and what their proposers caught up on beyond the ordinary, in tokens.
+        #: This step's sequences that decode, their drafts that are not empty, and what the proposer caught up on for these
+        #: beyond the ordinary, in tokens.
+        self._decoding: list[Sequence] = []
         self._drafts: dict[Sequence, Draft] = {}
         self._backlog = 0
         self._tally = Tally()
@@ -39,23 +41,23 @@ class Speculation:
 
     def reserve(self, scheduled: SequenceOf[Scheduled]) -> dict[Sequence, int]:
         """Room for drafts behind the sequences that decode, and how long each may be."""
-        self._drafts, self._backlog = {}, 0
         if self._proposer is None:
             return {}
+        self._drafts, self._backlog = {}, 0
+        self._decoding = [entry.sequence for entry in scheduled if entry.sequence.decodes]
+        wanted = {sequence: length for sequence in self._decoding if (length := self._wanted(sequence))}
         lengths: dict[Sequence, int] = {}
-        spare = self._token_budget - sum(entry.num_tokens for entry in scheduled)
-        decoding = [entry.sequence for entry in scheduled if entry.sequence.decodes]
-        for sequence in decoding:
-            backlog = self._proposer.backlog(sequence)
+        spare = self._token_budget - sum(entry.num_tokens for entry in scheduled) if wanted else 0
+        for sequence, length in wanted.items():
             # A step adds one token more than it accepts: the last one before the limit needs no draft.
             most = min(spare, sequence.limit - len(sequence.tokens) - 1, self._kv.capacity - sequence.num_held - 1)
-            length = min(self._wanted(sequence, len(decoding), backlog), most)
+            length = min(length, most)
             while length > 0 and not self._kv.extend(sequence, 1 + length):
                 length -= 1
             if length > 0:
                 lengths[sequence] = length
                 spare -= length
-                self._backlog += max(backlog - ORDINARY_BACKLOG, 0)
+                self._backlog += max(self._proposer.backlog(sequence) - ORDINARY_BACKLOG, 0)
         return lengths
 
     def propose(self, scheduled: list[Scheduled], lengths: dict[Sequence, int]) -> list[Scheduled]:
@@ -85,25 +87,12 @@ class Speculation:
         """
         if self._proposer is None:
             return
-        decoding = {each.sequence for each in scheduled if each.num_tokens == each.num_logits == 1 + len(each.draft.tokens)}
-        pure = len(decoding) == len(scheduled)
-        outcomes = {
-            each: (len(self._drafts.get(each, Draft()).tokens), len(got) - 1) for each, got in chosen if each in decoding
-        }
-        longest = max((drafted for drafted, _ in outcomes.values()), default=0)
-        self._tally.time(longest, draft_seconds, seconds, pure=pure and not self._backlog)
-        for drafted, accepted in outcomes.values():
-            self._tally.count(drafted, accepted)
-        if self._adaptive is None:
+        if self._drafts or len(self._decoding) < len(scheduled):
+            self._judge(scheduled, chosen, draft_seconds, seconds)
             return
-        plain = self._adaptive.costs.step(len(outcomes)) if pure and outcomes else None
-        if plain is not None:
-            tokens = sum(1 + accepted for _, accepted in outcomes.values())
-            self._tally.compare(draft_seconds + seconds, plain * tokens / len(outcomes), drafted=longest > 0)
-        if outcomes:
-            self._adaptive.note(Round(outcomes, self._backlog, draft_seconds, seconds if pure else None))
-        if not pure and not longest:
-            self._adaptive.costs.note_prompt(sum(entry.num_tokens for entry in scheduled), seconds)
+        # Most steps are like this where drafts do not pay, and what is done beside them is slower generation.
+        plain = None if self._adaptive is None else self._adaptive.note_plain(self._decoding, seconds)
+        self._tally.plain(draft_seconds, seconds, plain)
 
     def settle(self, sequence: Sequence, accepted: int) -> None:
         """A sequence has the first tokens of its draft for good, if it had one: room for the others is given back."""
@@ -121,11 +110,39 @@ class Speculation:
         if self._adaptive is not None:
             self._adaptive.released(sequence)
 
-    def _wanted(self, sequence: Sequence, running: int, backlog: int) -> int:
+    def _judge(
+        self,
+        scheduled: SequenceOf[Scheduled],
+        chosen: SequenceOf[tuple[Sequence, list[Sample]]],
+        draft_seconds: float,
+        seconds: float,
+    ) -> None:
+        """`verified` of a step with drafts, or with prompts beside."""
+        pure = len(self._decoding) == len(scheduled)
+        drafted = {sequence: len(draft.tokens) for sequence, draft in self._drafts.items()}
+        following = dict(chosen)
+        outcomes = {each: (drafted.get(each, 0), len(following[each]) - 1) for each in self._decoding if each in following}
+        longest = max(drafted.values(), default=0)
+        self._tally.time(longest, draft_seconds, seconds, pure=pure and not self._backlog)
+        for count, accepted in outcomes.values():
+            self._tally.count(count, accepted)
+        if self._adaptive is None:
+            return
+        plain = self._adaptive.costs.step(len(outcomes)) if pure and outcomes else None
+        if plain is not None:
+            tokens = sum(1 + accepted for _, accepted in outcomes.values())
+            self._tally.compare(draft_seconds + seconds, plain * tokens / len(outcomes))
+        if outcomes:
+            self._adaptive.note(Round(outcomes, self._backlog, draft_seconds, seconds if pure else None))
+        if not pure and not longest:
+            self._adaptive.costs.note_prompt(sum(entry.num_tokens for entry in scheduled), seconds)
+
+    def _wanted(self, sequence: Sequence) -> int:
         if self._adaptive is None:
             assert self._draft_len is not None
             return self._draft_len
-        return self._adaptive.length(sequence, running, backlog)
+        assert self._proposer is not None
+        return self._adaptive.length(sequence, len(self._decoding), self._proposer.backlog(sequence))
 
 
 def _with_draft(entry: Scheduled, draft: Draft) -> Scheduled:

@@ -41,6 +41,11 @@ class _Compared:
     seconds: float = 0.0
     undisturbed: float = 0.0
 
+    def add(self, seconds: float, undisturbed: float) -> None:
+        """Add a step."""
+        self.seconds += seconds
+        self.undisturbed += undisturbed
+
 
 @dataclass
 class Tally:
@@ -54,8 +59,9 @@ class Tally:
     _pure_verify_seconds: float = 0.0
     _draft_steps: int = 0
     _verify_steps: int = 0
-    #: Of steps without and with drafts.
-    _compared: dict[bool, _Compared] = field(default_factory=lambda: {False: _Compared(), True: _Compared()})
+    #: Steps without and with drafts.
+    _plain: _Compared = field(default_factory=_Compared)
+    _drafted: _Compared = field(default_factory=_Compared)
 
     def count(self, drafted: int, accepted: int) -> None:
         """Add a draft of `drafted` tokens, of which the first `accepted` were accepted."""
@@ -82,11 +88,20 @@ class Tally:
             self._draft_steps += longest
             self._verify_steps += 1
 
-    def compare(self, seconds: float, undisturbed: float, *, drafted: bool) -> None:
-        """Add a decoding step's time, and what its tokens take in steps without drafts where nothing disturbs these."""
-        part = self._compared[drafted]
-        part.seconds += seconds
-        part.undisturbed += undisturbed
+    def plain(self, draft_seconds: float, seconds: float, undisturbed: float | None) -> None:
+        """Add a decoding step without drafts.
+
+        Args:
+            draft_seconds, seconds: as for `time`.
+            undisturbed: what such a step takes where nothing disturbs it; None while that is unknown.
+        """
+        self.draft_seconds += draft_seconds
+        if undisturbed is not None:
+            self._plain.add(draft_seconds + seconds, undisturbed)
+
+    def compare(self, seconds: float, undisturbed: float) -> None:
+        """Add the time of a decoding step with drafts, and what its tokens take in undisturbed steps without."""
+        self._drafted.add(seconds, undisturbed)
 
     def stats(self) -> SpeculationStats:
         """The numbers so far."""
@@ -106,7 +121,7 @@ class Tally:
         )
 
     def _speed_up(self) -> float | None:
-        plain, drafted = self._compared[False], self._compared[True]
+        plain, drafted = self._plain, self._drafted
         if not plain.undisturbed:
             return None
         # Steps with drafts were disturbed as those without were.

@@ -9,7 +9,8 @@ import pytest
 from sequences import sequence
 
 from quantkit.runtime.costs import Costs, Curve
-from quantkit.runtime.draft_length import MOST_DRAFTED, AdaptiveLength, Round, best_length
+from quantkit.runtime.draft_length import MOST_DRAFTED, AdaptiveLength, Round
+from quantkit.runtime.draft_record import best_length
 from quantkit.runtime.sequence import Sequence, Status
 
 PLAIN = 0.01
@@ -80,7 +81,11 @@ def run_batch(policy: AdaptiveLength, accepts: list[Accepts], tokens: int, machi
         longest, rows = max(drafted for drafted, _ in outcomes.values()), running
         rows += sum(drafted for drafted, _ in outcomes.values())
         drafting, verifying = longest * machine.draft, machine.step(rows)
-        policy.note(Round(outcomes, 0, machine.measured(drafting), machine.measured(verifying)))
+        draft_seconds, seconds = machine.measured(drafting), machine.measured(verifying)
+        if longest:
+            policy.note(Round(outcomes, 0, draft_seconds, seconds))
+        else:
+            policy.note_plain(texts, seconds)
         made = running + sum(accepted for _, accepted in outcomes.values())
         out.add(drafting + verifying, made * machine.step(running) / running, longest)
         for text, (_, accepted) in outcomes.items():
