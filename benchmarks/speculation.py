@@ -1,13 +1,14 @@
-"""Speculative generation against none, on texts that suit it and texts that do not: one request at a time, one process.
+"""Speculative generation against none, on texts that suit it and texts that do not: one request a mode, one process.
 
-    tok/s       (tokens - 1) / (end - first token), the median of the repeats
+    tok/s       tokens behind the first / seconds of the steps that made them, the median of the repeats
     speed-up    tok/s over that of the `off` beside it, the median of the repeats (and their quartiles)
     accepted    drafted tokens that were accepted
     tokens/draft  tokens that a verified draft gave, the one behind it included
     cost        seconds of a draft step / seconds of a step that verifies
 
-Modes run in turn, repeat by repeat (two at least), back and forth, so that a machine that slows down slows all of them; every
-run starts with an engine that has learned nothing. `same` says whether the tokens are those of `off`, as they must be.
+All modes generate at once, each from a model of its own, and step in turn: whichever has the fewest tokens is next. A machine
+that slows down, for a second or for a minute, slows all of them alike. Every repeat starts with engines that have learned
+nothing. `same` says whether the tokens are those of `off`, as they must be.
 
 Texts: `repetitive` continues a table, `ordinary` continues prose, both greedily; `random` goes on with random digits, sampled
 from the ten likeliest tokens, so that every pair of tokens has occurred before and says nothing about the next.
@@ -16,14 +17,16 @@ usage: python -m benchmarks.speculation [--model demo] [--draft MODEL | --qspec 
            [--repeats 5] [--context TOKENS] [--json FILE]
 
 Without --draft: prompt lookup. A draft model is any artifact with the model's tokenizer. With --qspec the model, an artifact,
-drafts for itself with activations of so many bits; with --quantspec from the upper half of an int4+4 cache, as `off` has.
+drafts for itself with activations of so many bits; with --quantspec from the upper half of an int4+4 cache, which `off` has,
+too: `default KV` is without drafts and with the cache that there is without --quantspec, whose tokens may be others.
 With --context, instead of the three texts, the `long` one: the built-in text up to there, which goes on greedily.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -40,8 +43,11 @@ from quantkit.runtime.request import Request, SamplingParams
 from quantkit.runtime.speculate import open_speculating
 from quantkit.runtime.tally import SpeculationStats
 
-#: Name -> draft length; None is auto, 0 is off.
-MODES: dict[str, int | None] = {"off": 0, "fixed 4": 4, "auto": None}
+#: Modes with drafts -> their length; None is auto.
+MODES: dict[str, int | None] = {"fixed 4": 4, "auto": None}
+
+#: A model, and what makes a proposer for each engine that runs it.
+Opened = tuple[PagedModel, Callable[[], Proposer] | None]
 
 TABLE = "".join(
     f"| {number} | sensor-{number % 4} | status: nominal | temperature: 21.5 C | humidity: 40% |\n" for number in range(1, 9)
@@ -81,32 +87,72 @@ class Measured:
         )
 
 
-def run(model: PagedModel, drafter: Callable[[], Proposer], mode: str, request: Request) -> tuple[float, list[int], Engine]:
-    """Tokens/s, the tokens, and the engine that made them."""
-    config = EngineConfig(max_batch=1, prefix_caching=False, draft_len=MODES[mode] or None)
-    engine = Engine(model, config, proposer=None if mode == "off" else drafter())
-    (output,) = engine.generate([request])
-    first, finished = output.timing.first_token, output.timing.finished
-    assert first is not None
-    assert finished is not None
-    return (len(output.token_ids) - 1) / (finished - first), output.token_ids, engine
+class Stream:
+    """One mode's text as it grows.
+
+    Attributes:
+        engine: which makes it, and nothing else.
+        tokens: so far.
+        seconds: of the steps behind the one that gave the first.
+    """
+
+    def __init__(self, model: PagedModel, proposer: Proposer | None, draft_len: int | None, request: Request) -> None:
+        config = EngineConfig(max_batch=1, prefix_caching=False, draft_len=draft_len)
+        self.engine = Engine(model, config, proposer=proposer)
+        self.tokens: list[int] = []
+        self.seconds = 0.0
+        self.engine.add(request)
+        while not self.tokens:
+            self._step()
+
+    def advance(self) -> None:
+        """One step more."""
+        started = time.perf_counter()
+        self._step()
+        self.seconds += time.perf_counter() - started
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return (len(self.tokens) - 1) / self.seconds
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            if output.error is not None:
+                raise output.error
+            self.tokens += output.token_ids
 
 
-def measure(model: PagedModel, drafter: Callable[[], Proposer], text: str, request: Request, repeats: int) -> list[Measured]:
+def run(opened: Mapping[str, Opened], request: Request) -> dict[str, Stream]:
+    """A text of each mode, all at once."""
+    streams = {
+        mode: Stream(model, drafter() if drafter else None, MODES.get(mode), request)
+        for mode, (model, drafter) in opened.items()
+    }
+    waiting = list(streams.values())
+    while waiting:
+        # Of several that have as few, the one that has waited longest.
+        stream = min(waiting, key=lambda each: len(each.tokens))
+        waiting.remove(stream)
+        stream.advance()
+        if stream.engine.has_work:
+            waiting.append(stream)
+    return streams
+
+
+def measure(opened: Mapping[str, Opened], text: str, request: Request, repeats: int) -> list[Measured]:
     """All modes on one text; the first run of all warms up."""
-    run(model, drafter, "fixed 4", request)
-    runs: dict[str, list[tuple[float, list[int], Engine]]] = {mode: [] for mode in MODES}
-    for repeat in range(repeats):
-        for mode in list(MODES)[:: -1 if repeat % 2 else 1]:
-            runs[mode].append(run(model, drafter, mode, request))
+    run(opened, request)
+    runs = [run(opened, request) for _ in range(repeats)]
     measured = []
-    for mode, found in runs.items():
-        rate = statistics.median(each for each, _, _ in found)
-        ratios = [each / plain for (each, _, _), (plain, _, _) in zip(found, runs["off"], strict=True)]
-        low, speed_up, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        same = all(tokens == runs["off"][0][1] for _, tokens, _ in found)
-        middle = min(found, key=lambda each: abs(each[0] - rate))
-        measured.append(Measured(text, mode, rate, speed_up, (low, high), same, middle[2].stats.speculation))
+    for mode in opened:
+        rate = statistics.median(each[mode].rate for each in runs)
+        low, speed_up, high = statistics.quantiles(
+            (each[mode].rate / each["off"].rate for each in runs), n=4, method="inclusive"
+        )
+        same = all(each[mode].tokens == runs[0]["off"].tokens for each in runs)
+        middle = min((each[mode] for each in runs), key=lambda stream: abs(stream.rate - rate))
+        measured.append(Measured(text, mode, rate, speed_up, (low, high), same, middle.engine.stats.speculation))
     return measured
 
 
@@ -122,6 +168,15 @@ def requests(folder: Path, tokens: int, context: int | None = None) -> dict[str,
         "ordinary": Request(encode(PROSE)["input_ids"], greedy),
         "random": Request(encode("".join(Random(1).choices("0123456789", k=128)))["input_ids"], hot),
     }
+
+
+def open_modes(folder: Path, device: torch.device, cache: CacheOptions, options: argparse.Namespace) -> dict[str, Opened]:
+    """Mode -> its model; `off` first."""
+    words, bits = speculation(options), options.qspec or 8
+    opened: dict[str, Opened] = {"off": (open_speculating(folder, device, cache, words, bits)[0], None)}
+    if options.quantspec:
+        opened["default KV"] = open_speculating(folder, device, cache, "off")
+    return opened | {mode: open_speculating(folder, device, cache, words, bits) for mode in MODES}
 
 
 def speculation(options: argparse.Namespace) -> str:
@@ -147,12 +202,11 @@ def main() -> None:
     folder, device = locate(options.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # The three texts have fewer than 512 tokens.
     cache = CacheOptions(max_batch=1, max_model_len=(options.context or 512) + options.tokens)
-    model, drafter = open_speculating(folder, device, cache, speculation(options), options.qspec or 8)
-    assert drafter is not None
+    opened = open_modes(folder, device, cache, options)
     print("text | mode | tok/s | speed-up | accepted | tokens/draft | cost | same")
     measured: list[Measured] = []
     for text, request in requests(folder, options.tokens, options.context).items():
-        found = measure(model, drafter, text, request, options.repeats)
+        found = measure(opened, text, request, options.repeats)
         measured += found
         print("\n".join(each.row() for each in found), flush=True)
     result = json.dumps([asdict(each) for each in measured], indent=2)
