@@ -26,7 +26,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -40,14 +40,11 @@ from quantkit.runtime.engine import Engine, EngineConfig
 from quantkit.runtime.paged_model import CacheOptions, PagedModel
 from quantkit.runtime.proposer import Proposer
 from quantkit.runtime.request import Request, SamplingParams
-from quantkit.runtime.speculate import open_speculating
+from quantkit.runtime.speculate import Opened, open_speculating
 from quantkit.runtime.tally import SpeculationStats
 
 #: Modes with drafts -> their length; None is auto.
 MODES: dict[str, int | None] = {"fixed 4": 4, "auto": None}
-
-#: A model, and what makes a proposer for each engine that runs it.
-Opened = tuple[PagedModel, Callable[[], Proposer] | None]
 
 TABLE = "".join(
     f"| {number} | sensor-{number % 4} | status: nominal | temperature: 21.5 C | humidity: 40% |\n" for number in range(1, 9)
@@ -126,8 +123,8 @@ class Stream:
 def run(opened: Mapping[str, Opened], request: Request) -> dict[str, Stream]:
     """A text of each mode, all at once."""
     streams = {
-        mode: Stream(model, drafter() if drafter else None, MODES.get(mode), request)
-        for mode, (model, drafter) in opened.items()
+        mode: Stream(model, new_proposer() if new_proposer else None, MODES.get(mode), request)
+        for mode, (model, new_proposer, _) in opened.items()
     }
     waiting = list(streams.values())
     while waiting:
@@ -173,7 +170,7 @@ def requests(folder: Path, tokens: int, context: int | None = None) -> dict[str,
 def open_modes(folder: Path, device: torch.device, cache: CacheOptions, options: argparse.Namespace) -> dict[str, Opened]:
     """Mode -> its model; `off` first."""
     words, bits = speculation(options), options.qspec or 8
-    opened: dict[str, Opened] = {"off": (open_speculating(folder, device, cache, words, bits)[0], None)}
+    opened: dict[str, Opened] = {"off": open_speculating(folder, device, cache, words, bits)._replace(new_proposer=None)}
     if options.quantspec:
         opened["default KV"] = open_speculating(folder, device, cache, "off")
     return opened | {mode: open_speculating(folder, device, cache, words, bits) for mode in MODES}

@@ -79,7 +79,7 @@ def generate(
     given = [Located(prompt)] if prompt is not None else read_prompts(prompts) if prompts is not None else []
     session = engine.open(model)
     if not quiet:
-        typer.echo(tables.kv_plan(session.model.cache), err=True)
+        typer.echo(tables.kv_plan(session.model.cache, session.draft_cache), err=True)
     constraint = None if schema is None else session.grammars.compile(schema)
     requests = []
     for each in given:

@@ -49,7 +49,7 @@ def serve(
         typer.echo(f"warning: everybody who reaches {host}:{port} can use this server; set --api-key", err=True)
     session = engine.open(model)
     if not quiet:
-        typer.echo(tables.kv_plan(session.model.cache), err=True)
+        typer.echo(tables.kv_plan(session.model.cache, session.draft_cache), err=True)
     name = served_model_name or Path(model).name
     config = ServerConfig(name, engine.max_batch, max_waiting, request_timeout, size, api_key)
     run(create_app(session, config), host, port, quiet=quiet)

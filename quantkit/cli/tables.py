@@ -161,11 +161,16 @@ def speed_table(reports: list[SpeedReport]) -> Table:
     return table
 
 
-def kv_plan(cache: KVCache) -> str:
-    """One line about the memory of a model that is about to run."""
+def kv_plan(cache: KVCache, draft: KVCache | None = None) -> str:
+    """A line about the memory of a model that is about to run, and one about its draft model's."""
+    caches = {"": cache} if draft is None else {"": cache, " of the draft model": draft}
+    return "\n".join(_kv_plan(each, of) for of, each in caches.items())
+
+
+def _kv_plan(cache: KVCache, of: str) -> str:
     pages = f", {size(cache.open_bytes)} of it open pages" if cache.open_bytes else ""
     tokens = f"{cache.num_tokens:,} tokens of {cache.bytes_per_token:,.0f} bytes"
-    return f"KV cache {cache.format.name}: {size(cache.nbytes)} for {tokens}{pages}"
+    return f"KV cache {cache.format.name}{of}: {size(cache.nbytes)} for {tokens}{pages}"
 
 
 def generated(summary: Summary) -> str:

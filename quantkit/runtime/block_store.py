@@ -85,8 +85,13 @@ class BlockStore:
         file: behind the memory, or None.
     """
 
-    def __init__(self, blocks: Blocks, offload: Offload) -> None:
+    def __init__(self, blocks: Blocks, offload: Offload, beside: int = 0) -> None:
         """
+        Args:
+            blocks: on the device.
+            offload: where they go.
+            beside: bytes on the device that are taken for other blocks.
+
         Raises:
             ResourceError: no memory, not even for one block, or no file.
         """
@@ -96,7 +101,7 @@ class BlockStore:
         if places <= waiting:
             least = f"{'two blocks' if waiting else 'a block'} of {blocks.block_bytes / 2**20:.2f} MiB"
             raise ResourceError(f"--kv-offload of {offload.memory:,} bytes does not hold {least}; give more")
-        self._memory = HostMemory(blocks, places - waiting)
+        self._memory = HostMemory(blocks, places - waiting, beside)
         self.file = None if offload.folder is None else BlockFile(offload.folder, blocks.block_bytes, waiting)
         self._near, self._far = _Tier(places - waiting), _Tier(0 if self.file is None else self.file.places)
         self._saved = self._fetched = self._dropped = 0

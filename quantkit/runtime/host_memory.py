@@ -41,17 +41,19 @@ class Blocks(Protocol):
 class HostMemory:
     """A fixed number of places for blocks."""
 
-    def __init__(self, blocks: Blocks, places: int) -> None:
-        """
+    def __init__(self, blocks: Blocks, places: int, beside: int = 0) -> None:
+        """`beside`: bytes on the device that are taken for other blocks.
+
         Raises:
             ResourceError: there is not that much memory.
         """
         on_gpu = blocks.device.type == "cuda"
-        # A cache on a CPU still counts as free: nothing has been written to it yet.
-        asked, free = places * blocks.block_bytes, max(0, available_memory() - (0 if on_gpu else blocks.nbytes))
+        # Caches on a CPU still count as free: nothing has been written to them yet.
+        taken = 0 if on_gpu else blocks.nbytes + beside
+        asked, free = places * blocks.block_bytes, max(0, available_memory() - taken)
         if asked > free:
-            beside = "" if on_gpu else " beside the KV cache"
-            found = f"--kv-offload: there are {free / 2**30:.1f} GiB of free memory{beside} and not {asked / 2**30:,.1f}"
+            where = "" if on_gpu else " beside the KV cache"
+            found = f"--kv-offload: there are {free / 2**30:.1f} GiB of free memory{where} and not {asked / 2**30:,.1f}"
             raise ResourceError(f"{found}; ask for less")
         self._blocks = blocks
         self._memory = torch.empty(places, blocks.block_bytes, dtype=torch.uint8, pin_memory=on_gpu)

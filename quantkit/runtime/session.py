@@ -40,7 +40,8 @@ class Summary:
         output_tps: output tokens / seconds.
         decode_tps: mean over samples of (n - 1) / (end - first token); None where no sample has two tokens.
         peak_memory_bytes: largest resident set.
-        kv_memory_bytes, kv_tokens, kv_dtype: the KV cache as it is allocated, the tokens it holds, and how.
+        kv_memory_bytes: KV caches as they are allocated, that of a draft model included.
+        kv_tokens, kv_dtype: tokens that the model's own holds, and how.
         evicted_blocks: KV blocks that sequences dropped to stay within `--kv-budget`.
         offloaded_blocks, fetched_blocks: KV blocks saved by `--kv-offload`, and fetched back instead of computed.
         speculation: what became of drafts; None where there were none.
@@ -73,6 +74,7 @@ class Session:
 
     Attributes:
         model: with its cache.
+        draft_cache: of a draft model, where one drafts.
         tokenizer: of the model.
         engine: which owns the cache.
         eos_token_ids: tokens that end a text.
@@ -103,12 +105,13 @@ class Session:
                 for offloaded blocks.
         """
         started = time.monotonic()
-        self.model, new_proposer = open_speculating(folder, device, cache, speculation, draft_act_bits)
+        self.model, new_proposer, self.draft_cache = open_speculating(folder, device, cache, speculation, draft_act_bits)
         self.load_seconds = time.monotonic() - started
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)
         self.eos_token_ids = _eos_token_ids(checkpoint, self.tokenizer)
-        store = None if offload is None else BlockStore(self.model.cache, offload)
+        beside = 0 if self.draft_cache is None else self.draft_cache.nbytes
+        store = None if offload is None else BlockStore(self.model.cache, offload, beside)
         config = replace(config, eviction=cache.budget.eviction(self.model.block_size))
         proposer = None if new_proposer is None else new_proposer()
         eos = self.eos_token_ids
@@ -189,7 +192,7 @@ class Session:
             output_tps=generated / seconds,
             decode_tps=sum(rates) / len(rates) if rates else None,
             peak_memory_bytes=peak_memory(),
-            kv_memory_bytes=self.model.cache.nbytes,
+            kv_memory_bytes=self.model.cache.nbytes + (self.draft_cache.nbytes if self.draft_cache else 0),
             kv_tokens=self.model.cache.num_tokens,
             kv_dtype=self.model.cache.format.name,
             evicted_blocks=stats.evicted_blocks,

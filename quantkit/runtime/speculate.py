@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,16 +13,31 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.corpus import load_tokenizer
 from quantkit.errors import RequestError
 from quantkit.runtime.draft_model import DraftModel
+from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.ngram import NgramProposer
 from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model, open_with_draft
 from quantkit.runtime.proposer import Proposer
 from quantkit.runtime.self_draft import SelfDraft
 
 
+class Opened(NamedTuple):
+    """A model and who drafts for it.
+
+    Attributes:
+        model: with its cache.
+        new_proposer: makes one for each engine that runs the model; None: nothing drafts.
+        draft_cache: of a draft model.
+    """
+
+    model: PagedModel
+    new_proposer: Callable[[], Proposer] | None
+    draft_cache: KVCache | None = None
+
+
 def open_speculating(
     folder: Path, device: torch.device, cache: CacheOptions, speculation: str, draft_act_bits: int = 8
-) -> tuple[PagedModel, Callable[[], Proposer] | None]:
-    """Load a model, and what makes a new proposer for each engine that runs it; None: nothing drafts.
+) -> Opened:
+    """Load a model and what drafts for it.
 
     Args:
         folder: of the model.
@@ -41,21 +57,21 @@ def open_speculating(
         draft = locate(name)
         _check_tokenizers(folder, draft, speculation)
         model, drafter = open_with_draft(folder, draft, device, cache)
-        return model, lambda: DraftModel(drafter, model.vocab_size)
+        return Opened(model, lambda: DraftModel(drafter, model.vocab_size), drafter.cache)
     if speculation == "qspec":
         if draft_act_bits not in (4, 8):
             raise RequestError(f"--draft-act-bits {draft_act_bits}: activations are rounded to 4 or 8 bits")
         model = open_model(folder, device, cache)
         rounded = model.rounded(draft_act_bits)
-        return model, lambda: SelfDraft(rounded, model.block_size)
+        return Opened(model, lambda: SelfDraft(rounded, model.block_size))
     if speculation == "quantspec":
         if cache.dtype not in ("auto", "int4+4"):
             raise RequestError(f"--spec quantspec: drafts from an int4+4 cache, and --kv-dtype is {cache.dtype}; leave it out")
         model = open_model(folder, device, replace(cache, dtype="int4+4"))
-        return model, lambda: SelfDraft(partial(model.forward, draft=True), model.block_size)
+        return Opened(model, lambda: SelfDraft(partial(model.forward, draft=True), model.block_size))
     if speculation not in ("off", "ngram"):
         raise RequestError(f"--spec {speculation}: no such speculation; use off, ngram, draft:MODEL, qspec or quantspec")
-    return open_model(folder, device, cache), NgramProposer if speculation == "ngram" else None
+    return Opened(open_model(folder, device, cache), NgramProposer if speculation == "ngram" else None)
 
 
 def _check_tokenizers(folder: Path, draft: Path, speculation: str) -> None:

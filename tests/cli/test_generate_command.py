@@ -168,6 +168,11 @@ def test_a_draft_model_shares_the_memory(llama: Path) -> None:
     # Both models store as much a token: of 64 KiB each cache gets a half, which is 42 tokens, so two blocks of 16.
     (found,) = completions(llama, "Hello", *LENGTH, "--spec", f"draft:{llama}", "--kv-memory", "64KiB")
     assert found["finish_reason"] == "length"
+    done = quantkit("generate", llama, "Hello", *LENGTH, "--spec", f"draft:{llama}", "--kv-memory", "64KiB", "--json", "-")
+    sizes = "24.6 kB for 32 tokens of 768 bytes"
+    plan = [f"KV cache float32: {sizes}", f"KV cache float32 of the draft model: {sizes}"]
+    assert done.err.splitlines()[:2] == plan
+    assert json.loads(done.out)["summary"]["kv_memory_bytes"] == 2 * 32 * 768
     line = refused("generate", llama, "x" * 40, *LENGTH, "--spec", f"draft:{llama}", "--kv-memory", "64KiB")
     assert "the prompt has 40 tokens and KV memory holds 32 tokens" in line
 

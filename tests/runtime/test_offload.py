@@ -317,6 +317,8 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path, monkeypatch: py
     BlockStore(model, Offload(10 * model.block_bytes))
     with pytest.raises(QuantkitError, match=r"^--kv-offload: there are 0.0 GiB of free memory beside the KV cache"):
         BlockStore(model, Offload(11 * model.block_bytes))
+    with pytest.raises(QuantkitError, match=r"^--kv-offload: there are 0.0 GiB of free memory beside the KV cache"):
+        BlockStore(model, Offload(10 * model.block_bytes), beside=model.block_bytes)  # a draft model's
     missing = tmp_path / "missing"
     message = f"--kv-offload-dir {missing}: cannot be written to (No such file or directory); name a folder that can"
     with pytest.raises(QuantkitError, match=f"^{re.escape(message)}$"):
