@@ -99,10 +99,10 @@ class EngineLM(TemplateLM):
             assert params.max_tokens is not None
             room = self.max_length + 2 - params.max_tokens
             if room < 1:
-                raise RequestError(
-                    f"the task asks for {params.max_tokens:,} new tokens, the context is {self.max_length + 2:,}; "
-                    "give a longer --max-model-len or another task"
-                )
+                model = self._session.model
+                holds = "the context is" if model.max_model_len == model.context else "free memory holds"
+                found = f"the task asks for {params.max_tokens:,} new tokens and {holds} {model.max_model_len:,}"
+                raise RequestError(f"{found}; choose another task")
             wanted.append(Request(self._cut(self.tok_encode(context), room), params))
         return [output.text for output in self._run("generate_until", wanted)]
 

@@ -200,7 +200,7 @@ def test_a_context_that_is_too_long_loses_its_start(llama: Path, lm: Callable[..
     assert model.truncated == 2
     with pytest.raises(RequestError, match="does not fit"):
         model.loglikelihood(_ask("loglikelihood", ("a", " b" * 40)))
-    with pytest.raises(RequestError, match="asks for 64 new tokens"):
+    with pytest.raises(RequestError, match="asks for 64 new tokens and the context is 64; choose another task"):
         model.generate_until(_ask("generate_until", ("a", {"max_gen_toks": 64})))
 
 
