@@ -105,20 +105,21 @@ class AdaptiveLength:
         seconds = self._seconds(running)
         if not seconds:
             return 0
-        length = best_length(record.rate, seconds)
-        if not length and (record.waited > record.pause or best_length(record.hope, seconds)):
-            length = _PROBE if self.costs.drafts.samples else 1
-        if not length:
+        wanted = best_length(record.rate, seconds)
+        if not wanted and (record.waited > record.pause or best_length(record.hope, seconds)):
+            wanted = _PROBE if self.costs.drafts.samples else 1
+        if not wanted:
             record.rest = _LOOK
+            return 0
         # Were all to draft alike.
         covered = seconds[0] * (1 + _START) + min(self._common.balance, running * record.balance)
-        while length and seconds[length] > covered:
-            length -= 1
-            if not length:  # Each plain step covers a little more.
-                record.rest = min(int((seconds[1] - covered) / (_SHARE * seconds[0])), _LOOK)
+        length = next((each for each in range(wanted, 0, -1) if seconds[each] <= covered), 0)
+        if not length:
+            missing = seconds[1] - covered
+            record.rest = min(int(missing / (_SHARE * seconds[0])), _LOOK)  # Each plain step covers a little of it.
         catching_up = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0), seconds[0])
-        rest = (sequence.limit - len(sequence.tokens)) * seconds[0]
-        return length if catching_up <= _SHARE * rest else 0
+        left = (sequence.limit - len(sequence.tokens)) * seconds[0]
+        return length if catching_up <= _SHARE * left else 0
 
     def note(self, step: Round) -> None:
         """Add a step that is not plain, see `note_plain`."""
