@@ -2,7 +2,8 @@
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ class Measured:
         return Measured(self.sequences.to(device), self.rows.to(device), self.mass.to(device))
 
 
+class Held(NamedTuple):
+    """A sequence's part of the cache: its blocks in the order of their tokens, and how many tokens before and after a step."""
+
+    blocks: Sequence[int]
+    before: int
+    after: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """T new tokens of S sequences.
@@ -45,6 +54,7 @@ class Batch:
         max_query_len: most new tokens of a sequence.
         max_seq_len: most tokens of a sequence.
         measured: sequences whose attention is measured; None: of none.
+        held: of each sequence, on the host; empty where nothing is to be written. True until the step has run.
     """
 
     token_ids: Tensor
@@ -57,14 +67,15 @@ class Batch:
     max_query_len: int
     max_seq_len: int
     measured: Measured | None = None
+    held: Sequence[Held] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; itself where it is there already."""
         if self.token_ids.device == device:
             return self
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         measured = None if self.measured is None else self.measured.to(device)
-        return Batch(**moved, max_query_len=self.max_query_len, max_seq_len=self.max_seq_len, measured=measured)
+        return replace(self, **moved, measured=measured)
 
 
 def build_batch(scheduled: Sequence[Scheduled], block_size: int, measured: Sequence[int] = ()) -> Batch:
@@ -74,6 +85,7 @@ def build_batch(scheduled: Sequence[Scheduled], block_size: int, measured: Seque
     """
     tokens, positions, slots, rows = array("q"), array("q"), array("q"), array("q")
     starts, lengths = array("i", [0]), array("i")
+    parts: list[Held] = []
     for sequence, num_tokens, num_logits, draft, num_scored in scheduled:
         first, stop, blocks = sequence.num_computed, sequence.num_computed + num_tokens, sequence.blocks
         tokens.extend(sequence.tokens[first:stop])
@@ -84,6 +96,7 @@ def build_batch(scheduled: Sequence[Scheduled], block_size: int, measured: Seque
         rows.extend(range(len(tokens) - num_logits - num_scored, len(tokens)))
         starts.append(len(tokens))
         lengths.append(held.stop)
+        parts.append(Held(blocks, held.start, held.stop))
     table = _block_table([entry.sequence.blocks for entry in scheduled])
     return Batch(
         token_ids=torch.frombuffer(tokens, dtype=torch.int64),
@@ -97,6 +110,7 @@ def build_batch(scheduled: Sequence[Scheduled], block_size: int, measured: Seque
         max_query_len=max(entry.num_tokens for entry in scheduled),
         max_seq_len=max(lengths),
         measured=_measured(measured, starts, table.shape[1]) if measured else None,
+        held=parts,
     )
 
 
@@ -109,17 +123,18 @@ def lone_batch(tokens: Tensor, start: int, block_size: int) -> Batch:
         block_size: of the cache.
     """
     stop = start + len(tokens)
-    positions = torch.arange(start, stop)
+    positions, blocks = torch.arange(start, stop), range(-(-stop // block_size))
     return Batch(
         token_ids=tokens,
         positions=positions,
         slot_mapping=positions,
-        block_table=torch.arange(-(-stop // block_size), dtype=torch.int32)[None],
+        block_table=torch.tensor([list(blocks)], dtype=torch.int32),
         query_start=torch.tensor([0, len(tokens)], dtype=torch.int32),
         seq_lens=torch.tensor([stop], dtype=torch.int32),
         logit_rows=torch.tensor([len(tokens) - 1]),
         max_query_len=len(tokens),
         max_seq_len=stop,
+        held=[Held(blocks, start, stop)],
     )
 
 

@@ -80,9 +80,9 @@ class KVCache:
         return self.num_blocks * self.block_size
 
     def prepare(self, batch: Batch, draft: bool) -> None:
-        """Make ready for a step's writes; called with the batch on the CPU before every forward."""
+        """Make ready for a step's writes; called before every forward."""
         if self._open is not None:
-            self._open.prepare(batch, draft)
+            self._open.prepare(batch.held, draft)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to) each, in every layer; a source that is another pair's target stands before it."""

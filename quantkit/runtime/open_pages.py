@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from quantkit.runtime.batch import Batch
+from quantkit.runtime.batch import Held
 
 
 def pages_needed(block_size: int, max_batch: int, step_tokens: int) -> int:
@@ -40,20 +40,17 @@ class OpenPages:
         """Pages in use."""
         return len(self._pages)
 
-    def prepare(self, batch: Batch, draft: bool) -> None:
-        """Give every block that a step writes its page. The batch is on the CPU; a `draft` makes no earlier token final."""
-        counts, lengths = batch.query_start.diff().tolist(), batch.seq_lens.tolist()
+    def prepare(self, held: Iterable[Held], draft: bool) -> None:
+        """Give every block that a step writes its page. A `draft` makes no earlier token final."""
+        size = self._block_size
         writes: list[int] = []
-        for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-            first, last = (length - count) // self._block_size, (length - 1) // self._block_size
-            blocks = batch.block_table[row, : last + 1].tolist()
-            for block in reversed(blocks[:first]):
-                if draft or block not in self._pages:
-                    break
-                self._free.append(self._pages.pop(block))
-            inside = (length - count) % self._block_size > 0
-            assert not inside or blocks[first] in self._pages, f"the open page of block {blocks[first]} is lost"
-            writes += blocks[first:]
+        for blocks, before, after in held:
+            first = final = before // size
+            while final and not draft and blocks[final - 1] in self._pages:
+                final -= 1
+                self._free.append(self._pages.pop(blocks[final]))
+            assert before % size == 0 or blocks[first] in self._pages, f"the open page of block {blocks[first]} is lost"
+            writes.extend(blocks[first : (after - 1) // size + 1])
         self._take(writes)
 
     def copy(self, pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
