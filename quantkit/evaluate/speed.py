@@ -163,7 +163,7 @@ def _prefill(model: PagedModel, prompt: Tensor) -> None:
 def _decode(model: PagedModel, prompt: Tensor) -> None:
     token = prompt[:1]
     for position in range(len(prompt)):
-        token = argmax(model.forward(lone_batch(token, position, model.block_size))).cpu()
+        token = torch.tensor(argmax(model.forward(lone_batch(token, position, model.block_size))))
 
 
 def _requests(count: int, vocab: int) -> list[Request]:

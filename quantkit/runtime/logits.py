@@ -9,13 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.kernels.row_maximum import row_maximum
 from quantkit.runtime.selection import largest
 
 
-def flaws(logits: Tensor) -> dict[int, str]:
-    """Rows of float32 [R, V] from which no token can be chosen, and what they are."""
-    peaks: list[float] = row_maximum(logits)[0].tolist()
+def flaws(peaks: Sequence[float]) -> dict[int, str]:
+    """Rows of logits from which no token can be chosen, and what they are, by the largest of each (see `row_maximum`)."""
     # The largest of NaN and anything is NaN; it is -Inf where all are.
     names = {"nan": "NaN", "inf": "Inf", "-inf": "-Inf for every token"}
     return {row: names[str(peak)] for row, peak in enumerate(peaks) if not isfinite(peak)}

@@ -27,22 +27,29 @@ _WIDTHS = (64, 256, 1024, 4096)
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[SequenceOf[int]] | None = None) -> list[Sample]:
+def sample(
+    logits: Tensor,
+    sequences: SequenceOf[Sequence],
+    ahead: SequenceOf[SequenceOf[int]] | None = None,
+    likeliest_ids: SequenceOf[int] | None = None,
+) -> list[Sample]:
     """One token for every row.
 
     Args:
         logits: float32 [R, V], the model's, without `logits.flaws`; changed by constraints and penalties.
         sequences: the R sequences that the rows follow. Those that are not greedy spend one random number each.
         ahead: tokens between each sequence's own and its row; none by default.
+        likeliest_ids: the largest logit's of every row, where they are known.
     """
     params = [sequence.params for sequence in sequences]
     asked = [row for row, each in enumerate(params) if each.logprobs is not None]
     # Constraints and penalties change the logits; otherwise these are still what they were.
     changes = any(params[row].penalised or sequences[row].constraint is not None for row in asked)
     raw = None if not asked else logits if len(asked) == len(params) and not changes else logits[asked]
-    apply_constraints(logits, sequences, ahead)
+    if apply_constraints(logits, sequences, ahead):
+        likeliest_ids = None
     if all(each.bare for each in params):
-        return [Sample(token) for token in argmax(logits).tolist()]
+        return [Sample(token) for token in (argmax(logits) if likeliest_ids is None else likeliest_ids)]
     apply_penalties(logits, sequences, ahead)
     tokens = draw(logits, params, [0.0 if each.params.greedy else each.random.random() for each in sequences])
     samples = [Sample(token) for token in tokens]
@@ -56,16 +63,17 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[Se
 
 def apply_constraints(
     logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[SequenceOf[int]] | None = None
-) -> None:
-    """Rule out, in place, what each row's sequence must not go on with; see `sample`."""
+) -> bool:
+    """Rule out, in place, what each row's sequence must not go on with (see `sample`); whether anything was."""
     if all(sequence.constraint is None for sequence in sequences):
-        return
+        return False
     tokens = ahead or [()] * len(sequences)
     rows = enumerate(zip(sequences, tokens, strict=True))
     masks = {row: s.constraint.mask(each) for row, (s, each) in rows if s.constraint is not None}
     found = {row: mask for row, mask in masks.items() if mask is not None}
     if found:
         restrict(logits, list(found), list(found.values()))
+    return bool(found)
 
 
 def apply_penalties(logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[SequenceOf[int]] | None = None) -> None:
@@ -147,7 +155,7 @@ def _filtered(params: SequenceOf[SamplingParams]) -> tuple[list[int], list[int]]
 
 
 def _likeliest(logits: Tensor, _params: SequenceOf[SamplingParams], _uniforms: SequenceOf[float]) -> Tensor:
-    return argmax(logits)
+    return torch.tensor(argmax(logits))
 
 
 def _column(values: SequenceOf[float], like: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from quantkit.kernels.row_maximum import row_maximum
 _CHUNK = 32
 
 
-def argmax(logits: Tensor) -> Tensor:
-    """The first of the largest values in every row, as `torch.argmax`. float32 [R, V] -> int64 [R]."""
+def argmax(logits: Tensor) -> list[int]:
+    """The first of the largest values in every row of float32 [R, V], as `torch.argmax`."""
     return row_maximum(logits)[1]
 
 

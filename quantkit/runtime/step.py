@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from quantkit.errors import NumericsError
+from quantkit.kernels.row_maximum import row_maximum
 from quantkit.runtime.forward import forward
 from quantkit.runtime.kv_manager import KVManager
 from quantkit.runtime.logits import flaws
@@ -45,7 +46,8 @@ class Stepper:
         scheduled = self._speculation.propose(scheduled, lengths)
         drafted = time.perf_counter()
         logits = forward(self._model, self._kv, scheduled)
-        flawed = flaws(logits)
+        peaks, likeliest_ids = row_maximum(logits)
+        flawed = flaws(peaks)
         failed = _failed(scheduled, flawed) if flawed else {}
         going = [entry for entry in scheduled if entry.sequence.request_id not in failed]
         for entry in going:
@@ -54,7 +56,8 @@ class Stepper:
         followed, drafts, rows = self._followed(scheduled, failed, flawed)
         if not followed:
             return Stepped([], failed)
-        samples = verify(logits if len(rows) == len(logits) else logits[rows], followed, drafts)
+        chosen_from = logits if rows == [*range(len(logits))] else logits[rows]
+        samples = verify(chosen_from, followed, drafts, [likeliest_ids[row] for row in rows])
         chosen = list(zip(followed, samples, strict=True))
         self._speculation.verified(going, chosen, drafted - started, time.perf_counter() - drafted)
         return Stepped(chosen, failed)

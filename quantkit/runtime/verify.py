@@ -22,7 +22,12 @@ from quantkit.runtime.sequence import Draft, Sample, Sequence, TokenLogprobs
 
 
 @torch.inference_mode()
-def verify(logits: Tensor, sequences: SequenceOf[Sequence], drafts: SequenceOf[Draft]) -> list[list[Sample]]:
+def verify(
+    logits: Tensor,
+    sequences: SequenceOf[Sequence],
+    drafts: SequenceOf[Draft],
+    likeliest_ids: SequenceOf[int] | None = None,
+) -> list[list[Sample]]:
     """The tokens that follow each sequence: the accepted ones of its draft, and one more.
 
     Args:
@@ -30,28 +35,36 @@ def verify(logits: Tensor, sequences: SequenceOf[Sequence], drafts: SequenceOf[D
             `sample`.
         sequences: the S sequences.
         drafts: of each.
+        likeliest_ids: the largest logit's of every row, where they are known.
     """
     starts = list(accumulate((1 + len(draft.tokens) for draft in drafts), initial=0))
     drawn = {i for i, draft in enumerate(drafts) if draft.probabilities is not None and not sequences[i].params.greedy}
     rest = [i for i in range(len(sequences)) if i not in drawn]
     if not drawn:
-        return _match(logits, sequences, drafts)
+        return _match(logits, sequences, drafts, likeliest_ids)
     chosen = {i: _weigh(logits[starts[i] : starts[i + 1]], sequences[i], drafts[i]) for i in drawn}
     if rest:
         rows = [row for i in rest for row in range(starts[i], starts[i + 1])]
-        chosen |= zip(rest, _match(logits[rows], [sequences[i] for i in rest], [drafts[i] for i in rest]), strict=True)
+        known = None if likeliest_ids is None else [likeliest_ids[row] for row in rows]
+        matched = _match(logits[rows], [sequences[i] for i in rest], [drafts[i] for i in rest], known)
+        chosen |= zip(rest, matched, strict=True)
     return [chosen[i] for i in range(len(sequences))]
 
 
-def _match(logits: Tensor, sequences: SequenceOf[Sequence], drafts: SequenceOf[Draft]) -> list[list[Sample]]:
+def _match(
+    logits: Tensor,
+    sequences: SequenceOf[Sequence],
+    drafts: SequenceOf[Draft],
+    likeliest_ids: SequenceOf[int] | None,
+) -> list[list[Sample]]:
     """Choose on every row, accept what agrees."""
     rows = [(s, draft.tokens[:i]) for s, draft in zip(sequences, drafts, strict=True) for i in range(len(draft.tokens) + 1)]
     if len(rows) == len(sequences):
-        return [[each] for each in sample(logits, sequences)]
+        return [[each] for each in sample(logits, sequences, None, likeliest_ids)]
     # Rows behind the first disagreement spend random numbers in vain: they are given back.
     drawing = [bool(d.tokens) and not s.params.greedy for s, d in zip(sequences, drafts, strict=True)]
     states = [s.random.getstate() if draws else None for s, draws in zip(sequences, drawing, strict=True)]
-    samples = iter(sample(logits, [sequence for sequence, _ in rows], [ahead for _, ahead in rows]))
+    samples = iter(sample(logits, [sequence for sequence, _ in rows], [ahead for _, ahead in rows], likeliest_ids))
     chosen = []
     for sequence, draft, state in zip(sequences, drafts, states, strict=True):
         of_draft = list(islice(samples, len(draft.tokens) + 1))
