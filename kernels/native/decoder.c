@@ -196,6 +196,8 @@ static void forward_body(void *argument) {
     for (Range r = my_share(tokens); r.first < r.last; r.first++) /* read behind the next barriers */
         for (int64_t i = 0; i < model->rope_count; i++)
             make_turn(model->ropes + i, f->batch->positions[r.first], f->turns + (i * tokens + r.first) * f->turn_width);
+    for (int64_t t = w.tokens.first, n = model->hidden; t < w.tokens.last; t++)
+        embed_row(model->embedding_type, model->embedding, f->batch->token_ids[t], n, model->embedding_scale, w.hidden + t * n);
     const float *norm_delta = NULL;
     for (int64_t i = 0; i < model->layer_count; i++) {
         const Layer *l = model->layers + i;
@@ -221,9 +223,8 @@ static int64_t widest_row(const Decoder *m) {
     return round_up(widest, 16);
 }
 
-/* hidden [tokens, hidden]: embeddings of the tokens -> logits [rows, vocabulary]; returns 0, or -1 without memory. */
-EXPORT int quantkit_decoder_forward(const Decoder *model, const Batch *batch, const float *hidden, float *logits,
-                                    int threads) {
+/* Logits [rows, vocabulary] of a batch; returns 0, or -1 without memory. */
+EXPORT int quantkit_decoder_forward(const Decoder *model, const Batch *batch, float *logits, int threads) {
     const Heads *heads = &model->layers[0].heads;
     Forward f = {.model = model, .batch = batch, .logits = logits, .widest = widest_row(model)};
     f.plan = make_plan(&batch->pages, heads->heads / heads->kv_heads);
@@ -242,7 +243,6 @@ EXPORT int quantkit_decoder_forward(const Decoder *model, const Batch *batch, co
         *places[i] = workspace + total;
         total += round_up(sizes[i], 16);
     }
-    for (int64_t i = 0; i < copies; i++) memcpy(f.hidden + i * model->hidden, hidden, sizeof(float) * tokens * model->hidden);
     run_team(forward_body, &f, (unsigned)threads);
     free(workspace);
     free_plan(&f.plan);

@@ -24,16 +24,18 @@ typedef struct {
 typedef struct { const float *frequencies; int64_t pairs; float scaling; } Rope;
 
 typedef struct {
+    const void *embedding; /* [vocabulary, hidden], of a dense type; its rows are multiplied by embedding_scale */
     const Layer *layers;
     const Rope *ropes;
     const float *norm; /* [hidden] */
     Matrix head;
-    int64_t layer_count, rope_count, hidden, inner, activation;
-    float epsilon, residual;
+    int64_t layer_count, rope_count, hidden, inner, activation, embedding_type;
+    float epsilon, residual, embedding_scale;
 } Decoder;
 
 typedef struct {
     Pages pages;
+    const int64_t *token_ids;  /* [tokens] */
     const int64_t *positions;  /* [tokens] */
     const int64_t *slots;      /* [tokens], -1: not written */
     const int64_t *logit_rows; /* [rows], rows <= tokens */

@@ -81,3 +81,11 @@ void dense_share(const Matrix *w, const float *x, int64_t m, float *out) {
         }
     }
 }
+
+void embed_row(int64_t type, const void *table, int64_t row, int64_t columns, float scale, float *out) {
+    const uint16_t *halves = (const uint16_t *)table + row * columns;
+    for (int64_t i = 0; i < columns; i++)
+        out[i] = scale * (type == F32    ? ((const float *)table)[row * columns + i]
+                          : type == BF16 ? from_bf16(halves[i])
+                                         : from_half(halves[i]));
+}

@@ -59,6 +59,9 @@ void rounded_share(const Matrix *weight, const float *prepared, int64_t m, float
 void packed_share(const Matrix *weight, const float *prepared, int64_t m, float *out);
 void dense_share(const Matrix *weight, const float *prepared, int64_t m, float *out);
 
+/* scale * a row [columns] of a dense table of `type`. */
+void embed_row(int64_t type, const void *table, int64_t row, int64_t columns, float scale, float *out);
+
 /* Size of the next block of `left` rows, `most` at a time: as few blocks as possible, and none of them small. */
 static inline int64_t even_block(int64_t left, int64_t most) {
     const int64_t blocks = (left + most - 1) / most;

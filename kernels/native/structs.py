@@ -79,10 +79,10 @@ class Decoder(ctypes.Structure):
     """All blocks, the last norm and the head."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("layers", "ropes", "norm")),
+        *((name, _POINTER) for name in ("embedding", "layers", "ropes", "norm")),
         ("head", Matrix),
-        *((name, _INT) for name in ("layer_count", "rope_count", "hidden", "inner", "activation")),
-        *((name, _FLOAT) for name in ("epsilon", "residual")),
+        *((name, _INT) for name in ("layer_count", "rope_count", "hidden", "inner", "activation", "embedding_type")),
+        *((name, _FLOAT) for name in ("epsilon", "residual", "embedding_scale")),
     ]
 
 
@@ -91,7 +91,7 @@ class Batch(ctypes.Structure):
 
     _fields_ = [
         ("pages", Pages),
-        *((name, _POINTER) for name in ("positions", "slots", "logit_rows")),
+        *((name, _POINTER) for name in ("token_ids", "positions", "slots", "logit_rows")),
         *((name, _INT) for name in ("tokens", "rows")),
         *((name, _POINTER) for name in ("measured", "queries")),
         ("measured_count", _INT),

@@ -95,7 +95,7 @@ class DecoderModel:
     """A decoder-only language model.
 
     Attributes:
-        embedding: [V, hidden] in any floating type; `embedding_scale` multiplies its rows.
+        embedding: [V, hidden] in float32, float16 or bfloat16; `embedding_scale` multiplies its rows.
         layers: the blocks in order.
         ropes: what the layers' `rope` chooses from.
         norm: float32 [hidden], before the head.
@@ -147,9 +147,11 @@ class NativeDecoder:
         self._ropes = (structs.Rope * len(ropes))(*ropes)
         hidden, inner = model.embedding.shape[1], model.layers[0].down.weight.shape[1]
         self._decoder = structs.Decoder(
+            structs.address(model.embedding),
             *(ctypes.addressof(self._layers), ctypes.addressof(self._ropes), _floats(model.norm)),
             _matrix(model.head, head_bits(activation_bits)),
-            *(len(layers), len(ropes), hidden, inner, ACTIVATIONS[model.activation], model.epsilon, model.residual_scale),
+            *(len(layers), len(ropes), hidden, inner, ACTIVATIONS[model.activation], structs.TYPES[model.embedding.dtype]),
+            *(model.epsilon, model.residual_scale, model.embedding_scale),
         )
 
     def forward(self, batch: Batch, draft: bool = False) -> Tensor:
@@ -158,18 +160,17 @@ class NativeDecoder:
         With `draft`, attention reads the upper plane of 4+4-bit caches only.
         """
         model, tokens, rows = self._model, len(batch.token_ids), len(batch.logit_rows)
-        hidden = torch.nn.functional.embedding(batch.token_ids, model.embedding).float()
-        if model.embedding_scale != 1.0:
-            hidden *= model.embedding_scale
         logits = torch.empty(rows, model.head.weight.shape[0])
         addresses = (structs.address(tensor) for tensor in (batch.block_table, batch.query_start, batch.seq_lens))
         pages = structs.Pages(*addresses, self._open_pages, *batch.block_table.shape, self._block_size, draft)
-        addresses = (structs.address(tensor) for tensor in (batch.positions, batch.slot_mapping, batch.logit_rows))
+        addresses = (
+            structs.address(tensor) for tensor in (batch.token_ids, batch.positions, batch.slot_mapping, batch.logit_rows)
+        )
         queries, measured = self._queries(batch)
         wanted = structs.address(measured), structs.address(queries), len(measured)
         call = structs.Batch(pages, *addresses, tokens, rows, *wanted)
-        outputs = c_void_p(hidden.data_ptr()), c_void_p(logits.data_ptr())
-        if self._library.quantkit_decoder_forward(byref(self._decoder), byref(call), *outputs, native.threads()):
+        out = c_void_p(logits.data_ptr())
+        if self._library.quantkit_decoder_forward(byref(self._decoder), byref(call), out, native.threads()):
             raise MemoryError(f"no memory for a forward of {tokens} tokens")
         if batch.measured is not None:
             for layer, keys, of_layer in zip(model.layers, self._caches, queries, strict=False):  # keys come first
