@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantkit.architecture import Norms
 from quantkit.kernels import native
 from quantkit.kernels.cpu import CpuWeight
+from quantkit.kernels.native import structs
 from quantkit.runtime.attention import layer_window
 from quantkit.runtime.batch import Batch
 from quantkit.runtime.kv_cache import KVCache
@@ -47,6 +48,8 @@ def describe(definition: Definition) -> DecoderModel | None:
         return None
     embedding = module.get_input_embeddings()
     assert isinstance(embedding, Embedding)
+    if embedding.weight.dtype not in structs.TYPES:
+        return None
     return DecoderModel(
         embedding=embedding.weight,
         layers=[layer for layer in layers if layer is not None],
