@@ -87,37 +87,11 @@ class Speculation:
         """
         if self._proposer is None:
             return
-        if self._drafts or len(self._decoding) < len(scheduled):
-            self._judge(scheduled, chosen, draft_seconds, seconds)
+        if not self._drafts and len(self._decoding) >= len(scheduled):
+            # Most steps are like this where drafts do not pay, and what is done beside them is slower generation.
+            plain = None if self._adaptive is None else self._adaptive.note_plain(self._decoding, seconds)
+            self._tally.plain(draft_seconds, seconds, plain)
             return
-        # Most steps are like this where drafts do not pay, and what is done beside them is slower generation.
-        plain = None if self._adaptive is None else self._adaptive.note_plain(self._decoding, seconds)
-        self._tally.plain(draft_seconds, seconds, plain)
-
-    def settle(self, sequence: Sequence, accepted: int) -> None:
-        """A sequence has the first tokens of its draft for good, if it had one: room for the others is given back."""
-        if sequence not in self._drafts:
-            return
-        self._kv.commit(sequence, accepted)
-        self._kv.trim(sequence)
-        assert self._proposer is not None
-        self._proposer.accepted(sequence, accepted)
-
-    def released(self, sequence: Sequence) -> None:
-        """A sequence lost its blocks."""
-        if self._proposer is not None:
-            self._proposer.released(sequence)
-        if self._adaptive is not None:
-            self._adaptive.released(sequence)
-
-    def _judge(
-        self,
-        scheduled: SequenceOf[Scheduled],
-        chosen: SequenceOf[tuple[Sequence, list[Sample]]],
-        draft_seconds: float,
-        seconds: float,
-    ) -> None:
-        """`verified` of a step with drafts, or with prompts beside."""
         pure = len(self._decoding) == len(scheduled)
         drafted = {sequence: len(draft.tokens) for sequence, draft in self._drafts.items()}
         following = dict(chosen)
@@ -136,6 +110,22 @@ class Speculation:
             self._adaptive.note(Round(outcomes, self._backlog, draft_seconds, seconds if pure else None))
         if not pure and not longest:
             self._adaptive.costs.note_prompt(sum(entry.num_tokens for entry in scheduled), seconds)
+
+    def settle(self, sequence: Sequence, accepted: int) -> None:
+        """A sequence has the first tokens of its draft for good, if it had one: room for the others is given back."""
+        if sequence not in self._drafts:
+            return
+        self._kv.commit(sequence, accepted)
+        self._kv.trim(sequence)
+        assert self._proposer is not None
+        self._proposer.accepted(sequence, accepted)
+
+    def released(self, sequence: Sequence) -> None:
+        """A sequence lost its blocks."""
+        if self._proposer is not None:
+            self._proposer.released(sequence)
+        if self._adaptive is not None:
+            self._adaptive.released(sequence)
 
     def _wanted(self, sequence: Sequence) -> int:
         if self._adaptive is None:

@@ -60,7 +60,7 @@ def _match(
     """Choose on every row, accept what agrees."""
     rows = [(s, draft.tokens[:i]) for s, draft in zip(sequences, drafts, strict=True) for i in range(len(draft.tokens) + 1)]
     if len(rows) == len(sequences):
-        return [[each] for each in sample(logits, sequences, None, likeliest_ids)]
+        return [[each] for each in sample(logits, sequences, likeliest_ids=likeliest_ids)]
     # Rows behind the first disagreement spend random numbers in vain: they are given back.
     drawing = [bool(d.tokens) and not s.params.greedy for s, d in zip(sequences, drafts, strict=True)]
     states = [s.random.getstate() if draws else None for s, draws in zip(sequences, drawing, strict=True)]
