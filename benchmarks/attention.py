@@ -44,7 +44,7 @@ class Case:
 
     def paged(self) -> Tensor:
         """[T, Hq, D] from the Triton kernels."""
-        from quantkit.kernels.paged_attention import paged_attention
+        from quantkit.kernels.gpu.attention.paged_attention import paged_attention
 
         tensors = (self.query, self.key_cache, self.value_cache, self.block_table, self.query_start, self.seq_lens)
         return paged_attention(*tensors, scale=self.query.shape[2] ** -0.5, max_query_len=self.new)

@@ -91,7 +91,7 @@ def measure_speed(model: str | None, out: Path) -> None:
     from benchmarks.memory import MODELS, make_checkpoint
     from benchmarks.quality import run
     from quantkit.checkpoint.locate import locate
-    from quantkit.evaluate.speed import measure_apart
+    from quantkit.evaluation.speed import measure_apart
 
     with tempfile.TemporaryDirectory() as scratch:
         dense, packed = Path(scratch) / "model", Path(scratch) / "packed"

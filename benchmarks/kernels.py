@@ -54,9 +54,9 @@ def gemlite_matmul(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, grou
 
 def matmuls(shape: tuple[int, int], dtype: torch.dtype, bits: int, group: int, device: str) -> tuple[int, dict[str, Matmul]]:
     """Bytes of a random packed weight [N, K], and every way to multiply by it."""
-    from quantkit.kernels.dequant_matmul import dequant_matmul
-    from quantkit.kernels.dequantize import dequantize
-    from quantkit.kernels.planes import to_planes
+    from quantkit.kernels.gpu.matmul.dequant_matmul import dequant_matmul
+    from quantkit.kernels.gpu.matmul.dequantize import dequantize
+    from quantkit.kernels.layouts.planes import to_planes
 
     outputs, columns = shape
     codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, device=device)

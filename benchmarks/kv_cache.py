@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint.locate import locate
-from quantkit.evaluate.run import EvalRequest, evaluate
-from quantkit.evaluate.speed import prompt_tokens
-from quantkit.runtime.batch import lone_batch
-from quantkit.runtime.kv_format import KV_DTYPES
-from quantkit.runtime.paged_model import CacheOptions, open_model
+from quantkit.evaluation.run import EvalRequest, evaluate
+from quantkit.evaluation.speed import prompt_tokens
+from quantkit.runtime.core.batch import lone_batch
+from quantkit.runtime.kv_cache.dtypes import KV_DTYPES
+from quantkit.runtime.model.model_runner import CacheOptions, open_model
 
 CPU = torch.device("cpu")
 NEW, CHUNK, SEQ_LEN = 32, 512, 1024

@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.corpus import evaluation_rows, load_tokenizer
-from quantkit.evaluate.metrics import measure_logits
-from quantkit.evaluate.paged import paged_logits, scored_text
-from quantkit.runtime.eviction import POLICIES, Budget, Eviction
-from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.data.corpus import evaluation_rows
+from quantkit.evaluation.metrics import measure_logits
+from quantkit.evaluation.paged import paged_logits, scored_text
+from quantkit.runtime.kv_cache.eviction import POLICIES, Budget, Eviction
+from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
 
 NEEDLE, QUESTION, ANSWER = "\nThe magic number of Lisbon is 7349162.\n", "\nThe magic number of Lisbon is", " 7349162"
 DEPTHS = (0.1, 0.5, 0.9)

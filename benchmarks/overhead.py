@@ -18,11 +18,11 @@ from torch import Tensor
 
 from benchmarks.memory import MODELS, make_checkpoint
 from benchmarks.quality import run
-from quantkit.evaluate.speed import prompt_tokens
-from quantkit.runtime.batch import Batch
-from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.paged_model import CacheOptions, PagedModel, open_model
-from quantkit.runtime.request import Request, SamplingParams
+from quantkit.evaluation.speed import prompt_tokens
+from quantkit.runtime.core.batch import Batch
+from quantkit.runtime.core.request import Request, SamplingParams
+from quantkit.runtime.engine.engine import Engine, EngineConfig
+from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
 
 SEQUENCES = 16
 

@@ -35,13 +35,14 @@ import torch
 
 from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.corpus import evaluation_rows, load_tokenizer
-from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.paged_model import CacheOptions, PagedModel
-from quantkit.runtime.proposer import Proposer
-from quantkit.runtime.request import Request, SamplingParams
-from quantkit.runtime.speculate import Opened, open_speculating
-from quantkit.runtime.tally import SpeculationStats
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.data.corpus import evaluation_rows
+from quantkit.runtime.core.request import Request, SamplingParams
+from quantkit.runtime.engine.engine import Engine, EngineConfig
+from quantkit.runtime.model.model_runner import CacheOptions, PagedModel
+from quantkit.runtime.speculative.metrics import SpeculationStats
+from quantkit.runtime.speculative.opening import Opened, open_speculating
+from quantkit.runtime.speculative.proposer import Proposer
 
 #: Modes with drafts -> their length; None is auto.
 MODES: dict[str, int | None] = {"fixed 4": 4, "auto": None}

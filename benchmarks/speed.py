@@ -1,6 +1,6 @@
 """Speed on one machine, one process after another: transformers, quantkit in 16 and in 4 bits, llama.cpp Q4_0.
 
-Terms: see quantkit.evaluate.speed. Every engine runs the demo model with all threads that torch would use. The 4-bit
+Terms: see quantkit.evaluation.speed. Every engine runs the demo model with all threads that torch would use. The 4-bit
 artifacts are made here by rounding to nearest (how codes are chosen does not change speed), with the output head in 16 bit,
 and in 8 bit, which is what llama.cpp's Q4_0 comes closest to. llama.cpp is measured where `llama-cpp-python` is installed and
 `--gguf` names a Q4_0 file of the model.
@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.quality import QUANTKIT
 from quantkit.checkpoint.locate import locate
-from quantkit.evaluate.speed import measure_apart
+from quantkit.evaluation.speed import measure_apart
 
 COLUMNS = ("engine", "pp128", "pp512", "tg128", "TTFT ms", "TPOT ms", "16 concurrent", "load s", "peak MB")
 RECIPES = {

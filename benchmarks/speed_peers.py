@@ -1,6 +1,6 @@
 """The other engines of `benchmarks.speed`, each in a process of its own: transformers, and llama.cpp where it is installed.
 
-The same terms as quantkit.evaluate.speed: ppN and tg128 as llama-bench has them (mean and standard deviation of 5 after a
+The same terms as quantkit.evaluation.speed: ppN and tg128 as llama-bench has them (mean and standard deviation of 5 after a
 warm-up), TTFT of 128 prompt tokens and TPOT over 64 new ones, output tokens/s of 16 requests (128 prompt, 64 new tokens)
 decoded as one batch, load time without imports, largest resident set.
 
@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
-from quantkit.evaluate.speed import NEW, PROMPT, REPEATS, prompt_tokens
-from quantkit.usage import peak_memory
+from quantkit.evaluation.speed import NEW, PROMPT, REPEATS, prompt_tokens
+from quantkit.utils.resources import peak_memory
 
 BATCH = 16
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from quantkit.errors import RecipeError
-from quantkit.methods.grid import Scheme
+from quantkit.methods.scheme import Scheme
 
 Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 Bits = Literal[2, 3, 4, 8]

@@ -1,11 +1,13 @@
 """Fixtures that several rooms share."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+from helpers import tiny
 
 # Kernels are compiled where there is a GPU and interpreted elsewhere. Triton reads this when it is first imported.
 if not torch.cuda.is_available():
@@ -28,3 +30,11 @@ def llama_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Baselines that a test caches must not be seen by another run."""
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """(family, options of the recipe) -> a tiny model and its rotated artifact. Read only."""
+    from helpers import rotated  # imports triton
+
+    return rotated.maker(tmp_path_factory.mktemp("rotated"))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.errors import RecipeError
-from quantkit.methods.grid import Scheme
+from quantkit.methods.scheme import Scheme
 from quantkit.recipe import Recipe, Rule, builtin_recipes, load_recipe, recorded_computing, resolved_json
 
 PATH = "model.layers.3.mlp.down_proj"

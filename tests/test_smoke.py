@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli.command import quantkit
+
+from helpers.command import quantkit
 
 FAST = ("--samples", "8", "--seq-len", "64")
 RECIPES = ["rtn-w4", "awq-w4", "gptq-w4", "awq+gptq-w4", "gptq-w3", "gptq-w2", "gptq-w8", "mixed-w4"]

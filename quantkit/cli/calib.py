@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from quantkit.cli import options
-from quantkit.corpus import text_sets
+from quantkit.data.corpus import text_sets
 
 EXAMPLE = "Example: quantkit quantize demo -o out --calib wikitext2   (or a .txt, .jsonl or .parquet file, or hf:DATASET)"
 

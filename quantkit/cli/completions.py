@@ -8,13 +8,13 @@ from typing import Any
 
 import typer
 
+from quantkit.data.prompts import Located
 from quantkit.errors import QuantkitError
-from quantkit.runtime.accept import joined
-from quantkit.runtime.engine import Engine
-from quantkit.runtime.model import Model
-from quantkit.runtime.prompts import Located
-from quantkit.runtime.request import Request
-from quantkit.runtime.sequence import FinishReason, Output
+from quantkit.runtime.core.model import Model
+from quantkit.runtime.core.request import Request
+from quantkit.runtime.core.sequence import FinishReason, Output
+from quantkit.runtime.engine.engine import Engine
+from quantkit.runtime.engine.postprocess import joined
 
 
 class Completions:

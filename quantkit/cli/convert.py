@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from quantkit import convert as job
 from quantkit.checkpoint.locate import locate
 from quantkit.cli import options
+from quantkit.formats import convert as job
 
 EXAMPLE = "Example: quantkit convert demo-w4 demo-w4-gptq --format gptq"
 

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from quantkit import deploy as job
 from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.cli import options
 from quantkit.errors import QuantkitError
+from quantkit.formats import deploy as job
 
 EXAMPLE = "Example: quantkit deploy vllm demo-w4 --tensor-parallel 3 -- --max-model-len 4096"
 

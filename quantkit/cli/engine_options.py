@@ -12,10 +12,10 @@ import typer
 from quantkit.checkpoint.locate import locate
 from quantkit.cli import options
 from quantkit.errors import RequestError
-from quantkit.runtime.block_store import Offload
-from quantkit.runtime.engine import EngineConfig
-from quantkit.runtime.eviction import FULL, Budget
-from quantkit.runtime.paged_model import CacheOptions
+from quantkit.runtime.engine.engine import EngineConfig
+from quantkit.runtime.kv_cache.eviction import FULL, Budget
+from quantkit.runtime.kv_cache.offload import Offload
+from quantkit.runtime.model.model_runner import CacheOptions
 from quantkit.runtime.session import Session
 
 

@@ -12,10 +12,10 @@ from quantkit.cli import options, tables
 from quantkit.cli.engine_options import EngineOptions
 from quantkit.cli.eval_tasks import evaluate_tasks
 from quantkit.errors import RecipeError
-from quantkit.evaluate.run import KERNEL_TOLERANCE, EvalReport, EvalRequest
-from quantkit.evaluate.run import evaluate as run
-from quantkit.evaluate.speed import measure_apart
-from quantkit.runtime.eviction import FULL, Budget
+from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalReport, EvalRequest
+from quantkit.evaluation.run import evaluate as run
+from quantkit.evaluation.speed import measure_apart
+from quantkit.runtime.kv_cache.eviction import FULL, Budget
 
 EXAMPLE = "Example: quantkit eval demo-w4 --baseline demo --max-ppl-increase 5% --max-kl 0.2   (exit status 1 if a gate fails)"
 

@@ -12,7 +12,7 @@ from quantkit.cli.engine_options import EngineOptions
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
-    from quantkit.evaluate.tasks import Score, TaskReport
+    from quantkit.evaluation.tasks import Score, TaskReport
 
 
 def evaluate_tasks(
@@ -27,7 +27,7 @@ def evaluate_tasks(
         json_file, quiet: as everywhere.
     """
     try:
-        from quantkit.evaluate.tasks import TaskRequest, run_tasks
+        from quantkit.evaluation.tasks import TaskRequest, run_tasks
     except ModuleNotFoundError as error:
         raise QuantkitError(f'quantkit eval --tasks needs {error.name}; pip install "quantkit[lm-eval]"') from None
     request, reports = TaskRequest(**wanted), {}

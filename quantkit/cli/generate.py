@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from quantkit.cli import options, tables
 from quantkit.cli.completions import Completions, cut_short
 from quantkit.cli.engine_options import EngineOptions, with_engine
+from quantkit.data.prompts import Located, read_prompts
 from quantkit.errors import RequestError
-from quantkit.runtime.prompts import Located, read_prompts
-from quantkit.runtime.request import SamplingParams
-from quantkit.runtime.sequence import Output
+from quantkit.runtime.core.request import SamplingParams
+from quantkit.runtime.core.sequence import Output
 from quantkit.runtime.session import Session, Summary
 
 EXAMPLE = 'Example: quantkit generate demo-w4 --chat "Why is the sky blue?" --max-tokens 100 --spec ngram'

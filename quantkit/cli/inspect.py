@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit.artifact import PackedReader, bits_per_weight
 from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.cli import options, tables
 from quantkit.errors import CheckpointError
+from quantkit.formats.artifact import PackedReader, bits_per_weight
 
 EXAMPLE = "Example: quantkit inspect demo-w4"
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from quantkit.errors import QuantkitError, RecipeError, ResourceError
-from quantkit.runtime.draft_length import MOST_DRAFTED
+from quantkit.runtime.speculative.adaptive_length import MOST_DRAFTED
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, Hub id, or 'demo' (SmolLM2-135M-Instruct).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

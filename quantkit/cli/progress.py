@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from quantkit.report import MatrixReport
-from quantkit.usage import peak_memory
+from quantkit.quantization.report import MatrixReport
+from quantkit.utils.resources import peak_memory
 
 
 class RunProgress:

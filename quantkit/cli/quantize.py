@@ -5,14 +5,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from quantkit import quantize as job
 from quantkit.checkpoint.locate import locate
 from quantkit.cli import options, tables
 from quantkit.cli.progress import RunProgress
-from quantkit.plan import predict
-from quantkit.ranks import joined
+from quantkit.quantization import run as job
+from quantkit.quantization.distributed import joined
+from quantkit.quantization.estimate import predict
 from quantkit.recipe import load_recipe, recorded_computing
-from quantkit.usage import available_memory
+from quantkit.utils.resources import available_memory
 
 EXAMPLE = "Example: quantkit quantize demo -o demo-w4 --recipe awq+gptq-w4   (then: quantkit eval demo-w4 --baseline demo)"
 

@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from quantkit.evaluate.run import EvalReport, EvalRow
-from quantkit.evaluate.speed import SpeedReport
+from quantkit.evaluation.run import EvalReport, EvalRow
+from quantkit.evaluation.speed import SpeedReport
 from quantkit.formats import Engine
-from quantkit.plan import PlanReport
-from quantkit.report import RunReport
-from quantkit.runtime.kv_cache import KVCache
+from quantkit.quantization.estimate import PlanReport
+from quantkit.quantization.report import RunReport
+from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.session import Summary
-from quantkit.runtime.tally import SpeculationStats
+from quantkit.runtime.speculative.metrics import SpeculationStats
 
 
 def size(count: int) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor
 from quantkit.errors import FormatError
 from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, part, stated, whole_groups
 from quantkit.formats.packing import pack, unpack
-from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.scheme import Scheme
 
 #: Nibble j of a word holds column 8c + ORDER[j].
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import FormatError
-from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.scheme import Scheme
 
 #: module path -> how it is quantized; None for a matrix that stays in 16 bit.
 Plan = Mapping[str, Scheme | None]

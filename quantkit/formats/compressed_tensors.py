@@ -13,7 +13,8 @@ from torch import Tensor
 from quantkit.errors import FormatError
 from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, part, patterns, stated, whole_groups
 from quantkit.formats.packing import pack, unpack, words
-from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.scheme import Scheme
 
 #: Fields that quantize something beside weights -> endings of the tensors for that.
 _BESIDE = {

@@ -14,7 +14,8 @@ from torch import Tensor
 from quantkit.errors import FormatError
 from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, part, patterns, stated, whole_groups
 from quantkit.formats.packing import pack, unpack, words
-from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.scheme import Scheme
 
 #: What vLLM and SGLang call merged matrices -> the members.
 _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.methods.grid import QuantizedWeight, Scheme, round_to_grid, span
+from quantkit.methods.grid import QuantizedWeight, round_to_grid, span
 from quantkit.methods.rtn import on_grid
+from quantkit.methods.scheme import Scheme
 
 #: Rows whose loss is computed at once; a slice of a 1,000-column matrix stays in a core's cache.
 _SLICE = 256

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.methods.grid import QuantizedWeight, Scheme, search_grid, storable_scales
+from quantkit.methods.grid import QuantizedWeight, search_grid, storable_scales
+from quantkit.methods.scheme import Scheme
 from quantkit.methods.threads import one_thread
 
 #: Columns whose updates to the rest of the matrix are applied together (the paper's B, there 128).

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quantkit.methods.scheme import Scheme
+
 #: Smallest scale that both bfloat16 and float16 hold exactly: float16's smallest subnormal.
 SMALLEST_SCALE = 2.0**-24
 
@@ -22,40 +24,6 @@ LARGEST_SCALE = 65280.0
 #: Weights whose grids are searched at once. The dozen passes over them run in cache, and torch gives so few to one thread:
 #: with two, each of thousands of passes would wait for the slower one.
 _SLICE = 1 << 15
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How one matrix is quantized.
-
-    Attributes:
-        bits: 2, 3, 4 or 8.
-        group_size: columns that share a scale; -1 means all columns of a row.
-        symmetric: zero point fixed at 2^(bits-1).
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool
-
-    @property
-    def levels(self) -> int:
-        """Largest code, 2^bits - 1."""
-        return (1 << self.bits) - 1
-
-    def group_columns(self, columns: int) -> int:
-        """Columns in one group of a matrix with `columns` columns."""
-        return columns if self.group_size == -1 else self.group_size
-
-    def groups(self, columns: int) -> int:
-        """Number of groups in a row of `columns` columns; the group size must divide it."""
-        width = self.group_columns(columns)
-        assert columns % width == 0, f"group size {width} does not divide {columns}"
-        return columns // width
-
-    def __str__(self) -> str:
-        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{self.bits}-bit {group} {'sym' if self.symmetric else 'asym'}"
 
 
 @dataclass(frozen=True)

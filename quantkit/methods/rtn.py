@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from quantkit.methods.grid import QuantizedWeight, Scheme, round_to_grid, search_grid
+from quantkit.methods.grid import QuantizedWeight, round_to_grid, search_grid
+from quantkit.methods.scheme import Scheme
 
 
 def on_grid(weight: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor) -> QuantizedWeight:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from quantkit.methods.awq import clipped
 from quantkit.methods.gptq import Inverse, descend, factor_in_place, factorise, gptq
-from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.hessian import Drift
 from quantkit.methods.rtn import rtn
+from quantkit.methods.scheme import Scheme
 
 #: Clipping factors tried for every group.
 SHRINK = tuple(1.0 - 0.5 * i / 16 for i in range(16))

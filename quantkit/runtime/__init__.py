@@ -1,1 +1,5 @@
-"""Run a model for many requests at a time: paged KV cache, continuous batching, sampling."""
+"""Run a model for many requests at a time: paged KV cache, continuous batching, sampling, speculation.
+
+Rooms, lowest first: core, sampling and kv_cache, model, speculative, engine; `session` opens all of them for one folder.
+Nothing here imports the quantization pipeline, the server or the command line.
+"""

@@ -11,21 +11,21 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from quantkit.checkpoint.reader import Checkpoint, read_json
-from quantkit.corpus import load_tokenizer
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.data.prompts import Prompt
 from quantkit.errors import CheckpointError, RequestError
-from quantkit.runtime.block_store import BlockStore, Offload
-from quantkit.runtime.constraint import Constraint
-from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.paged_model import CacheOptions
-from quantkit.runtime.prompts import Prompt
-from quantkit.runtime.request import Request, SamplingParams
-from quantkit.runtime.sequence import Output
-from quantkit.runtime.speculate import open_speculating
-from quantkit.runtime.tally import SpeculationStats
-from quantkit.usage import peak_memory
+from quantkit.runtime.core.constraint import Constraint
+from quantkit.runtime.core.request import Request, SamplingParams
+from quantkit.runtime.core.sequence import Output
+from quantkit.runtime.engine.engine import Engine, EngineConfig
+from quantkit.runtime.kv_cache.offload import BlockStore, Offload
+from quantkit.runtime.model.model_runner import CacheOptions
+from quantkit.runtime.speculative.metrics import SpeculationStats
+from quantkit.runtime.speculative.opening import open_speculating
+from quantkit.utils.resources import peak_memory
 
 if TYPE_CHECKING:
-    from quantkit.runtime.json_grammar import JsonGrammars
+    from quantkit.runtime.sampling.json_schema import JsonGrammars
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Session:
             RequestError: llguidance is not installed, or the tokenizer is of a kind that it does not know.
         """
         try:
-            from quantkit.runtime.json_grammar import JsonGrammars  # an extra, and only needed here
+            from quantkit.runtime.sampling.json_schema import JsonGrammars  # an extra, and only needed here
         except ImportError:
             raise RequestError("JSON of a given form needs llguidance; run: pip install 'quantkit[serve]'") from None
         return JsonGrammars(self.tokenizer, self.model.vocab_size, self.eos_token_ids)

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server around the engine."""
+"""An OpenAI-compatible server around the engine: HTTP in, one thread that steps the engine, streams out."""

@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 import quantkit
-from quantkit.runtime.prompts import Prompt
-from quantkit.runtime.request import Request
+from quantkit.data.prompts import Prompt
+from quantkit.runtime.core.request import Request
 from quantkit.runtime.session import Session
 from quantkit.server import errors
 from quantkit.server.constrain import schema_of

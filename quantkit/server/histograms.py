@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from quantkit.runtime import latency
-from quantkit.runtime.sequence import Output
+from quantkit.runtime.core.sequence import Output
+from quantkit.runtime.engine import latency
 
 #: Seconds.
 TTFT_BUCKETS = (

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from quantkit.runtime.request import Request
-from quantkit.runtime.sequence import Output
-from quantkit.runtime.stats import Stats
+from quantkit.runtime.core.request import Request
+from quantkit.runtime.core.sequence import Output
+from quantkit.runtime.engine.stats import Stats
 
 
 class Observer(Protocol):

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from quantkit.runtime import latency
-from quantkit.runtime.request import Request
-from quantkit.runtime.sequence import Output
-from quantkit.runtime.stats import Stats
+from quantkit.runtime.core.request import Request
+from quantkit.runtime.core.sequence import Output
+from quantkit.runtime.engine import latency
+from quantkit.runtime.engine.stats import Stats
 
 #: Seconds over which tokens are counted, and samples over which times are ranked.
 WINDOW, SAMPLES = 10.0, 512

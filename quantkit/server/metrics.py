@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from quantkit.runtime import latency
-from quantkit.runtime.model import Model
-from quantkit.runtime.request import Request
-from quantkit.runtime.sequence import FinishReason, Output
-from quantkit.runtime.stats import Stats
+from quantkit.runtime.core.model import Model
+from quantkit.runtime.core.request import Request
+from quantkit.runtime.core.sequence import FinishReason, Output
+from quantkit.runtime.engine import latency
+from quantkit.runtime.engine.stats import Stats
 from quantkit.server.histograms import MEASURES, N_BUCKETS, STEP_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, length_buckets
 
 #: vLLM's words for why a request ended.

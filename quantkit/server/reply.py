@@ -9,9 +9,9 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from quantkit.runtime.accept import joined
-from quantkit.runtime.request import Request
-from quantkit.runtime.sequence import Output
+from quantkit.runtime.core.request import Request
+from quantkit.runtime.core.sequence import Output
+from quantkit.runtime.engine.postprocess import joined
 from quantkit.server.errors import ApiError, api_error, timed_out
 from quantkit.server.forms import Form
 from quantkit.server.job import Job

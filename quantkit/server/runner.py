@@ -15,10 +15,10 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from quantkit.errors import RequestError
-from quantkit.runtime.engine import Engine
-from quantkit.runtime.request import Request
-from quantkit.runtime.sequence import Output
-from quantkit.runtime.stats import Stats
+from quantkit.runtime.core.request import Request
+from quantkit.runtime.core.sequence import Output
+from quantkit.runtime.engine.engine import Engine
+from quantkit.runtime.engine.stats import Stats
 from quantkit.server.job import BusyError, DrainingError, EngineDiedError, Entry, Job, Observer
 
 logger = logging.getLogger("quantkit.server")

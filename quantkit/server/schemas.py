@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from quantkit.runtime.request import HOTTEST, MOST_LOGPROBS, SamplingParams
+from quantkit.runtime.core.request import HOTTEST, MOST_LOGPROBS, SamplingParams
 
 #: Fields of OpenAI's API that are not supported -> what asks for nothing, beside null.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {

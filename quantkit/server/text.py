@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, cast
 
-from quantkit.runtime.constraint import Constraint
-from quantkit.runtime.prompts import Prompt
-from quantkit.runtime.request import Request, SamplingParams
+from quantkit.data.prompts import Prompt
+from quantkit.runtime.core.constraint import Constraint
+from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.session import Session
 
 

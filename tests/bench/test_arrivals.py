@@ -5,8 +5,8 @@ import statistics
 from itertools import pairwise
 
 import pytest
-from bench.clock import run
 
+from helpers.clock import run
 from quantkit.bench.load import ClosedLoop, Load, Poisson
 from quantkit.bench.measures import Record
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import httpx
 import pytest
-from bench.clock import run
-from bench.stub import Stub
 
+from helpers.clock import run
+from helpers.stub import Stub
 from quantkit.bench.client import Client, Workload
 from quantkit.bench.load import ClosedLoop, Poisson
 from quantkit.bench.measures import Limits, Record

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.clock import run
-from bench.stub import Stub
-from cli.command import quantkit, refused
 
+from helpers.clock import run
+from helpers.command import quantkit, refused
+from helpers.stub import Stub
 from quantkit.bench import child
 from quantkit.bench import run as runs
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from cli.command import quantkit
 
+from helpers.command import quantkit
 from quantkit.cli import _explain
 from quantkit.cli.engine_options import EngineOptions
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from cli.command import quantkit, refused
 
-from quantkit.evaluate import run as evaluate_run
+from helpers.command import quantkit, refused
+from quantkit.evaluation import run as evaluate_run
 
 SIZES = ("--windows", 3, "--seq-len", 64)
 

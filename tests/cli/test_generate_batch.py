@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.command import Done, quantkit, refused
 from torch import Tensor
 
-from quantkit.runtime.batch import Batch
-from quantkit.runtime.engine import Engine
-from quantkit.runtime.paged_model import PagedModel
-from quantkit.runtime.sequence import Output
+from helpers.command import Done, quantkit, refused
+from quantkit.runtime.core.batch import Batch
+from quantkit.runtime.core.sequence import Output
+from quantkit.runtime.engine.engine import Engine
+from quantkit.runtime.model.model_runner import PagedModel
 
 PROMPTS = ["One", "Two Z", "Three"]
 LENGTH = ("--max-tokens", 12, "--ignore-eos")

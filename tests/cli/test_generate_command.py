@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli.command import quantkit, refused
+
+from helpers.command import quantkit, refused
 
 LENGTH = ("--max-tokens", 12, "--ignore-eos")
 
@@ -128,7 +129,7 @@ def test_bad_schemas_are_one_line(llama: Path, tmp_path: Path, content: bytes | 
 def test_without_the_library_it_is_named(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "s.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    monkeypatch.delitem(sys.modules, "quantkit.runtime.json_grammar", raising=False)
+    monkeypatch.delitem(sys.modules, "quantkit.runtime.sampling.json_schema", raising=False)
     line = refused("generate", llama, "x", "--json-schema", tmp_path / "s.json")
     assert "needs llguidance; run: pip install 'quantkit[serve]'" in line
 

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli.command import quantkit, refused
+
+from helpers.command import quantkit, refused
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import json
 from importlib import resources
 
 import pytest
-from cli.command import quantkit, refused
 
 import quantkit as package
+from helpers.command import quantkit, refused
 from quantkit.cli import app
 
 VERBS = [command.name for command in app.registered_commands]

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from cli.command import FAST, quantkit
 
+from helpers import tiny
+from helpers.command import FAST, quantkit
 from quantkit.checkpoint.reader import Checkpoint
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from cli.command import FAST, quantkit, refused
 from safetensors import safe_open
 
+from helpers.command import FAST, quantkit, refused
 from quantkit.recipe import Recipe, resolved_json
 
 RTN = ("--method", "rtn")

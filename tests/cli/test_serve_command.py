@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.command import quantkit, refused
 from fastapi import FastAPI
-from tiny import make_model
 
+from helpers.command import quantkit, refused
+from helpers.tiny import make_model
 from quantkit.server import process
 from quantkit.server.app import ServerConfig
 

@@ -5,14 +5,14 @@ import re
 from typing import Any
 
 import pytest
-from formats.slow_formats import UNTIMED
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.slow_formats import UNTIMED
 from quantkit.errors import FormatError
 from quantkit.formats import FORMATS, Plan, format_of
 from quantkit.formats.base import patterns
-from quantkit.methods.grid import Scheme
+from quantkit.methods.scheme import Scheme
 
 CT, GPTQ, AWQ = FORMATS["compressed-tensors"], FORMATS["gptq"], FORMATS["awq"]
 W4, W4A, W8 = Scheme(4, 128, True), Scheme(4, 128, False), Scheme(8, 32, True)

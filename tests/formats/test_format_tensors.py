@@ -4,16 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from formats import slow_formats
-from formats.slow_formats import UNTIMED, make_weight
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import slow_formats
+from helpers.slow_formats import UNTIMED, make_weight
 from quantkit.errors import FormatError
 from quantkit.formats import FORMATS
 from quantkit.formats.base import exact
-from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.scheme import Scheme
 
 CT, GPTQ, AWQ = FORMATS["compressed-tensors"], FORMATS["gptq"], FORMATS["awq"]
 V1 = {"quant_method": "gptq", "checkpoint_format": "gptq"}

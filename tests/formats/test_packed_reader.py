@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from formats.slow_formats import make_weight
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit.artifact import PackedReader, bits_per_weight, dense_source
+from helpers.slow_formats import make_weight
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats import FORMATS
-from quantkit.methods.grid import Scheme
+from quantkit.formats.artifact import PackedReader, bits_per_weight, dense_source
+from quantkit.methods.scheme import Scheme
 
 NAMES = list(FORMATS)
 SCHEME = Scheme(4, 32, False)

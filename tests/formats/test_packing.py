@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from formats.slow_formats import UNTIMED, bitstream
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.slow_formats import UNTIMED, bitstream
 from quantkit.formats.packing import pack, unpack, words
 
 

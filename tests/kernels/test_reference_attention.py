@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from paged_samples import DEVICE, Batch, Heads, make_batch
 from torch import Tensor
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
+from helpers.paged_samples import DEVICE, Batch, Heads, make_batch
 from quantkit.kernels import reference
 
 SCALE = 0.4

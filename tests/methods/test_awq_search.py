@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from method_samples import SCHEMES, activations, assert_sound, second_moment, weights
 from torch import Tensor
 
+from helpers.method_samples import SCHEMES, activations, assert_sound, second_moment, weights
 from quantkit.methods.awq import RATIOS, clipped, search_channel_scale
-from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.rtn import rtn
+from quantkit.methods.scheme import Scheme
 
 BF16 = torch.bfloat16
 UNTIED = torch.arange(96)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
 from torch import Tensor
 
+from helpers.method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
 from quantkit.methods.gptq import descend, factorise, gptq
-from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.rtn import rtn
+from quantkit.methods.scheme import Scheme
 
 BF16 = torch.bfloat16
 

@@ -4,12 +4,13 @@ from functools import cache
 
 import pytest
 import torch
-from method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
 from torch import Tensor
 
+from helpers.method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
 from quantkit.methods.gptq import Inverse, factorise, gptq
-from quantkit.methods.grid import QuantizedWeight, Scheme
+from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.rtn import on_grid, rtn
+from quantkit.methods.scheme import Scheme
 
 BF16 = torch.bfloat16
 SHRINK = (1.0, 0.85, 0.7)

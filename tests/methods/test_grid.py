@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from method_samples import SCHEMES, assert_storable, weights
 from torch import Tensor
 
-from quantkit.methods.grid import QuantizedWeight, Scheme, round_to_grid, search_grid, span, storable_scales
+from helpers.method_samples import SCHEMES, assert_storable, weights
+from quantkit.methods.grid import QuantizedWeight, round_to_grid, search_grid, span, storable_scales
+from quantkit.methods.scheme import Scheme
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 LOWS_AND_HIGHS = [(-1.0, 0.9), (-0.3, 2.0), (-2.0, 0.0), (0.0, 1.5), (-1e-3, 1e-3), (-0.7, 0.7)]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from method_samples import activations
 
+from helpers.method_samples import activations
 from quantkit.methods.hessian import Hessian
 
 CPU = torch.device("cpu")

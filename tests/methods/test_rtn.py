@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from method_samples import SCHEMES, assert_sound, weights
 from torch import Tensor
 
-from quantkit.methods.grid import Scheme
+from helpers.method_samples import SCHEMES, assert_sound, weights
 from quantkit.methods.rtn import rtn
+from quantkit.methods.scheme import Scheme
 
 
 def _stored(scale: float) -> float:

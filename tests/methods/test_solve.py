@@ -4,21 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from quantkit.architecture import Fold, Group
-from quantkit.block_job import BlockJob
-from quantkit.calibrate import Stream, Walk
+from helpers.method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
 from quantkit.errors import NumericsError
 from quantkit.methods import solve as solve_module
 from quantkit.methods.gptq import factorise
-from quantkit.methods.grid import Scheme
 from quantkit.methods.hessian import Hessian
 from quantkit.methods.rtn import rtn
+from quantkit.methods.scheme import Scheme
 from quantkit.methods.solve import Moments, Settings, matched, solve
-from quantkit.report import MatrixReport
+from quantkit.models.families import Fold, Group
+from quantkit.quantization.block import BlockJob
+from quantkit.quantization.calibration import Stream, Walk
+from quantkit.quantization.report import MatrixReport
 
 METHODS = ["rtn", "awq", "gptq", "awq+gptq"]
 SETTINGS = Settings("gptq", act_order=True, damping=0.01, drift=0.5, sweeps=1, dtype=torch.bfloat16)

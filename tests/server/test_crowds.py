@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import serving, tiny_folder, wait
 
+from helpers.live_server import serving, tiny_folder, wait
 from quantkit.server.app import ServerConfig
 
 ASKED = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": 0}

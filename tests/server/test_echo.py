@@ -8,9 +8,9 @@ import httpx
 import openai
 import pytest
 import torch
-from live_server import serving, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.live_server import serving, tiny_folder
 from quantkit.server.app import ServerConfig
 
 PROMPTS = ["Hello there", "W", "Once upon a time, in a land far away, there lived a king who had three sons and no"]

@@ -4,14 +4,14 @@ import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from runtime.fake_model import VOCAB, FakeModel, expected
 
-from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.ngram import NgramProposer
-from quantkit.runtime.request import Request, SamplingParams
-from quantkit.runtime.sequence import Draft, Output, Sequence, Timing, Usage
-from quantkit.runtime.sequence import FinishReason as End
-from quantkit.runtime.stats import Stats
+from helpers.fake_model import VOCAB, FakeModel, expected
+from quantkit.runtime.core.request import Request, SamplingParams
+from quantkit.runtime.core.sequence import Draft, Output, Sequence, Timing, Usage
+from quantkit.runtime.core.sequence import FinishReason as End
+from quantkit.runtime.engine.engine import Engine, EngineConfig
+from quantkit.runtime.engine.stats import Stats
+from quantkit.runtime.speculative.ngram import NgramProposer
 from quantkit.server.histograms import N_BUCKETS, REQUEST_BUCKETS, STEP_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS
 from quantkit.server.live import WINDOW, Live, percentiles
 from quantkit.server.metrics import Metrics

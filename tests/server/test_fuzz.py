@@ -11,8 +11,8 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from live_server import serving, tiny_folder
 
+from helpers.live_server import serving, tiny_folder
 from quantkit.server.app import ServerConfig
 
 REQUESTS = int(os.environ.get("QUANTKIT_FUZZ", "240"))

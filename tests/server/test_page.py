@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from live_server import listening
 from playwright.sync_api import Browser, ConsoleMessage, HttpCredentials, Page, expect, sync_playwright
-from runtime.fake_model import FakeModel
 
-from quantkit.runtime.engine import Engine
-from quantkit.runtime.sequence import FinishReason, Output, Timing, Usage
+from helpers.fake_model import FakeModel
+from helpers.live_server import listening
+from quantkit.runtime.core.sequence import FinishReason, Output, Timing, Usage
+from quantkit.runtime.engine.engine import Engine
 from quantkit.server.guards import KeyGuard
 from quantkit.server.live import Live
 from quantkit.server.metrics import Metrics

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import httpx
-from live_server import tiny_folder, wait
+
+from helpers.live_server import tiny_folder, wait
 
 LONG = {"prompt": "Hello", "max_tokens": 220, "ignore_eos": True, "stream": True}
 

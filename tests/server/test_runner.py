@@ -6,15 +6,15 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
-from runtime.fake_model import FakeModel, expected
 from torch import Tensor
 
+from helpers.fake_model import FakeModel, expected
 from quantkit.errors import RequestError
-from quantkit.runtime.batch import Batch
-from quantkit.runtime.engine import Engine, EngineConfig
-from quantkit.runtime.request import Request, SamplingParams
-from quantkit.runtime.sequence import FinishReason, Output
-from quantkit.runtime.stats import Stats
+from quantkit.runtime.core.batch import Batch
+from quantkit.runtime.core.request import Request, SamplingParams
+from quantkit.runtime.core.sequence import FinishReason, Output
+from quantkit.runtime.engine.engine import Engine, EngineConfig
+from quantkit.runtime.engine.stats import Stats
 from quantkit.server.job import BusyError, DrainingError, EngineDiedError, Job
 from quantkit.server.runner import Runner
 

@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
-from live_server import serving, tiny_folder
 from playwright.sync_api import expect, sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
 
+from helpers.live_server import serving, tiny_folder
 from quantkit.server.app import ServerConfig
 
 SCHEMA = {

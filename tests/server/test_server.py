@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live_server import serving, tiny_folder, wait
 
+from helpers.live_server import serving, tiny_folder, wait
 from quantkit.server.app import Served, ServerConfig
 
 LONG = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True}

@@ -1,0 +1,91 @@
+"""Logits of a text as the engine computes them: through the paged cache, in chunks, with eviction."""
+
+from array import array
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+
+from quantkit.runtime.core.detokenize import TextStream
+from quantkit.runtime.core.model import Model
+from quantkit.runtime.core.request import SamplingParams
+from quantkit.runtime.core.sequence import Scheduled, Sequence, Timing
+from quantkit.runtime.engine.forward import forward
+from quantkit.runtime.kv_cache.block_manager import KVManager
+from quantkit.runtime.kv_cache.eviction import Budget, Eviction, check_windows
+from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
+
+
+def scored_text(tokens: SequenceOf[int]) -> Sequence:
+    """A sequence that is all prompt, in no queue."""
+    return Sequence(
+        request_id=0,
+        index=0,
+        params=SamplingParams(),
+        tokens=array("q", tokens),
+        num_prompt=len(tokens),
+        limit=len(tokens) + 1,
+        stop_tokens=frozenset(),
+        text=TextStream(lambda _: "", tokens, (), False),
+        random=Random(0),
+        timing=Timing(0.0),
+    )
+
+
+def paged_logits(model: Model, sequence: Sequence, eviction: Eviction | None = None, *, chunk: int = 512) -> Iterator[Tensor]:
+    """The logits behind every token of a text.
+
+    Args:
+        model: nobody else uses its cache meanwhile.
+        sequence: a fresh `scored_text`; while the caller looks at a chunk, it tells what is held.
+        eviction: what is dropped on the way; None: nothing, and KV memory must hold the text.
+        chunk: tokens a forward at most.
+
+    Yields:
+        float32 [n, V] for the next n tokens.
+    """
+    kv = KVManager(model.num_blocks, model.block_size, prefix_caching=False, eviction=eviction)
+    while sequence.num_pending:
+        count = min(sequence.num_pending, chunk, kv.make_way(sequence))
+        fits = kv.extend(sequence, count)
+        assert fits, "KV memory does not hold the text"
+        logits = forward(model, kv, [Scheduled(sequence, count, count)])
+        kv.commit(sequence, count)
+        yield logits
+
+
+def open_bounded(folder: Path, device: torch.device, kv_dtype: str, length: int, budget: Budget) -> PagedModel:
+    """A model that computes windows of `length` tokens within a budget that drops some of them.
+
+    Raises:
+        QuantkitError: it cannot be loaded, or cannot have such a cache or budget.
+    """
+    options = CacheOptions(max_model_len=length, max_batch=1, dtype=kv_dtype, budget=budget)
+    model = open_model(folder, device, options)
+    eviction = budget.eviction(model.block_size)
+    assert eviction is not None
+    check_windows(eviction, model.block_size, model.sliding_window)
+    return model
+
+
+def bounded_logits(
+    model: PagedModel, budget: Budget, tokens: Tensor, advance: Callable[[int, int], None]
+) -> Callable[[int], Iterator[Tensor]]:
+    """What `metrics.measure_logits` wants: from the number of a window to its logits, each window a sequence of its own.
+
+    Args:
+        model: from `open_bounded`.
+        budget: the same.
+        tokens: int64 [windows, T].
+        advance: called with (windows done, windows) after each.
+    """
+    eviction = budget.eviction(model.block_size)
+
+    def chunks(window: int) -> Iterator[Tensor]:
+        yield from paged_logits(model, scored_text(tokens[window, :-1].tolist()), eviction)
+        advance(window + 1, len(tokens))
+
+    return chunks

@@ -1,0 +1,215 @@
+"""`quantkit eval`: a model's numbers, and a baseline's beside them."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+import quantkit
+from quantkit.checkpoint.files import write_tensors
+from quantkit.checkpoint.reader import Checkpoint, sha256
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.data.corpus import evaluation_rows, tokens_sha256
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.evaluation.metrics import Metrics, measure, measure_logits
+from quantkit.evaluation.paged import bounded_logits, open_bounded
+from quantkit.evaluation.stream import CachedBlockModel, PackedBlockModel, final_hidden, open_cached, open_model
+from quantkit.formats.artifact import bits_per_weight
+from quantkit.models.skeleton import read_config
+from quantkit.models.streaming import BlockModel
+from quantkit.runtime.kv_cache.eviction import Budget
+from quantkit.runtime.model.model_runner import PagedModel
+from quantkit.utils.cache_dir import cache_dir
+from quantkit.utils.resources import cpu_seconds, peak_memory
+
+#: Tokens over which kernels are compared with dequantized weights: enough for a perplexity, a fraction of the whole.
+_CHECKED_TOKENS = 2048
+
+#: How far, relative, the engine's kernels may move a perplexity: more than their rounding does, so something is wrong.
+KERNEL_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to evaluate: folders, text (see `corpus`), windows of seq_len tokens, device.
+
+    With `kv_dtype` the model, not the baseline, runs through the engine's kernels and a paged KV cache of that type; what
+    this adds to the numbers without it is what the cache costs. With a `budget` that drops tokens it runs as the engine does,
+    in memory as a whole.
+    """
+
+    model: Path
+    baseline: Path | None
+    text: str
+    windows: int
+    seq_len: int
+    device: torch.device
+    kv_dtype: str | None = None
+    budget: Budget = field(default_factory=Budget)
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One model's line of the table.
+
+    Attributes:
+        name: the folder.
+        metrics: perplexity and distances from the baseline.
+        bits_per_weight: stored bits, scales and zero points included, over the quantized matrices (all, if none is).
+        size_bytes: of its shards.
+    """
+
+    name: str
+    metrics: Metrics
+    bits_per_weight: float
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Everything that `--json` holds.
+
+    `kernel_difference` is how far the perplexity through the engine's kernels is from that of the dequantized weights in
+    float32, relative, over the first windows; None for a model that is not quantized, and where a cache has its share in it.
+    `kv_bytes_per_token` is what the KV cache of `kv_dtype` takes, open pages not counted.
+    """
+
+    text: str
+    windows: int
+    seq_len: int
+    tokens_sha256: str
+    model: EvalRow
+    baseline: EvalRow | None
+    kernel_difference: float | None
+    kv_dtype: str | None
+    kv_policy: str
+    kv_budget: int | None
+    kv_bytes_per_token: float | None
+    cpu_seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def ppl_increase(self) -> float | None:
+        """Perplexity over the baseline's, minus one."""
+        if self.baseline is None:
+            return None
+        return self.model.metrics.perplexity / self.baseline.metrics.perplexity - 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`."""
+        return asdict(self) | {"ppl_increase": self.ppl_increase}
+
+
+def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> EvalReport:
+    """Measure a model, and its distance from a baseline if one is named.
+
+    Args:
+        request: what to measure.
+        advance: called with (model, blocks done, blocks).
+
+    Raises:
+        QuantkitError: a model or the text cannot be read, or the two models do not fit together.
+    """
+    checkpoint = Checkpoint(request.model)
+    tokens = evaluation_rows(request.text, request.windows, request.seq_len, load_tokenizer(checkpoint))
+    model = _open(request, checkpoint)
+    reference: tuple[BlockModel, Tensor] | None = None
+    baseline: EvalRow | None = None
+    if request.baseline is not None:
+        source = Checkpoint(request.baseline)
+        base = open_model(source, request.device)
+        vocab_size = read_config(checkpoint).vocab_size
+        if base.config.vocab_size != vocab_size:
+            raise CheckpointError(
+                f"{request.baseline}: has {base.config.vocab_size} tokens, {request.model} has {vocab_size}; "
+                "a baseline must share the vocabulary"
+            )
+        reference = base, _cached_hidden(base, tokens, lambda done, total: advance("baseline", done, total))
+        baseline = _row(source, measure(base, reference[1], tokens))
+    difference = None
+    if isinstance(model, PagedModel):
+        metrics = measure_logits(bounded_logits(model, request.budget, tokens, partial(advance, "model")), tokens, reference)
+    else:
+        hidden = final_hidden(model, tokens, partial(advance, "model"))
+        metrics = measure(model, hidden, tokens, reference)
+        if type(model) is PackedBlockModel:
+            difference = _kernel_difference(model, hidden, tokens, advance)
+    return EvalReport(
+        text=request.text,
+        windows=request.windows,
+        seq_len=request.seq_len,
+        tokens_sha256=tokens_sha256(tokens),
+        model=_row(checkpoint, metrics),
+        baseline=baseline,
+        kernel_difference=difference,
+        kv_dtype=request.kv_dtype,
+        kv_policy=request.budget.policy,
+        kv_budget=request.budget.tokens,
+        kv_bytes_per_token=model.cache.bytes_per_token if isinstance(model, PagedModel | CachedBlockModel) else None,
+        cpu_seconds=cpu_seconds(),
+        peak_memory_bytes=peak_memory(),
+    )
+
+
+def _open(request: EvalRequest, checkpoint: Checkpoint) -> BlockModel | PagedModel:
+    """The model as it is to be measured."""
+    if request.budget.tokens is not None:
+        return open_bounded(request.model, request.device, request.kv_dtype or "auto", request.seq_len, request.budget)
+    if request.kv_dtype is not None:
+        return open_cached(checkpoint, request.device, request.kv_dtype, request.seq_len)
+    return open_model(checkpoint, request.device, packed="quantization_config" in checkpoint.config)
+
+
+def _kernel_difference(model: BlockModel, hidden: Tensor, tokens: Tensor, advance: Callable[[str, int, int], None]) -> float:
+    """Relative difference of the packed model's perplexity from that of its dequantized weights, over the first windows.
+
+    Args:
+        model: runs through the engine's kernels; hidden: its final hidden states.
+        tokens: int64 [windows, T].
+        advance: as for `evaluate`.
+    """
+    few = tokens[: max(1, _CHECKED_TOKENS // tokens.shape[1])]
+    dense = open_model(model.checkpoint, model.device)
+    reference = final_hidden(dense, few, lambda done, total: advance("dequantized", done, total))
+    return measure(model, hidden[: len(few)], few).perplexity / measure(dense, reference, few).perplexity - 1
+
+
+def _row(checkpoint: Checkpoint, metrics: Metrics) -> EvalRow:
+    size = sum(path.stat().st_size for path in checkpoint.files)
+    return EvalRow(str(checkpoint.folder), metrics, bits_per_weight(checkpoint), size)
+
+
+def _cached_hidden(model: BlockModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
+    """The baseline's final hidden states, which every evaluation against it needs again, from the user's cache."""
+    files = (model.checkpoint.folder / "config.json", *model.checkpoint.files)
+    versions = torch.__version__, transformers.__version__, quantkit.__version__
+    # The same tokens in other windows are another evaluation.
+    parts = [*versions, model.device.type, tokens_sha256(tokens), str(tuple(tokens.shape)), *map(sha256, files)]
+    path = cache_dir() / "baselines" / (hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32] + ".safetensors")
+    try:
+        stored = load_file(path)
+        cached: Tensor = stored["hidden"]
+        if torch.equal(stored["sha256"], _digest(cached)):
+            return cached
+    except (OSError, SafetensorError, KeyError):
+        pass  # No cache yet, or not a whole one.
+    hidden = final_hidden(model, tokens, advance)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"hidden": hidden, "sha256": _digest(hidden)})
+    except (OSError, QuantkitError):
+        pass  # A cache that cannot be written costs time, not correctness.
+    return hidden
+
+
+def _digest(hidden: Tensor) -> Tensor:
+    """SHA-256 as uint8 [32]: a cache may be read years after it was written, and a wrong number would never be noticed."""
+    return torch.tensor(list(hashlib.sha256(hidden.numpy().data).digest()), dtype=torch.uint8)

@@ -1,0 +1,135 @@
+"""Final hidden states of a model that never is in memory as a whole: one block at a time over all windows."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import NumericsError
+from quantkit.formats.artifact import dense_source, online_hadamard
+from quantkit.models.skeleton import read_config, realise_buffers
+from quantkit.models.streaming import BlockModel
+from quantkit.runtime.core.batch import lone_batch
+from quantkit.runtime.kv_cache.cache import KVCache
+from quantkit.runtime.kv_cache.dtypes import LayerShape, cache_format
+from quantkit.runtime.model import attention
+from quantkit.runtime.model.loader import load_block, load_outside
+from quantkit.runtime.model.weights import Source
+
+#: Tokens that run through a block at once.
+_BATCH_TOKENS = 4096
+
+
+class PackedBlockModel(BlockModel):
+    """A block model whose matrices, the head's too, stay packed and run through the engine's kernels."""
+
+    def load_outside(self) -> None:
+        """Read embeddings, final norm and head, as the engine does; nothing is widened. To be called once."""
+        load_outside(self._model, Source(self.checkpoint), self.device, self.dtype)
+        self._load(self._model, "", [name for name, _ in self._model.named_parameters() if name in self._outside])
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with kernel-ready weights; they are released when the context ends."""
+        module = copy.deepcopy(self._blocks[index])
+        realise_buffers(self._model, module, self.device)
+        load_block(module, self.prefix(index), self.family, Source(self.checkpoint), self.device, self.dtype)
+        yield module
+
+
+class CachedBlockModel(PackedBlockModel):
+    """A packed block model whose attention reads keys and values from the engine's paged cache, through its kernels.
+
+    A window is one sequence, whose prompt is computed in one step. What a token sees depends on positions only, not on how a
+    text is cut into steps (see `kernels.kv_store`), so these are the numbers that the engine's tokens have when they are
+    generated one by one.
+
+    Attributes:
+        cache: of one window, all layers; every window overwrites it.
+    """
+
+    def use_cache(self, kv_dtype: str, length: int) -> None:
+        """Make the cache, for windows of `length` tokens. To be called once.
+
+        Raises:
+            ResourceError: there is no such type, or not for this model or device.
+        """
+        self._model.set_attn_implementation(attention.register())
+        heads = self.config.num_key_value_heads
+        blocks: Any = self._blocks
+        widths = [block.self_attn.head_dim for block in blocks]
+        layers = [LayerShape(heads, width, width) for width in widths]
+        form = cache_format(kv_dtype, self.config.dtype or self.dtype, layers, self.device)
+        count = -(-length // form.block_size)
+        self.cache = KVCache(layers, count, form.block_size, form, self.device, pages=count)
+        batch = lone_batch(torch.arange(length), 0, form.block_size)  # The block walk brings the hidden states itself.
+        self.cache.prepare(batch, draft=False)
+        self._paged = attention.Paged(batch.to(self.device), self.cache)
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """As the base class; blocks get the cache too. One window at a time."""
+        assert len(tokens) == 1
+        hidden, kwargs = super().embed(tokens)
+        return hidden, [each | {"paged": self._paged} for each in kwargs]
+
+
+def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, length: int) -> CachedBlockModel:
+    """A model to be evaluated with a KV cache of the type that `--kv-dtype` names, over windows of `length` tokens.
+
+    Raises:
+        QuantkitError: it cannot be read, or cannot have such a cache.
+    """
+    dtype = torch.float32 if device.type == "cpu" else read_config(checkpoint).dtype or torch.bfloat16
+    model = CachedBlockModel(checkpoint, dense_source(checkpoint), dtype, device, online_hadamard(checkpoint))
+    model.use_cache(kv_dtype, length)
+    return model
+
+
+def open_model(checkpoint: Checkpoint, device: torch.device, *, packed: bool = False) -> BlockModel:
+    """A model to be evaluated without a KV cache.
+
+    Args:
+        checkpoint: a checkpoint or an artifact.
+        device: where it is computed.
+        packed: run packed matrices through the engine's kernels, with activations as the engine has them; otherwise all
+            is dequantized and in float32, so that what is measured is the weights and no rounding of activations.
+
+    Raises:
+        CheckpointError, FormatError: it cannot be read.
+    """
+    kind = PackedBlockModel if packed else BlockModel
+    dtype = torch.bfloat16 if packed and device.type == "cuda" else torch.float32
+    return kind(checkpoint, dense_source(checkpoint), dtype, device, online_hadamard(checkpoint))
+
+
+@torch.no_grad()
+def final_hidden(model: BlockModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
+    """Output of the last block, float32 [windows, T, D] on the CPU.
+
+    Args:
+        model: the model.
+        tokens: int64 [windows, T].
+        advance: called with (blocks done, blocks) after each.
+
+    Raises:
+        NumericsError: the model overflows.
+    """
+    rows = 1 if isinstance(model, CachedBlockModel) else max(1, _BATCH_TOKENS // tokens.shape[1])
+    hidden = torch.empty(*tokens.shape, model.config.hidden_size)
+    kwargs = {}
+    for batch, target in zip(tokens.split(rows), hidden.split(rows), strict=True):
+        entered, kwargs[len(batch)] = model.embed(batch)
+        target.copy_(entered)
+    for index in range(model.count):
+        with model.block(index) as block:
+            for part in hidden.split(rows):
+                out = block(part.to(model.device, model.dtype), **kwargs[len(part)][index])
+                part.copy_(out[0] if isinstance(out, tuple) else out)
+        if not bool(hidden.isfinite().all()):
+            raise NumericsError(f"{model.checkpoint.folder}: {model.prefix(index)[:-1]} gives NaN or Inf")
+        advance(index + 1, model.count)
+    return hidden

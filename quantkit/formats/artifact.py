@@ -1,0 +1,197 @@
+"""A finished artifact: its metadata out, its packed weights back in as dense ones."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.files import disk_errors, write_json
+from quantkit.checkpoint.reader import Checkpoint, shown
+from quantkit.errors import FormatError
+from quantkit.formats import FORMATS, Engine, Format, Plan, format_of, sort_groups
+from quantkit.formats.rotated import OnlineHadamard, declare, declared, refusals
+from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.scheme import Scheme
+
+#: Not copied from the source: weights in any form, what is written anew, and another tool's metadata.
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json", "quantkit.json")
+
+
+def write_metadata(source: Checkpoint, folder: Path, form: str, plan: Plan, online: OnlineHadamard | None) -> None:
+    """Everything in an artifact beside weights and report: config, tokenizer, generation settings, licence.
+
+    `online` is what a rotated model needs at run time.
+    """
+    with disk_errors(folder):
+        for path in sorted(source.folder.iterdir()):
+            if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name not in _WRITTEN_ANEW:
+                shutil.copyfile(path, folder / path.name)
+    quantization = FORMATS[form].config(plan)
+    if online:
+        quantization = declare(quantization, online)
+    # A head that is quantized or rotated has its own tensors, so it is no longer the embedding.
+    untied = {"tie_word_embeddings": False} if online or plan.get("lm_head") is not None else {}
+    write_json(folder / "config.json", source.config | untied | {"quantization_config": quantization})
+    if form == "gptq":
+        write_json(folder / "quantize_config.json", quantization)
+
+
+class PackedReader:
+    """The packed matrices of an opened artifact, ours or anyone's.
+
+    Attributes:
+        form: its format.
+        online: the Hadamard transform that some matrices' inputs must go through; None where there is none.
+        beside: what is to be quantized beside weights, see `Format`; nothing here does so.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """
+        Raises:
+            FormatError: the format or its config cannot be read, or no packed matrix is there.
+        """
+        where = checkpoint.folder / "config.json"
+        self._checkpoint = checkpoint
+        stated: dict[str, Any] = checkpoint.config["quantization_config"]
+        if not isinstance(stated, dict):
+            raise FormatError(f"{where}: quantization_config is not an object; fetch the file again")
+        try:
+            self._config, self.online = declared(stated)
+            self.form: Format = format_of(self._config)
+            marker = "." + self.form.suffixes[0]
+            self.modules = [name.removesuffix(marker) for name in checkpoint.under("") if name.endswith(marker)]
+            self._schemes = self.form.schemes(self._config, self.modules)
+            self.beside = self.form.beside(self._config)
+        except FormatError as error:
+            raise FormatError(f"{where}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+            raise FormatError(f"{where}: quantization_config is incomplete ({error!r:.120}); fetch the file again") from None
+        if not self.modules:
+            raise FormatError(f"{where}: says {self.form.name}, but no shard holds a packed matrix; fetch the model again")
+        for module in self.modules:
+            info = checkpoint.tensors[module + marker]
+            if info.dtype != torch.int32 or len(info.shape) != 2 or 0 in info.shape:
+                raise FormatError(f"{info.file}: {shown(module + marker)} is not an int32 matrix, so it cannot be read")
+
+    def scheme(self, module: str) -> Scheme:
+        """How a packed matrix is quantized.
+
+        Raises:
+            FormatError: config.json says that it is not.
+        """
+        scheme = self._schemes[module]
+        if scheme is None:
+            where = self._checkpoint.folder / "config.json"
+            raise FormatError(f"{where}: says {shown(module)} is not quantized, but it is packed; fetch the model again")
+        return scheme
+
+    def engines(self) -> list[Engine]:
+        """Which engines load the artifact."""
+        engines = self.form.engines({self.scheme(module) for module in self.modules})
+        return refusals(engines) if self.online else engines
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(N, K) of a packed matrix, from the header alone; K rounded up where rows end within a word."""
+        info, bits = self._checkpoint.tensors[f"{module}.{self.form.suffixes[0]}"], self.scheme(module).bits
+        return self.form.dense_shape(info.shape, bits)
+
+    def read(self, module: str) -> QuantizedWeight:
+        """One packed matrix whose groups are in the order of its columns.
+
+        Raises:
+            FormatError: its tensors are missing or disagree with config.json, or its groups are permuted.
+        """
+        return self._decoded(module, self._stored(module))
+
+    def read_sorted(self, module: str) -> tuple[QuantizedWeight, Tensor | None]:
+        """One packed matrix, and which column of the input each of its columns multiplies (None: the same).
+
+        Raises:
+            FormatError: its tensors are missing or disagree with config.json.
+        """
+        scheme = self.scheme(module)
+        try:
+            tensors, order = sort_groups(self._stored(module), scheme)
+        except FormatError as error:
+            raise FormatError(f"{self._checkpoint.folder}: {shown(module)}: {error}") from None
+        return self._decoded(module, tensors), order
+
+    def dense(self, module: str) -> Tensor:
+        """One packed matrix's values, float32 [N, K].
+
+        Raises:
+            FormatError: its tensors are missing or disagree with config.json.
+        """
+        weight, order = self.read_sorted(module)
+        values = weight.dequantize()
+        return values if order is None else values[:, torch.argsort(order)]
+
+    def _stored(self, module: str) -> dict[str, Tensor]:
+        names = {suffix: f"{module}.{suffix}" for suffix in self.form.suffixes}
+        stored = self._checkpoint.read(name for name in names.values() if name in self._checkpoint.tensors)
+        return {suffix: stored[name] for suffix, name in names.items() if name in stored}
+
+    def _decoded(self, module: str, tensors: dict[str, Tensor]) -> QuantizedWeight:
+        scheme = self.scheme(module)
+        try:
+            return self.form.decode(tensors, scheme, self._config)
+        except KeyError as error:
+            raise FormatError(f"{self._checkpoint.folder}: {shown(module)} lacks {error}; fetch the model again") from None
+        except FormatError as error:
+            raise FormatError(f"{self._checkpoint.folder}: {shown(module)}: {error}") from None
+
+
+def dense_source(checkpoint: Checkpoint) -> Callable[[list[str]], dict[str, Tensor]]:
+    """A reader of dense tensors by name, whether they are stored dense or packed.
+
+    Raises:
+        FormatError: the checkpoint is quantized in a format that cannot be read.
+    """
+    if "quantization_config" not in checkpoint.config:
+        return checkpoint.read
+    packed = PackedReader(checkpoint)
+    modules = set(packed.modules)
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        dense = {}
+        for name in names:
+            module = name.removesuffix(".weight")
+            if name.endswith(".weight") and module in modules:
+                dense[name] = packed.dense(module)
+            else:
+                dense |= checkpoint.read([name])
+        return dense
+
+    return read
+
+
+def online_hadamard(checkpoint: Checkpoint) -> OnlineHadamard | None:
+    """What `PackedReader.online` says; None for a checkpoint that is not quantized.
+
+    Raises:
+        FormatError: see `PackedReader`.
+    """
+    return PackedReader(checkpoint).online if "quantization_config" in checkpoint.config else None
+
+
+def bits_per_weight(checkpoint: Checkpoint) -> float:
+    """Stored bits a weight over the packed matrices; over all matrices of a dense checkpoint."""
+    if "quantization_config" not in checkpoint.config:
+        matrices = [info for info in checkpoint.tensors.values() if len(info.shape) == 2]
+        return 8 * sum(info.nbytes for info in matrices) / sum(info.nbytes // info.dtype.itemsize for info in matrices)
+    packed = PackedReader(checkpoint)
+    bits = weights = 0
+    for module in packed.modules:
+        rows, columns = packed.shape(module)
+        bits += 8 * sum(
+            checkpoint.tensors[name].nbytes
+            for suffix in packed.form.suffixes
+            if suffix not in ("g_idx", "weight_shape") and (name := f"{module}.{suffix}") in checkpoint.tensors
+        )
+        weights += rows * columns
+    return bits / weights

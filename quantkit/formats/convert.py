@@ -1,0 +1,125 @@
+"""Change an artifact's format: a permutation of bits, never a re-quantization."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.files import write_json, write_tensors
+from quantkit.checkpoint.reader import Checkpoint, read_json, sha256, shown
+from quantkit.checkpoint.storage_dtype import storage_dtype
+from quantkit.checkpoint.writer import Workspace
+from quantkit.errors import CheckpointError, FormatError
+from quantkit.formats import FORMATS, Plan, encode
+from quantkit.formats.artifact import PackedReader, bits_per_weight, write_metadata
+from quantkit.methods.scheme import Scheme
+
+
+def convert(source: Path, out: Path, form: str, *, overwrite: bool) -> int:
+    """Write the artifact at `source` in format `form` to `out`, shard by shard. Returns the number of matrices.
+
+    Raises:
+        CheckpointError: the source is damaged.
+        FormatError: the source is not quantized, or `form` cannot hold its grid exactly.
+        ArtifactError: OUT is in the way.
+    """
+    Workspace.require_free(out, source, overwrite=overwrite)
+    checkpoint = Checkpoint(source)
+    if "quantization_config" not in checkpoint.config:
+        raise FormatError(f"{source}: is not quantized; use `quantkit quantize`")
+    packed = PackedReader(checkpoint)
+    plan = _plan(checkpoint, packed)
+    _require_room(checkpoint.folder, packed, plan, form)
+    stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files}
+    identity = {"convert": str(source.resolve()), "source": stamps, "to": form}
+    with Workspace(out, identity, source=source, overwrite=overwrite) as workspace:
+        _make(checkpoint, packed, plan, workspace, form)
+    return len(packed.modules)
+
+
+def holds(checkpoint: Checkpoint, packed: PackedReader, form: str) -> bool:
+    """Whether `form` can hold an artifact, as far as headers and config show."""
+    try:
+        _require_room(checkpoint.folder, packed, _plan(checkpoint, packed), form)
+    except FormatError:
+        return False
+    return True
+
+
+def _require_room(source: Path, packed: PackedReader, plan: Plan, form: str) -> None:
+    """Refuse, before any work, what headers and config already show.
+
+    Raises:
+        FormatError: `form` cannot hold the artifact.
+    """
+    if packed.online and form != "compressed-tensors":
+        raise FormatError(f"{source}: is rotated, which the {form} format has no field for; quantize again without rotate")
+    for module, scheme in plan.items():
+        if scheme is not None and (problem := FORMATS[form].problem(scheme, *packed.shape(module))):
+            raise FormatError(f"{source}: {module}: {problem}")
+    try:
+        FORMATS[form].config(plan)
+    except FormatError as error:
+        raise FormatError(f"{source}: {error}") from None
+
+
+def _make(checkpoint: Checkpoint, packed: PackedReader, plan: Plan, workspace: Workspace, form: str) -> None:
+    """From an open workspace to the published artifact, shard by shard."""
+    done = len(workspace.finished)
+    for number, file in enumerate(checkpoint.files[done:], start=done):
+        shard = f"shard-{number:05}.safetensors"
+        write_tensors(workspace.folder / shard, _converted(checkpoint, packed, file, form))
+        workspace.commit({"shard": shard})
+    folder, shards = workspace.join()
+    write_metadata(checkpoint, folder, form, plan, packed.online)
+    made = checkpoint.folder / "quantkit.json"
+    if made.is_file():
+        write_json(folder / "quantkit.json", _report(made, folder, shards, form))
+    workspace.publish()
+
+
+def _report(made: Path, folder: Path, shards: list[Path], form: str) -> dict[str, Any]:
+    """The source's report with what is different now; its recipe still gives these very tensors.
+
+    Raises:
+        CheckpointError: it is not a report.
+    """
+    report, written = read_json(made), Checkpoint(folder)
+    packed = PackedReader(written)
+    size = {"bits_per_weight": bits_per_weight(written), "size_bytes": sum(path.stat().st_size for path in shards)}
+    try:
+        return report | {
+            "recipe": report["recipe"] | {"format": form},
+            "output_sha256": {path.name: sha256(path) for path in shards},
+            "engines": [asdict(engine) for engine in packed.engines()],
+            "totals": report["totals"] | size,
+        }
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{made}: is not a report of quantkit's; delete it, or fetch the model again") from None
+
+
+def _plan(checkpoint: Checkpoint, packed: PackedReader) -> Plan:
+    """Scheme of every packed matrix; None for the linear layers that are not packed."""
+    plan: dict[str, Scheme | None] = {module: packed.scheme(module) for module in packed.modules}
+    for name, info in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        if module != name and len(info.shape) == 2 and "embed" not in module:
+            plan[module] = None
+    return plan | {"lm_head": plan.get("lm_head")}
+
+
+def _converted(checkpoint: Checkpoint, packed: PackedReader, file: Path, form: str) -> dict[str, Tensor]:
+    """What one shard becomes: a packed matrix moves with its first tensor, everything else stays where it is."""
+    dtype: torch.dtype = storage_dtype(checkpoint)
+    owners = {f"{module}.{suffix}": module for module in packed.modules for suffix in packed.form.suffixes}
+    here = [name for name, info in checkpoint.tensors.items() if info.file == file]
+    tensors = checkpoint.read(name for name in here if name not in owners)
+    for name in here:
+        module = owners.get(name)
+        if module is None or not name.endswith("." + packed.form.suffixes[0]):
+            continue
+        encoded = encode(form, packed.read(module), dtype, f"{file}: {shown(module)}")
+        tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in encoded.items()}
+    return tensors

@@ -1,0 +1,221 @@
+"""Matrices on a CPU: our native kernels where a C compiler is found, torch's own elsewhere.
+
+Native kernels add up in float32 whatever the types of weights and inputs are; a row's result does not depend on
+the other rows of the call, nor on the number of threads. Packed weights are multiplied as they are (W4A16): the sum of
+codes times inputs of each group, minus zero point times the sum of inputs, times the scale. For that, inputs become integers
+of 16 bits, relative to the largest of their group (native/packed_input.c), and sums within a group are exact.
+"""
+
+from ctypes import CDLL, byref, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quantkit.kernels import reference
+from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import structs
+
+#: Weight rows that lie together in a packed weight (TILE in matmul.h).
+_TILE = 32
+
+#: Where the processor multiplies bfloat16, torch's matrix product overtakes ours at about this many rows.
+_BF16_ROWS = 64
+
+#: Weight rows that are dequantized at a time: they stay in the cache until they are used.
+_PANEL_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class CpuWeight:
+    """A matrix [N, K] as its kernel wants it.
+
+    Attributes:
+        layout: "dense": `data` [N, K] in float32, bfloat16 or float16, as it was given;
+            "tiles": packed for the native kernels (matmul.h describes the arrays), `scales` in float16 where that is exact, no
+            `zeros` where all zero points are `zero`;
+            "int4": packed by torch, `scales` bfloat16 [G, N, 2] of scale and 0, `zeros` float32 [N, G] of (8 - zero) * scale;
+            "codes": uint8 [N, K], `scales` float32 [N, G], `zeros` uint8 [N, G].
+        shape: N, K.
+        bits: of a stored code; 0 for dense.
+        group_size: columns that share a scale; K for dense.
+        data, scales, zeros, zero: see layout.
+    """
+
+    layout: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    data: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    zero: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product with one row reads."""
+        return sum(tensor.nbytes for tensor in (self.data, self.scales, self.zeros) if tensor is not None)
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether it is dense and float32: then products are float32's own, whatever the number of rows."""
+        return self.layout == "dense" and self.data.dtype == torch.float32
+
+    def matrix(self, bias: Tensor | None = None, activation_bits: int = 0, order: Tensor | None = None) -> structs.Matrix:
+        """What the native kernels take. It borrows: the caller keeps the weight, `bias` (float32 [N]) and `order` alive.
+
+        Args:
+            activation_bits: 4 or 8 rounds inputs to as many (see `reference.quantized_matmul`), for "tiles" only; 0 does not.
+            order: int32 [K], the column of x that each column of W multiplies, for "tiles" only; None: the same.
+        """
+        assert self.layout in ("dense", "tiles"), self.layout
+        assert self.layout == "tiles" or (not activation_bits and order is None)
+        arrays = (structs.address(tensor) for tensor in (self.data, self.scales, self.zeros, bias, order))
+        kind = structs.TYPES[(self.data if self.scales is None else self.scales).dtype]
+        return structs.Matrix(*arrays, *self.shape, self.group_size, self.bits, kind, activation_bits, self.zero)
+
+
+def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int) -> CpuWeight:
+    """Repack a quantized matrix for `matmul`.
+
+    Args:
+        codes: uint8 [N, K], below 2^bits.
+        scales: float32 [N, G].
+        zeros: uint8 [N, G].
+        bits: 2, 3, 4 or 8; 3-bit codes are stored in 4.
+        group_size: K / G; -1 for one group a row.
+    """
+    rows, columns = codes.shape
+    group = columns if group_size == -1 else group_size
+    assert columns % group == 0, f"group size {group} does not divide {columns}"
+    assert scales.shape == zeros.shape == (rows, columns // group)
+    codes, scales, zeros = codes.contiguous(), scales.float().contiguous(), zeros.to(torch.uint8).contiguous()
+    stored = 4 if bits == 3 else bits
+    library = native.library()
+    if library is not None:
+        return _tiles(library, codes, scales, zeros, stored, group)
+    if stored == 4 and rows % 16 == 0 and group in (32, 64, 128, 256):
+        offsets = (8.0 - zeros.float()) * scales
+        both = torch.stack([scales, torch.zeros_like(scales)], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
+        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        return CpuWeight("int4", (rows, columns), stored, group, data, both, offsets)
+    return CpuWeight("codes", (rows, columns), stored, group, codes, scales, zeros)
+
+
+def _tiles(library: CDLL, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> CpuWeight:
+    rows, columns = codes.shape
+    groups, tiles = columns // group, -(-rows // _TILE)
+    data = torch.empty(tiles, groups, -(-group // (32 // bits)), _TILE, dtype=torch.int32)
+    exact = bool((scales.half().float() == scales).all()) and bool(scales.isfinite().all())
+    tiled_scales = torch.empty(tiles, groups, _TILE, dtype=torch.float16 if exact else torch.float32)
+    zero = int(zeros.view(-1)[0])
+    tiled_zeros = None if bool((zeros == zero).all()) else torch.zeros(tiles, -(-groups // 4), _TILE, dtype=torch.int32)
+    weight = CpuWeight("tiles", (rows, columns), bits, group, data, tiled_scales, tiled_zeros, zero)
+    addresses = (c_void_p(tensor.data_ptr()) for tensor in (codes, scales, zeros))
+    library.quantkit_pack(byref(weight.matrix()), *addresses, native.threads())
+    return weight
+
+
+def pack_dense(weight: Tensor) -> CpuWeight:
+    """A dense matrix [N, K] in float32, bfloat16 or float16, without a copy: it may be mapped from a file."""
+    assert weight.dtype in structs.TYPES, weight.dtype
+    rows, columns = weight.shape
+    return CpuWeight("dense", (rows, columns), 0, columns, weight.contiguous())
+
+
+def dequantize(weight: CpuWeight, first: int = 0, last: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows first .. last-1 (all by default) as they are multiplied: [rows, K] in float32 or bfloat16.
+
+    The "int4" layout has its scales rounded to bfloat16, and its products too.
+    """
+    last = weight.shape[0] if last is None else last
+    if weight.layout == "tiles":
+        library = native.library()
+        assert library is not None
+        out = torch.empty(last - first, weight.shape[1], dtype=dtype)
+        extent = c_int64(first), c_int64(last - first), structs.TYPES[dtype]
+        library.quantkit_dequantize(byref(weight.matrix()), *extent, c_void_p(out.data_ptr()), native.threads())
+        return out
+    if weight.layout == "int4":
+        return _int4_matmul(torch.eye(weight.shape[1]), weight).T[first:last].to(dtype).contiguous()
+    rows = weight.data[first:last]
+    if weight.layout == "dense":
+        return rows.to(dtype)
+    assert weight.scales is not None
+    assert weight.zeros is not None
+    return reference.dequantize(rows, weight.scales[first:last], weight.zeros[first:last], weight.group_size).to(dtype)
+
+
+def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias.
+
+    Args:
+        x: [M, K] in float32, bfloat16 or float16.
+        weight: from `pack` or `pack_dense`.
+        bias: [N] in any floating type.
+
+    Returns:
+        [M, N] in x's dtype, accumulated in float32. Natively inputs are rounded for packed weights only, by at most
+        2^-16 of the largest of their group; a row that holds NaN or infinity gives NaN. torch's fall-backs round them to the
+        type of a dense weight, and to bfloat16 for "int4".
+    """
+    assert x.shape[1] == weight.shape[1], f"{tuple(x.shape)} against {weight.shape}"
+    library = native.library()
+    if library is not None and weight.layout in ("dense", "tiles"):
+        if native_is_best(x.shape[0], float32=weight.is_float32):
+            return native_matmul(library, x, weight, bias)
+        out = _panel_matmul(x, weight)
+    elif weight.layout == "int4":
+        out = _int4_matmul(x, weight)
+    elif weight.layout == "dense":
+        out = linear(x.to(weight.data.dtype), weight.data)
+    else:
+        out = linear(x.float(), dequantize(weight))
+    return out.to(x.dtype) if bias is None else (out + bias).to(x.dtype)
+
+
+def native_matmul(library: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | None, activation_bits: int = 0) -> Tensor:
+    """`matmul` by the native kernels, for the layouts "dense" and "tiles"; activation_bits as for `CpuWeight.matrix`."""
+    wide = x.float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    matrix = byref(weight.matrix(bias, activation_bits))
+    prepared = torch.empty(len(wide) * library.quantkit_prepared_floats(matrix))
+    out = torch.empty(len(wide), weight.shape[0])
+    pointers = (c_void_p(tensor.data_ptr()) for tensor in (prepared, out))
+    library.quantkit_matmul(matrix, c_void_p(wide.data_ptr()), c_int64(len(wide)), *pointers, native.threads())
+    return out.to(x.dtype)
+
+
+def native_is_best(rows: int, *, float32: bool) -> bool:
+    """Whether native kernels are the ones for that many rows: they exist, and torch does not multiply bfloat16 faster.
+
+    Args:
+        rows: of the inputs.
+        float32: the weights are (see `CpuWeight.is_float32`), so that bfloat16 would round what nobody asked to be rounded.
+    """
+    return native.library() is not None and (float32 or rows < _BF16_ROWS or not _multiplies_bf16())
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _panel_matmul(x: Tensor, weight: CpuWeight) -> Tensor:
+    """Many rows in bfloat16: panels of the weight are dequantized one after the other, so that no copy of it is made."""
+    half = x.to(torch.bfloat16)
+    starts = range(0, weight.shape[0], _PANEL_ROWS)
+    panels = (dequantize(weight, at, min(at + _PANEL_ROWS, weight.shape[0]), torch.bfloat16) for at in starts)
+    return torch.cat([linear(half, panel) for panel in panels], dim=1)
+
+
+def _int4_matmul(x: Tensor, weight: CpuWeight) -> Tensor:
+    """torch's int4 product knows the zero point 8 only; the rest of a group's zero point is added in float32."""
+    assert weight.scales is not None
+    assert weight.zeros is not None
+    half, group = x.to(torch.bfloat16).contiguous(), weight.group_size
+    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(half, weight.data, group, weight.scales)
+    sums: Tensor = half.float().unflatten(1, (-1, group)).sum(-1)
+    return out.float() + sums @ weight.zeros.T

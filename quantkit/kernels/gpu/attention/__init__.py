@@ -1,0 +1,1 @@
+"""Paged attention for decode and prefill, over plain and over quantized KV caches, in Triton."""

@@ -1,0 +1,182 @@
+"""Write into quantized caches: rows of codes at once, pages of codes once they are full."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantkit.kernels.gpu.attention.paged_tile import interpreted
+from quantkit.kernels.gpu.matmul.quantize_rows import nearest
+from quantkit.kernels.layouts.quantized_kv import Cache, Store
+
+
+@triton.jit
+def _codes(x, scale, minimum, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 codes of x; scale and minimum float32."""
+    code = nearest((x - minimum) / tl.where(scale > 0, scale, 1.0))
+    return tl.where(scale > 0, tl.minimum(tl.maximum(code, 0.0), LEVELS), 0.0)
+
+
+@triton.jit
+def to_e4m3(x):  # type: ignore[no-untyped-def]
+    """e4m3 bytes of float32 numbers, rounded to nearest even, saturating at 448. NaN becomes 448."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)
+    normal = (size - 0x3C000000 + 0x7FFFF + ((size >> 20) & 1)) >> 20
+    # Below 2^-6: added to 2^14, the number leaves its multiple of 2^-9 in the last bits.
+    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    return (tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def row_kernel(  # type: ignore[no-untyped-def]
+    new,
+    data,
+    params,
+    slot_mapping,
+    stride,
+    stride_head,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Grid (T,): the heads of one token as bytes, int8 codes with parameters or, without these, e4m3."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    if slot >= 0:
+        heads, dims = tl.arange(0, HEADS_PAD), tl.arange(0, D_PAD)
+        inside = (heads < HEADS)[:, None] & (dims < D)[None, :]
+        x = tl.load(new + token * stride + heads[:, None] * stride_head + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+        row = slot * HEADS + heads
+        if params is None:
+            code = to_e4m3(x)
+        else:
+            low = tl.min(tl.where(inside, x, float("inf")), 1)
+            high = tl.max(tl.where(inside, x, float("-inf")), 1)
+            low, high = tl.where(heads < HEADS, low, 0.0), tl.where(heads < HEADS, high, 0.0)
+            scale, minimum = ((high - low) / 255.0).to(tl.float16), low.to(tl.float16)
+            tl.store(params + row * 2, scale, mask=heads < HEADS)
+            tl.store(params + row * 2 + 1, minimum, mask=heads < HEADS)
+            code = _codes(x, scale.to(tl.float32)[:, None], minimum.to(tl.float32)[:, None], 255.0).to(tl.uint8)
+        tl.store(data + row[:, None] * D + dims[None, :], code, mask=inside)
+
+
+@triton.jit
+def open_kernel(  # type: ignore[no-untyped-def]
+    new,
+    opened,
+    open_pages,
+    slot_mapping,
+    stride,
+    stride_head,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Grid (T,): one token into its open page."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    if slot >= 0:
+        heads, dims = tl.arange(0, HEADS_PAD)[:, None], tl.arange(0, D_PAD)[None, :]
+        inside = (heads < HEADS) & (dims < D)
+        page = tl.load(open_pages + slot // BLOCK_SIZE).to(tl.int64)
+        row = (page * BLOCK_SIZE + slot % BLOCK_SIZE) * HEADS + heads
+        x = tl.load(new + token * stride + heads * stride_head + dims, mask=inside)
+        tl.store(opened + row * D + dims, x.to(opened.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _plane(low, high, minimum_low, minimum_high, scale_low, scale_high, target, lower, inside):  # type: ignore[no-untyped-def]
+    """Store the codes of two tiles, packed; and what is left of them, if there is a lower plane."""
+    first, second = _codes(low, scale_low, minimum_low, 15.0), _codes(high, scale_high, minimum_high, 15.0)
+    tl.store(target, first.to(tl.uint8) | (second.to(tl.uint8) << 4), mask=inside)
+    if lower is not None:
+        rest = _rest(low, first, scale_low, minimum_low) | (_rest(high, second, scale_high, minimum_high) << 4)
+        tl.store(lower, rest, mask=inside)
+
+
+@triton.jit
+def _rest(x, code, scale, minimum):  # type: ignore[no-untyped-def]
+    step = scale / 16.0
+    rest = nearest((x - (scale * code + minimum)) / tl.where(step > 0, step, 1.0))
+    return (tl.where(step > 0, tl.minimum(tl.maximum(rest, -8.0), 7.0), 0.0) + 8.0).to(tl.uint8)
+
+
+@triton.jit
+def settle_kernel(  # type: ignore[no-untyped-def]
+    data,
+    params,
+    lower,
+    opened,
+    open_pages,
+    slot_mapping,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+):
+    """Grid (T, HEADS): one head of the page whose last slot the token has, if it has."""
+    slot, head = tl.load(slot_mapping + tl.program_id(0).to(tl.int64)), tl.program_id(1)
+    half: tl.constexpr = D // 2
+    if slot >= 0 and slot % BLOCK_SIZE == BLOCK_SIZE - 1:
+        block = slot // BLOCK_SIZE
+        tokens, dims = tl.arange(0, BLOCK_SIZE), tl.arange(0, HALF_PAD)
+        inside = (tokens >= 0)[:, None] & (dims < half)[None, :]
+        page = tl.load(open_pages + block).to(tl.int64)
+        source = opened + ((page * BLOCK_SIZE + tokens) * HEADS + head)[:, None] * D + dims[None, :]
+        left = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+        rows = (block * BLOCK_SIZE + tokens) * HEADS + head
+        target = rows[:, None] * half + dims[None, :]
+        rest = None if lower is None else lower + target
+        if BY_CHANNEL:
+            at = params + (block * HEADS + head) * (2 * D) + dims
+            minimum_left, minimum_right = tl.min(left, 0).to(tl.float16), tl.min(right, 0).to(tl.float16)
+            scale_left = ((tl.max(left, 0) - tl.min(left, 0)) / 15.0).to(tl.float16)
+            scale_right = ((tl.max(right, 0) - tl.min(right, 0)) / 15.0).to(tl.float16)
+            known = dims < half
+            tl.store(at, scale_left, mask=known)
+            tl.store(at + half, scale_right, mask=known)
+            tl.store(at + D, minimum_left, mask=known)
+            tl.store(at + D + half, minimum_right, mask=known)
+            _plane(
+                left, right, minimum_left.to(tl.float32)[None, :], minimum_right.to(tl.float32)[None, :],
+                scale_left.to(tl.float32)[None, :], scale_right.to(tl.float32)[None, :], data + target, rest, inside,
+            )  # fmt: skip
+        else:
+            least = tl.min(tl.where(inside, tl.minimum(left, right), float("inf")), 1)
+            most = tl.max(tl.where(inside, tl.maximum(left, right), float("-inf")), 1)
+            scale, minimum = ((most - least) / 15.0).to(tl.float16), least.to(tl.float16)
+            tl.store(params + rows * 2, scale)
+            tl.store(params + rows * 2 + 1, minimum)
+            wide_scale, wide_minimum = scale.to(tl.float32)[:, None], minimum.to(tl.float32)[:, None]
+            _plane(left, right, wide_minimum, wide_minimum, wide_scale, wide_scale, data + target, rest, inside)
+
+
+def write_stored(new: Tensor, cache: Cache, slot_mapping: Tensor) -> None:
+    """Keys or values [T, H, D] into a `Store`, or an e4m3 cache, as `reference.kv_write` does."""
+    tokens, heads, dim = new.shape
+    strides, shape = (new.stride(0), new.stride(1)), {"HEADS": heads, "D": dim}
+    pads = {"HEADS_PAD": triton.next_power_of_2(heads), "D_PAD": triton.next_power_of_2(dim)}
+    if interpreted() and new.dtype == torch.bfloat16:
+        new = new.float()  # The interpreter's bfloat16 is wrong.
+    if isinstance(cache, Tensor) or cache.open is None:
+        data, params = (cache.view(torch.uint8), None) if isinstance(cache, Tensor) else (cache.codes, cache.params)
+        row_kernel[(tokens,)](new, data, params, slot_mapping, *strides, **shape, **pads)
+        return
+    block_size = cache.open.shape[1]
+    assert block_size & (block_size - 1) == 0, block_size
+    open_kernel[(tokens,)](new, cache.open, cache.open_pages, slot_mapping, *strides, BLOCK_SIZE=block_size, **shape, **pads)
+    settle_kernel[(tokens, heads)](
+        cache.codes, cache.params, cache.lower, cache.open, cache.open_pages, slot_mapping, BLOCK_SIZE=block_size,
+        HALF_PAD=triton.next_power_of_2(dim // 2), BY_CHANNEL=cache.by_channel, num_warps=8, **shape,
+    )  # fmt: skip
+
+
+def quantizes(cache: Cache) -> bool:
+    """Whether `write_stored` is what writes to this cache."""
+    return isinstance(cache, Store) or cache.dtype == torch.float8_e4m3fn

@@ -1,0 +1,240 @@
+"""Quantize the matrices of one block, group by group, in the order in which the block runs them."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from quantkit.errors import NumericsError
+from quantkit.methods.awq import search_channel_scale
+from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.hessian import PARTS, Hessian
+from quantkit.methods.scheme import Scheme
+from quantkit.methods.solve import Moments, Settings, solve
+from quantkit.models.families import Group
+from quantkit.quantization.calibration import Stream, Walk
+from quantkit.quantization.distributed import ALONE, Team
+from quantkit.quantization.fold_scales import Written, fold_into, foldable, tied_channels
+from quantkit.quantization.report import MatrixReport
+from quantkit.utils.resources import trim_memory
+
+#: Matrices are solved stacked on one another up to this many rows. On a CPU the loop over the columns costs as much as 560
+#: rows: what more than this would gain is less than sharing them out does. On a GPU the loop is nearly all that it takes.
+_STACKED = {"cpu": 4096, "cuda": 65536}
+
+
+@dataclass
+class BlockJob:
+    """One block at work.
+
+    Attributes:
+        block: the decoder block, real.
+        prefix: start of its tensor names.
+        schemes: module name inside the block -> scheme, for the matrices to quantize.
+        config: the model's transformers config.
+        settings: how to solve.
+        announce: called with each matrix's report.
+        written: what the block will be written as, filled group by group; the same in every process.
+        team: who shares the work.
+    """
+
+    block: nn.Module
+    prefix: str
+    schemes: Mapping[str, Scheme]
+    config: PreTrainedConfig
+    settings: Settings
+    announce: Callable[[MatrixReport], None]
+    written: Written = field(default_factory=lambda: Written({}, {}))
+    team: Team = ALONE
+
+    def weight(self, name: str) -> Tensor:
+        """A matrix of the block, float32 [N, K]; not to be modified."""
+        return self._parameter(name).detach().float()
+
+    def _parameter(self, name: str) -> Tensor:
+        weight = self.block.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def active(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        """The groups of which at least one matrix is quantized."""
+        return tuple(group for group in groups if any(name in self.schemes for name in group.names))
+
+    def run(self, groups: tuple[Group, ...], walk: Walk | None, streams: list[Stream]) -> None:
+        """Quantize `groups` (active ones); with a walk, from measured inputs, each group seeing the ones before quantized."""
+        for stream in streams:
+            stream.weights |= {name: self._parameter(name).detach() for group in groups for name in group.names}
+        for number, group in enumerate(groups):
+            started = time.monotonic()
+            weights = {name: self.weight(name) for name in group.names}
+            if walk is None:
+                self._solve(group, weights, None, None, "", started)
+                continue
+            moments, ratio, note = self._measure(walk, number, next(iter(weights.values())).shape[1]), None, ""
+            trim_memory()
+            if self.settings.scales_channels:
+                moments, ratio, note = self._scale(walk, number, weights, moments)
+                for stream in streams:
+                    stream.weights |= {name: weight.to(self._parameter(name).dtype) for name, weight in weights.items()}
+            self._solve(group, weights, moments, ratio, note, started)
+            # The first stream goes on with what was written; a second one stays with the (scaled) originals.
+            quantized = self.written.quantized
+            streams[0].weights |= {
+                name: quantized[name].dequantize(self._parameter(name).dtype) for name in weights if name in quantized
+            }
+            # Forward and solver take tensors of other sizes than one another.
+            trim_memory()
+
+    def _measure(self, walk: Walk, number: int, columns: int) -> Moments:
+        """The moments of group `number`'s inputs.
+
+        Raises:
+            NumericsError: an activation is NaN or Inf.
+        """
+        sums = measured(walk.inputs(number), columns, next(self.block.parameters()).device, self.team)
+        hessian, drift = sums.mean(), sums.drift()
+        # A NaN or Inf in either stream reaches these sums.
+        strayed = 0.0 if drift is None else float(drift.cross.sum())
+        if not math.isfinite(float(hessian.diagonal().sum()) + strayed):
+            raise NumericsError(
+                f"{self.prefix}{walk.groups[number].names[0]}: its calibration inputs hold NaN or Inf; the model overflows "
+                "in its own dtype, or the checkpoint is damaged"
+            )
+        return Moments(hessian, drift, self.settings)
+
+    def _scale(
+        self, walk: Walk, number: int, weights: dict[str, Tensor], moments: Moments
+    ) -> tuple[Moments, float | None, str]:
+        """Search and fold AWQ's channel scale: multiplies `weights` in place, returns moments of the divided input."""
+        fold = walk.groups[number].fold
+        if fold is None:
+            return moments, None, "AWQ scale not folded: nothing before it can absorb one"
+        hessian, cost = moments.hessian, None if moments.inverse is None else moments.inverse.cost
+        tie = tied_channels(fold, hessian.shape[0], self.config).to(hessian.device)
+        parts = [(weight, self.schemes[name]) for name, weight in weights.items() if name in self.schemes]
+        found = search_channel_scale(parts, hessian, self.settings.dtype, tie, cost, self.team.map)
+        scale = foldable(fold, self.block, found.scale, self.settings.dtype)
+        fold_into(fold, self.block, scale, tie, self.written, self.settings.dtype)
+        for name, weight in weights.items():
+            weights[name] = weight * scale
+            if name not in self.schemes:
+                self.written.plain[f"{name}.weight"] = weights[name].to(self.settings.dtype)
+        walk.divide(number, scale)
+        return moments.divided(scale), found.ratio, ""
+
+    def _solve(
+        self,
+        group: Group,
+        weights: dict[str, Tensor],
+        moments: Moments | None,
+        ratio: float | None,
+        note: str,
+        started: float,
+    ) -> None:
+        """Solve a group's matrices, shared out in the team, and report each."""
+        names = [name for name in group.names if name in self.schemes]
+        rows = {name: weights[name].shape[0] for name in names}
+        before, device = time.monotonic() - started, weights[names[0]].device
+        batches = stacks(self.schemes, rows, _STACKED[device.type])
+        owners = self.team.owners([sum(rows[name] for name in batch) for batch in batches])
+        owner_of = {name: owner for batch, owner in zip(batches, owners, strict=True) for name in batch}
+        solved: dict[str, tuple[QuantizedWeight, MatrixReport | None]] = {
+            name: (QuantizedWeight.empty(weights[name].shape, self.schemes[name], device), None) for name in names
+        }
+        own = [batch for batch, owner in zip(batches, owners, strict=True) if owner == self.team.rank]
+        stacked = (torch.cat([weights[name] for name in batch]) for batch in own)
+        targets = stacked if moments is None else moments.take_targets(stacked)
+        for batch, target in zip(own, targets, strict=True):
+            parts = dict(zip(batch, target.split([rows[name] for name in batch]), strict=True))
+            solved |= self._solve_stacked(target, parts, moments, ratio, note)
+        for name in names:
+            quantized, report = solved[name]
+            for tensor in (quantized.codes, quantized.scales, quantized.zeros):
+                self.team.broadcast(tensor, owner_of[name])
+            report = self.team.share(report, owner_of[name])
+            assert report is not None
+            self.written.quantized[name] = quantized
+            self.announce(replace(report, seconds=report.seconds + before * rows[name] / sum(rows.values())))
+
+    def _solve_stacked(
+        self, target: Tensor, parts: Mapping[str, Tensor], moments: Moments | None, ratio: float | None, note: str
+    ) -> dict[str, tuple[QuantizedWeight, MatrixReport]]:
+        """Matrices of one scheme, solved stacked on one another in `target`, and the report of each."""
+        started = time.monotonic()
+        stacked = solve(target, moments, self.schemes[next(iter(parts))], self.settings)
+        seconds = time.monotonic() - started
+        solved, start = {}, 0
+        for name, part in parts.items():
+            quantized, share = stacked.rows(start, start + len(part)), seconds * len(part) / len(target)
+            report = matrix_report(self.prefix + name, quantized, part, moments, self.settings, ratio, note, share)
+            solved[name] = quantized, report
+            start += len(part)
+        return solved
+
+
+def stacks(schemes: Mapping[str, Scheme], rows: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Which matrices (name -> rows) are solved stacked: those of one scheme, up to `limit` rows or one that has more.
+
+    It decides the last bits, so it does not depend on how many processes share them out.
+    """
+    found: list[list[str]] = []
+    for scheme in dict.fromkeys(schemes[name] for name in rows):
+        room = 0
+        for name in (name for name in rows if schemes[name] == scheme):
+            if rows[name] > room:
+                found.append([])
+                room = limit
+            found[-1].append(name)
+            room -= rows[name]
+    return found
+
+
+def measured(inputs: Iterable[tuple[Tensor, ...]], columns: int, device: torch.device, team: Team) -> Hessian:
+    """The sums over all inputs: every process of the team sums its share of the columns, and all get all of them."""
+    owners = team.owners(PARTS)
+    sums = Hessian(columns, device, [part for part, owner in enumerate(owners) if owner == team.rank])
+    for values in inputs:
+        sums.add(*values)
+    for part, owner in enumerate(owners):
+        for tensor in sums.part(part):
+            team.broadcast(tensor, owner)
+    return sums
+
+
+def matrix_report(
+    name: str,
+    quantized: QuantizedWeight,
+    target: Tensor,
+    moments: Moments | None,
+    settings: Settings,
+    ratio: float | None,
+    note: str,
+    seconds: float,
+) -> MatrixReport:
+    """Measure one quantized matrix against the float32 target [N, K] that it was to match."""
+    change = target - quantized.dequantize()
+    noise, signal = float(change.square().sum()), float(target.square().sum())
+    lost, total = noise, signal
+    if moments is not None:
+        lost = float((change @ moments.hessian).mul_(change).sum())
+        total = float((target @ moments.hessian).mul_(target).sum())
+    failed = moments is not None and settings.compensates and moments.inverse is None
+    if failed:
+        note = "the Hessian could not be factored even fully damped: fell back to rtn"
+    at_ends = (quantized.codes == 0) | (quantized.codes == quantized.scheme.levels)
+    return MatrixReport(
+        name=name,
+        scheme=str(quantized.scheme),
+        method="rtn" if failed else settings.method,
+        output_error=max(lost, 0.0) / max(total, 1e-30),
+        snr_db=10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)),
+        damping=moments.inverse.damping if moments is not None and moments.inverse is not None else None,
+        scale_ratio=ratio,
+        saturation=float(at_ends.float().mean()),
+        seconds=seconds,
+        note=note,
+    )

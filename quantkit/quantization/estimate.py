@@ -1,0 +1,178 @@
+"""`quantize --plan`: what a run would take, before it starts. Changes nothing on disk.
+
+Memory and disk follow from the shapes; time from really quantizing one block on a few of the calibration rows and
+scaling the part that grows with rows.
+"""
+
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.writer import Workspace
+from quantkit.formats import Engine
+from quantkit.formats.packing import words
+from quantkit.methods.scheme import Scheme
+from quantkit.models.matmul_dtype import fastest_matmul
+from quantkit.quantization.block import BlockJob
+from quantkit.quantization.calibration import Stream, Walk
+from quantkit.quantization.distributed import ALONE
+from quantkit.quantization.memory import memory_plan
+from quantkit.quantization.prepare import Prepared, prepare_run
+from quantkit.quantization.report import MatrixReport
+from quantkit.quantization.run import Request
+from quantkit.utils.resources import peak_memory
+
+#: Micro-batches with which the first block is timed; the difference between the two gives the time a row takes.
+_TIMED = (1, 2)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A prediction.
+
+    Attributes:
+        host_bytes, device_bytes: predicted peak memory.
+        disk_bytes: of the artifact; working_bytes: the most that the run needs at a time, on OUT's disk.
+        free_bytes: on OUT's disk now.
+        seconds: predicted wall time; block_seconds: of the one block that was timed (all rows).
+        schemes: module path -> scheme.
+        unquantized: module path -> why.
+        engines: what loads the result.
+    """
+
+    host_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    working_bytes: int
+    free_bytes: int
+    seconds: float
+    block_seconds: float
+    schemes: dict[str, str]
+    unquantized: dict[str, str]
+    engines: list[Engine]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`."""
+        return asdict(self)
+
+
+def predict(request: Request) -> PlanReport:
+    """Predict a run.
+
+    Raises:
+        QuantkitError: the run would be refused.
+    """
+    Workspace.require_free(request.out, request.folder, overwrite=request.overwrite)
+    job = prepare_run(request.folder, request.recipe, request.device)
+    job.model.matmul_dtype = fastest_matmul(job.model.dtype, request.device)
+    block_seconds = _time_block(job)
+    memory = memory_plan(job, request.max_memory, ALONE)
+    states, paused = job.activation_bytes() if job.tokens is not None else (0, 0)
+
+    outside = sum(map(job.stored_bytes, job.outside))
+    block = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.under(job.model.prefix(0)))
+    # As it was read, and, as it multiplies, before and after.
+    widened = job.model.matmul_dtype.itemsize / job.model.dtype.itemsize
+    working = int((1 + 2 * widened) * block) + _solver_bytes(job)
+    artifact = outside + sum(_stored_bytes(job, index) for index in range(job.model.count)) + _head_bytes(job)
+    on_device = working + (paused if memory.hold else 0) + outside
+    cuda = request.device.type == "cuda"
+    return PlanReport(
+        host_bytes=peak_memory() + (2 * block if cuda else on_device) + (states if memory.in_memory else 0),
+        device_bytes=on_device if cuda else 0,
+        disk_bytes=artifact,
+        working_bytes=artifact + max(artifact + states, 2 * states),  # shards, and beside them the joined ones or activations
+        free_bytes=shutil.disk_usage(_existing(request.out)).free,
+        seconds=block_seconds * job.model.count,
+        block_seconds=block_seconds,
+        schemes={name: str(scheme) for name, scheme in job.plan.items() if scheme is not None},
+        unquantized=job.unquantized(),
+        engines=job.engines(),
+    )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    path = path.absolute()
+    return path if path.is_dir() else _existing(path.parent)
+
+
+def _solver_bytes(job: Prepared) -> int:
+    """Scratch of the largest group: its weights in float32 some eight times over, its moments some six times."""
+    if job.tokens is None:
+        return 0
+    shapes = [[job.model.shape(0, name) for name in group.names] for group in job.model.family.groups]
+    return max(32 * sum(n * k for n, k in group) + 24 * group[0][1] ** 2 for group in shapes)
+
+
+def _stored_bytes(job: Prepared, index: int) -> int:
+    """Bytes of block `index` in the artifact, headers aside."""
+    prefix = job.model.prefix(index)
+    total = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.under(prefix))
+    for name, scheme in job.schemes_of(index).items():
+        rows, columns = job.model.shape(index, name)
+        total += _packed_bytes(rows, columns, scheme, job) - job.checkpoint.tensors[f"{prefix}{name}.weight"].nbytes
+    return total
+
+
+def _head_bytes(job: Prepared) -> int:
+    """Bytes of the output head in the artifact, if a rule quantizes it."""
+    scheme = job.plan["lm_head"]
+    if scheme is None:
+        return 0
+    rows, columns = job.model.head_weight.shape
+    return _packed_bytes(rows, columns, scheme, job)
+
+
+def _packed_bytes(rows: int, columns: int, scheme: Scheme, job: Prepared) -> int:
+    """Codes, scales, zero points and what the format adds, each packed into whole words."""
+    form, groups = job.recipe.format, scheme.groups(columns)
+    codes = rows * words(columns, scheme.bits) if form == "compressed-tensors" else columns * words(rows, scheme.bits)
+    zeros = 0 if form == "compressed-tensors" and scheme.symmetric else groups * words(rows, scheme.bits)
+    scales = rows * groups * (job.model.dtype.itemsize if form == "compressed-tensors" else 2)
+    extra = {"gptq": 4 * columns, "compressed-tensors": 16, "awq": 0}[form]
+    return 4 * (codes + zeros) + scales + extra
+
+
+def _time_block(job: Prepared) -> float:
+    """Seconds that one block takes with all rows: measured on few, extrapolated linearly in rows."""
+    if job.tokens is None:
+        return _seconds(job, None)
+    batches = -(-len(job.tokens) // job.rows_per_batch)
+    few = [_seconds(job, job.tokens[: count * job.rows_per_batch]) for count in _TIMED if count <= batches]
+    if len(few) < len(_TIMED):
+        return few[0]
+    per_batch = max(few[1] - few[0], 0.0)
+    return few[0] + per_batch * (batches - 1)
+
+
+@torch.no_grad()
+def _seconds(job: Prepared, rows: Tensor | None) -> float:
+    """Wall time of quantizing the first block that is quantized at all, from `rows` rows, nothing written."""
+
+    def ignore(_report: MatrixReport) -> None:
+        pass
+
+    timed = replace(job, tokens=rows)
+    index = next((index for index in range(job.model.count) if job.schemes_of(index)), 0)
+    streams: list[Stream] = []
+    if rows is not None:
+        hidden = [timed.model.embed(batch)[0] for batch in timed.token_batches()]
+        streams = [Stream(hidden[: -(-count // timed.rows_per_batch)]) for count in timed.stream_rows]
+    started = time.monotonic()
+    with timed.model.block(index) as block:
+        task = BlockJob(block, timed.model.prefix(index), timed.schemes_of(index), timed.model.config, timed.settings, ignore)
+        groups = task.active(timed.model.family.groups)
+        if rows is None:
+            task.run(groups, None, [])
+        else:
+            with Walk(block, groups, streams, timed.block_kwargs(index), hold=True) as walk:
+                task.run(groups, walk, streams)
+                for _ in walk.outputs():
+                    pass
+    return time.monotonic() - started

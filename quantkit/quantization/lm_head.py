@@ -1,0 +1,52 @@
+"""Quantize the output head, for recipes with a rule that names `lm_head`."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.solve import Moments, solve
+from quantkit.quantization.block import matrix_report, measured
+from quantkit.quantization.distributed import Team
+from quantkit.quantization.prepare import Prepared
+from quantkit.quantization.report import MatrixReport
+
+#: Rows of the head that are solved at once; rows are independent, and a vocabulary's worth would not fit.
+_ROWS = 8192
+
+
+def quantize_head(job: Prepared, streams: list[list[Tensor]], team: Team) -> tuple[QuantizedWeight, MatrixReport]:
+    """Solve the head for the last block's outputs, micro-batches of every stream; none for data-free rounding.
+
+    Every process of the team reads all outputs, sums its columns and solves its pieces.
+    """
+    scheme = job.plan["lm_head"]
+    assert scheme is not None
+    started = time.monotonic()
+    moments = None
+    if streams:
+        inputs = (
+            tuple(job.model.head_input(stream[index].to(job.model.device)) for stream in streams if index < len(stream))
+            for index in range(len(streams[0]))
+        )
+        sums = measured(inputs, job.model.config.hidden_size, job.model.device, team)
+        moments = Moments(sums.mean(), sums.drift(), job.settings)
+    pieces = job.model.head_weight.split(_ROWS)
+    owners = team.owners([len(rows) for rows in pieces])
+    widened = (rows.float() for rows in pieces)
+    targets = list(widened) if moments is None else moments.take_targets(widened)
+    parts = [
+        solve(target, moments, scheme, job.settings)
+        if owner == team.rank
+        else QuantizedWeight.empty(target.shape, scheme, target.device)
+        for target, owner in zip(targets, owners, strict=True)
+    ]
+    for part, owner in zip(parts, owners, strict=True):
+        for tensor in (part.codes, part.scales, part.zeros):
+            team.broadcast(tensor, owner)
+    whole = QuantizedWeight(
+        torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), torch.cat([p.zeros for p in parts]), scheme
+    )
+    report = matrix_report("lm_head", whole, torch.cat(targets), moments, job.settings, None, "", time.monotonic() - started)
+    return whole, report

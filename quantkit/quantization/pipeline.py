@@ -1,0 +1,237 @@
+"""The loop over blocks: quantize one, write it, go on from there after a kill.
+
+One block is in memory at a time. A block's step ends with a line in the journal, so a killed run goes on after the last
+finished block; equal recipe and source give equal bytes, interrupted or not, by one process or by several.
+
+With several, all take every step together. The first writes; the others read the activations that it wrote, from the folder
+that all of them see, and a step is finished for them when its journal entry reaches them.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.activations import Activations
+from quantkit.checkpoint.files import Json, write_tensors
+from quantkit.checkpoint.writer import Workspace
+from quantkit.errors import ResourceError
+from quantkit.formats import encode
+from quantkit.quantization.block import BlockJob
+from quantkit.quantization.calibration import MICRO_BATCH_TOKENS, Stream, Walk
+from quantkit.quantization.distributed import Team
+from quantkit.quantization.fold_scales import Written
+from quantkit.quantization.lm_head import quantize_head
+from quantkit.quantization.memory import Memory
+from quantkit.quantization.prepare import Prepared
+from quantkit.quantization.report import MatrixReport
+from quantkit.utils.resources import is_out_of_memory, keep_freed_memory, trim_memory
+
+
+class Progress(Protocol):
+    """What a run tells whoever watches."""
+
+    def matrix(self, report: MatrixReport) -> None:
+        """A matrix was quantized."""
+
+    def block(self, done: int, total: int) -> None:
+        """Blocks that are written, of all."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass
+class Follower:
+    """What the processes other than the first have in place of the workspace.
+
+    Attributes:
+        folder, finished: the workspace's.
+    """
+
+    folder: Path
+    finished: list[Json] = field(default_factory=list)
+
+
+def quantize_blocks(
+    job: Prepared, workspace: Workspace | Follower, memory: Memory, progress: Progress, team: Team
+) -> list[MatrixReport]:
+    """Quantize every block into `workspace`, going on after its last finished one. Returns all matrices' reports.
+
+    Args:
+        job, memory, progress: see there.
+        workspace: a follower in all processes but the first.
+        team: who takes part.
+
+    Raises:
+        QuantkitError: the source is damaged, numbers overflow, or memory or disk ran out.
+    """
+    model = job.model
+    with torch.no_grad():
+        if not workspace.finished:
+            _finish(workspace, team, lambda ours: _begin(job, ours, memory))
+        for entry in workspace.finished[1:]:
+            for report in entry["matrices"]:
+                progress.matrix(MatrixReport(**report))
+        _ = job.recorded_kwargs  # needs the embeddings
+        model.release_outside()
+        keep_freed_memory()
+        for index in range(len(workspace.finished) - 1, model.count):
+            progress.block(index, model.count)
+            memory = _attempt(job, workspace, memory, index, progress, team)
+            trim_memory()
+        if job.plan["lm_head"] is not None and len(workspace.finished) == model.count + 1:
+            _head_step(job, workspace, memory, progress, team)
+        progress.block(model.count, model.count)
+    return [MatrixReport(**report) for entry in workspace.finished for report in entry["matrices"]]
+
+
+def _finish(workspace: Workspace | Follower, team: Team, write: Callable[[Workspace], Json]) -> None:
+    """End a step: the first process writes and commits the entry that `write` gives; the others come to know it."""
+    if isinstance(workspace, Workspace):
+        workspace.commit(write(workspace))
+        team.share(workspace.finished[-1])
+    else:
+        workspace.finished.append(team.share({}))
+
+
+def _begin(job: Prepared, workspace: Workspace, memory: Memory) -> Json:
+    """Step 0: everything outside the blocks, and the hidden states that enter the first one. Returns its journal entry."""
+    if job.online:
+        job.model.load_outside()  # Rotated again: the number of threads was not settled before, and may decide last bits.
+    write_tensors(workspace.folder / "outside.safetensors", job.read(job.outside))
+    if job.tokens is not None:
+        states = Activations.reserve(workspace.folder / _state(0), *_boundary(job), in_memory=memory.in_memory)
+        streams = _batches(job, states)
+        for index, rows in enumerate(job.token_batches()):
+            hidden, _ = job.model.embed(rows)
+            for stream in streams:
+                if index < len(stream):
+                    stream[index].copy_(hidden)
+        states.save()
+    return _entry(job, 0, "outside.safetensors", [])
+
+
+def _entry(job: Prepared, index: int, shard: str, reports: list[MatrixReport]) -> Json:
+    """Says that the step before block `index` is finished."""
+    state = {} if job.tokens is None else {"state": _state(index)}
+    return {"shard": shard, "matrices": [asdict(report) for report in reports]} | state
+
+
+def _state(index: int) -> str:
+    """File name of the activations that enter block `index`."""
+    return f"activations-{index:05}.bin"
+
+
+def _boundary(job: Prepared) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a boundary's activations."""
+    assert job.tokens is not None
+    return (sum(job.stream_rows), job.tokens.shape[1], job.model.config.hidden_size), job.model.dtype
+
+
+def _batches(job: Prepared, states: Activations) -> list[list[Tensor]]:
+    """Every stream's micro-batches, as views of the boundary's rows."""
+    return [list(rows.split(job.rows_per_batch)) for rows in states.tensor.split(job.stream_rows)]
+
+
+def _attempt(
+    job: Prepared, workspace: Workspace | Follower, memory: Memory, index: int, progress: Progress, team: Team
+) -> Memory:
+    """One block; when memory runs out, again with less held. Returns what worked.
+
+    A process with peers gives up at once: they are in the middle of the block.
+    """
+    while True:
+        try:
+            _step(job, workspace, memory, index, progress, team)
+            return memory
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            less = memory.less()
+            if team.size > 1 and less is not None:
+                raise ResourceError(
+                    f"{job.model.device} memory ran out in block {index}, in process {team.rank} of {team.size}; run the same "
+                    "command again with a smaller --max-memory or fewer processes (finished blocks are kept)"
+                ) from error
+            if less is None:
+                raise ResourceError(
+                    f"{job.model.device} memory ran out in block {index}, even with micro-batches of {MICRO_BATCH_TOKENS} "
+                    "tokens one at a time; free some or use another --device, and run the same command again (finished "
+                    "blocks are kept), or lower --seq-len and pass --overwrite"
+                ) from error
+            memory = less
+        progress.note(f"out of memory in block {index}: trying again with less held at a time")
+
+
+def _step(job: Prepared, workspace: Workspace | Follower, memory: Memory, index: int, progress: Progress, team: Team) -> None:
+    """Quantize, write and commit one block."""
+    model, prefix = job.model, job.model.prefix(index)
+    reports: list[MatrixReport] = []
+    leads = isinstance(workspace, Workspace)
+
+    def announce(report: MatrixReport) -> None:
+        reports.append(report)
+        progress.matrix(report)
+
+    def write(ours: Workspace) -> Json:
+        shard = f"block-{index:05}.safetensors"
+        write_tensors(ours.folder / shard, _encode(job, prefix, task.written))
+        return _entry(job, index + 1, shard, reports)
+
+    with model.block(index) as block:
+        task = BlockJob(block, prefix, job.schemes_of(index), model.config, job.settings, announce, team=team)
+        kept = [name for name in job.checkpoint.under(prefix) if job.plan.get(name.removesuffix(".weight")) is None]
+        task.written.plain |= {name.removeprefix(prefix): t for name, t in job.read(kept).items()}
+        groups = task.active(model.family.groups)
+        if job.tokens is None:
+            task.run(groups, None, [])
+        else:
+            # In other processes a mapped file: they read their own rows of it only.
+            states = Activations.load(workspace.folder / _state(index), *_boundary(job), in_memory=memory.in_memory and leads)
+            streams = [Stream(batches) for batches in _batches(job, states)]
+            with Walk(block, groups, streams, job.block_kwargs(index), hold=memory.hold, team=team) as walk:
+                task.run(groups, walk, streams)
+                following = states.following(workspace.folder / _state(index + 1)) if leads else None
+                targets = _batches(job, following) if following else []
+                for number, outputs in enumerate(walk.outputs()):
+                    for target, output in zip(targets, outputs, strict=False):
+                        target[number].copy_(output)
+            if following:
+                following.save()
+        _finish(workspace, team, write)
+    if leads:
+        (workspace.folder / _state(index)).unlink(missing_ok=True)
+
+
+def _head_step(job: Prepared, workspace: Workspace | Follower, memory: Memory, progress: Progress, team: Team) -> None:
+    """Quantize, write and commit the output head."""
+    job.model.load_outside()
+    streams = []
+    if job.tokens is not None:
+        path = workspace.folder / _state(job.model.count)
+        streams = _batches(job, Activations.load(path, *_boundary(job), in_memory=memory.in_memory and team.rank == 0))
+    weight, report = quantize_head(job, streams, team)
+    progress.matrix(report)
+
+    def write(ours: Workspace) -> Json:
+        write_tensors(ours.folder / "head.safetensors", _encode(job, "", Written({"lm_head": weight}, {})))
+        return {"shard": "head.safetensors", "matrices": [asdict(report)]}
+
+    _finish(workspace, team, write)
+
+
+def _encode(job: Prepared, prefix: str, written: Written) -> dict[str, Tensor]:
+    """The block's tensors under their final names.
+
+    Raises:
+        FormatError: the format cannot hold a matrix's scales.
+    """
+    tensors = {prefix + name: tensor for name, tensor in written.plain.items()}
+    for name, weight in written.quantized.items():
+        encoded = encode(job.recipe.format, weight, job.model.dtype, prefix + name)
+        tensors |= {f"{prefix}{name}.{suffix}": tensor.cpu() for suffix, tensor in encoded.items()}
+    return tensors

@@ -1,0 +1,164 @@
+"""The job: check everything, walk the blocks, publish the artifact with its report."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint.files import write_json
+from quantkit.checkpoint.reader import Checkpoint, read_json, sha256
+from quantkit.checkpoint.writer import Workspace
+from quantkit.errors import CheckpointError
+from quantkit.formats.artifact import bits_per_weight, write_metadata
+from quantkit.models.matmul_dtype import fastest_matmul
+from quantkit.quantization.distributed import ALONE, Team
+from quantkit.quantization.memory import memory_plan
+from quantkit.quantization.pipeline import Follower, Progress, quantize_blocks
+from quantkit.quantization.prepare import Prepared, prepare_run
+from quantkit.quantization.report import MatrixReport, RunReport, Totals, worst_five
+from quantkit.recipe import Recipe
+from quantkit.utils.resources import cpu_seconds, peak_memory
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        folder: the source model.
+        out: where the artifact will appear.
+        recipe: may hold "auto".
+        device: where blocks are computed.
+        max_memory: host bytes for calibration activations.
+        overwrite: replace OUT, or an unfinished run that differs.
+        computing: what a recorded run that is repeated used as "threads" and "matmul" (dtype in which matrices multiply),
+            which decide the last bits; else it is chosen for this machine. An interrupted run goes on as it began.
+    """
+
+    folder: Path
+    out: Path
+    recipe: Recipe
+    device: torch.device
+    max_memory: int
+    overwrite: bool
+    computing: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(request: Request, progress: Progress, team: Team = ALONE) -> RunReport:
+    """Quantize a model folder into an artifact at `request.out`, which appears complete or not at all.
+
+    The others of the team call `assist` meanwhile.
+
+    Raises:
+        QuantkitError: anything the user can mend, in one line.
+    """
+    started, cpu = time.monotonic(), cpu_seconds()
+    left_over = request.out.is_dir() and Workspace.folder_of(request.out).is_dir()
+    if not left_over:
+        Workspace.require_free(request.out, request.folder, overwrite=request.overwrite)
+    job = prepare_run(request.folder, request.recipe, request.device)
+    if left_over:
+        complete = _complete(request.out, job)
+        if complete is not None:
+            Workspace.delete_leftovers(request.out)
+            team.share(None)
+            progress.note(f"{request.out} was complete already; deleted what a killed run had left beside it")
+            return complete
+    matmul = fastest_matmul(job.model.dtype, request.device)
+    best: dict[str, Any] = {"threads": torch.get_num_threads(), "matmul": str(matmul).removeprefix("torch.")}
+    settings = best | dict(request.computing)
+    with Workspace(
+        request.out, job.identity(), source=request.folder, overwrite=request.overwrite, settings=settings
+    ) as workspace:
+        settings = workspace.settings
+        if settings != best:
+            how = f"{settings['threads']} threads, products in {settings['matmul']}"
+            progress.note(f"computing with {how}, as the run did that this one goes on with or repeats")
+        team.share((settings, workspace.finished))
+        _compute_with(job, settings)
+        return _make(request, job, workspace, progress, team, started, cpu)
+
+
+def assist(request: Request, progress: Progress, team: Team) -> None:
+    """Do this process's share of the run that the first one leads; writes nothing.
+
+    Raises:
+        QuantkitError: as `run`.
+    """
+    job = prepare_run(request.folder, request.recipe, request.device)
+    started: tuple[dict[str, Any], list[dict[str, Any]]] | None = team.share(None)
+    if started is not None:
+        settings, finished = started
+        _compute_with(job, settings)
+        seen = Follower(Workspace.folder_of(request.out), finished)
+        quantize_blocks(job, seen, memory_plan(job, request.max_memory, team), progress, team)
+
+
+def _compute_with(job: Prepared, settings: Mapping[str, Any]) -> None:
+    """Set what decides the last bits."""
+    torch.set_num_threads(settings["threads"])
+    job.model.matmul_dtype = getattr(torch, settings["matmul"])
+
+
+def _make(
+    request: Request, job: Prepared, workspace: Workspace, progress: Progress, team: Team, started: float, cpu: float
+) -> RunReport:
+    """From an open workspace to the published artifact."""
+    resumed = min(max(len(workspace.finished) - 1, 0), job.model.count)
+    if resumed:
+        progress.note(f"going on after block {resumed} of {job.model.count} of an interrupted run")
+    reports = quantize_blocks(job, workspace, memory_plan(job, request.max_memory, team), progress, team)
+    folder, shards = workspace.join()
+    write_metadata(job.checkpoint, folder, job.recipe.format, job.plan, job.online)
+    written = Checkpoint(folder)
+    totals = Totals(
+        matrices=len(reports),
+        bits_per_weight=bits_per_weight(written),
+        size_bytes=sum(path.stat().st_size for path in shards),
+        source_bytes=sum(path.stat().st_size for path in job.checkpoint.files),
+        output_error=sum(report.output_error for report in reports) / len(reports),
+        cpu_seconds=cpu_seconds() - cpu,
+        wall_seconds=time.monotonic() - started,
+        peak_memory_bytes=peak_memory(),
+        resumed_blocks=resumed,
+        processes=team.size,
+    )
+    identity = job.identity()
+    report = RunReport(
+        recipe=identity["recipe"],
+        versions=identity["versions"] | {name: str(value) for name, value in workspace.settings.items()},
+        source={"folder": str(request.folder), "sha256": identity["source"]},
+        calibration_tokens_sha256=identity["calibration tokens"],
+        output_sha256={path.name: sha256(path) for path in shards},
+        unquantized=job.unquantized(),
+        engines=[asdict(engine) for engine in job.engines()],
+        totals=totals,
+        worst=worst_five(reports),
+        matrices=reports,
+    )
+    write_json(folder / "quantkit.json", report.to_json())
+    workspace.publish()
+    return report
+
+
+def _complete(out: Path, job: Prepared) -> RunReport | None:
+    """The report of a finished artifact at `out` if it is what `job` would make, to the last byte."""
+    identity = job.identity()
+    try:
+        stored = read_json(out / "quantkit.json")
+        made = {
+            "recipe": stored["recipe"],
+            "source": stored["source"]["sha256"],
+            "calibration tokens": stored["calibration_tokens_sha256"],
+            "versions": {name: stored["versions"][name] for name in identity["versions"]},
+        }
+        whole = all(sha256(out / name) == digest for name, digest in stored["output_sha256"].items())
+        if not whole or made != {key: identity[key] for key in made}:
+            return None
+        matrices = [MatrixReport(**matrix) for matrix in stored["matrices"]]
+        return RunReport(**stored | {"totals": Totals(**stored["totals"]), "matrices": matrices})
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return None

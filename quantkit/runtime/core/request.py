@@ -1,0 +1,117 @@
+"""What a request asks for."""
+
+import math
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from quantkit.errors import RequestError
+from quantkit.runtime.core.constraint import Constraint
+
+#: Below the first, dividing by the temperature overflows float32; such a request is greedy. Beyond the second all tokens are
+#: equally likely, and in the end the temperature itself overflows; such a request is refused.
+COLDEST, HOTTEST = 1e-5, 1e6
+
+MOST_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample, in vLLM's names and meanings; the defaults change nothing about the model's distribution.
+
+    Attributes:
+        max_tokens: tokens to generate at most; None: as many as context and KV memory hold.
+        n: samples of the same prompt.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k likeliest tokens, ties going to the lower id; 0: all.
+        top_p: then keep the fewest likeliest tokens whose mass reaches p of what top-k left; 1: all.
+        min_p: then drop tokens less likely than min_p times the likeliest.
+        repetition_penalty: divides positive, multiplies negative logits of tokens in the prompt or the output.
+        presence_penalty: subtracted from the logits of tokens in the output.
+        frequency_penalty: the same, times the number of occurrences.
+        seed: the same seed gives the same samples, whatever else is in the batch and whoever drafts; None: from the system.
+        stop: strings that end the output.
+        stop_token_ids: tokens that end the output, beside the model's end-of-sequence tokens.
+        include_stop: whether the text keeps the stop string or the stop token's text. Token ids always keep all.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        logprobs: log probabilities of each chosen token and of this many likeliest ones; None: no log probabilities.
+        prompt_logprobs: the same for the tokens of the prompt, the first of which never has one.
+        prompt_logprobs_from: the first token of the prompt that gets one; those before it may come from the prefix cache.
+
+    Raises:
+        RequestError: a value that cannot be sampled with.
+    """
+
+    max_tokens: int | None = 16
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
+
+    def __post_init__(self) -> None:
+        # Every condition is false for NaN.
+        rules = {
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            "n": (self.n >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature <= HOTTEST, f"between 0 (greedy) and {HOTTEST:g}"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 turns it off"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            "stop": (all(self.stop), "strings that are not empty"),
+            "logprobs": (0 <= (self.logprobs or 0) <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
+            "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
+            "prompt_logprobs_from": (self.prompt_logprobs_from >= 1, "at least 1"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise RequestError(f"{name} is {getattr(self, name)!r:.40}, it must be {wanted}")
+
+    @cached_property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken without a draw."""
+        return self.temperature < COLDEST
+
+    @cached_property
+    def filtered(self) -> bool:
+        """Whether top-k, top-p or min-p leaves tokens out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @cached_property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @cached_property
+    def bare(self) -> bool:
+        """Whether an argmax of the model's own logits is all there is to do."""
+        return self.greedy and not self.penalised and self.logprobs is None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids of a prompt and how to continue it.
+
+    Attributes:
+        prompt: what is continued.
+        params: how tokens are sampled.
+        constraint: what every sample must be like, from its first token on; None: anything. It is copied, never advanced.
+    """
+
+    prompt: SequenceOf[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    constraint: Constraint | None = None

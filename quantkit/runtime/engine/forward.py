@@ -1,0 +1,28 @@
+"""One forward of the model over what is scheduled."""
+
+from collections.abc import Sequence as SequenceOf
+
+from torch import Tensor
+
+from quantkit.runtime.core.batch import build_batch
+from quantkit.runtime.core.model import Model
+from quantkit.runtime.core.sequence import Scheduled
+from quantkit.runtime.kv_cache.block_manager import KVManager
+
+
+def forward(model: Model, kv: KVManager, scheduled: SequenceOf[Scheduled]) -> Tensor:
+    """Run the model, and note the attention that eviction goes by; float32 logits [R, V] of the rows that need them.
+
+    Args:
+        model: with the cache that `kv` manages.
+        kv: has made room for the new tokens, and its copies are done; they are not committed here.
+        scheduled: the sequences' parts.
+    """
+    measured = [i for i, entry in enumerate(scheduled) if kv.measures(entry.sequence, entry.num_tokens)]
+    batch = build_batch(scheduled, model.block_size, measured)
+    logits = model.forward(batch)
+    if batch.measured is not None:
+        for i, mass in zip(measured, batch.measured.mass.tolist(), strict=True):
+            sequence = scheduled[i].sequence
+            sequence.mass = mass[: len(sequence.blocks)]
+    return logits

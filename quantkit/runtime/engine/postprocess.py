@@ -1,0 +1,83 @@
+"""From chosen tokens to output: append them, see what ends a sequence, turn tokens into text."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+from quantkit.errors import RequestError
+from quantkit.runtime.core.sequence import FinishReason, Output, Sample, Sequence, Timing, TokenLogprobs, Usage
+
+
+def accept(sequence: Sequence, samples: Iterable[Sample], now: float) -> Output:
+    """Append the next tokens, at least one, up to the one that ends the sequence.
+
+    Args:
+        sequence: has not ended.
+        samples: its next tokens.
+        now: when they were chosen.
+
+    Returns:
+        What they add. Where it has a finish reason the sequence is over, and its caller frees what it holds. Where its
+        constraint could not say what may follow, they were chosen without it: they are dropped and it ends with an error.
+    """
+    if sequence.constraint is not None and sequence.constraint.error is not None:
+        error = RequestError(f"the text cannot be constrained any further ({sequence.constraint.error}); ask for less")
+        return ended(sequence, FinishReason.ERROR, now, error)
+    shown = ""
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    reason: FinishReason | None = None
+    stop: str | int | None = None
+    for token, of_token in samples:
+        sequence.tokens.append(token)
+        if sequence.constraint is not None:
+            sequence.constraint.advance(token)
+        tokens.append(token)
+        if of_token is not None:
+            logprobs.append(of_token)
+        text, reason, stop = _append(sequence, token)
+        shown += text
+        if reason is not None:
+            break
+    timing = sequence.timing
+    finished = None if reason is None else now
+    sequence.timing = timing._replace(first_token=timing.first_token or now, finished=finished)
+    of_prompt, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+    return Output(*_identity(sequence), shown, tokens, logprobs, reason, stop, prompt_logprobs=of_prompt)
+
+
+def ended(sequence: Sequence, reason: FinishReason, now: float, error: Exception | None = None) -> Output:
+    """The last output of a sequence that is ended from outside, with the text that was held back."""
+    sequence.timing = sequence.timing._replace(finished=now)
+    return Output(*_identity(sequence), sequence.text.flush(), finish_reason=reason, error=error)
+
+
+def joined(outputs: SequenceOf[Output]) -> Output:
+    """All outputs of one sequence as one."""
+    return replace(
+        outputs[-1],
+        text="".join(output.text for output in outputs),
+        token_ids=[token for output in outputs for token in output.token_ids],
+        logprobs=[each for output in outputs for each in output.logprobs],
+        prompt_logprobs=[each for output in outputs for each in output.prompt_logprobs],
+    )
+
+
+def _identity(sequence: Sequence) -> tuple[int, int, Usage, Timing]:
+    return sequence.request_id, sequence.index, sequence.usage, sequence.timing
+
+
+def _append(sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
+    """New text, why the sequence ends with `token` if it does, and the stop token or string that ends it."""
+    stream, params = sequence.text, sequence.params
+    if token in sequence.stop_tokens:
+        shown = stream.push(token) if params.include_stop else ""
+        return shown + stream.flush(), FinishReason.STOP, token
+    shown = stream.push(token)
+    if stream.stop is not None:
+        return shown, FinishReason.STOP, stream.stop
+    if sequence.constraint is not None and sequence.constraint.finished:
+        return shown + stream.flush(), FinishReason.STOP, None
+    if len(sequence.tokens) < sequence.limit:
+        return shown, None, None
+    return shown + stream.flush(), FinishReason.LENGTH, None

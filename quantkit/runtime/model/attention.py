@@ -1,0 +1,103 @@
+"""Paged attention as an attention implementation of transformers.
+
+Batch metadata and caches travel to it through the model's keyword arguments (`paged=...`), never through a global.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from quantkit.kernels.cpu import attention as cpu_attention
+from quantkit.kernels.gpu.attention.attention_mass import block_mass
+from quantkit.kernels.layouts.quantized_kv import Cache
+from quantkit.runtime.core.batch import Batch
+from quantkit.runtime.kv_cache.cache import KVCache
+
+#: The implementation's name.
+KEY = "quantkit_paged"
+
+
+@dataclass(frozen=True)
+class Paged:
+    """What every layer's attention needs beside query, key and value: see `PagedModel.forward`."""
+
+    batch: Batch
+    cache: KVCache
+    draft: bool = False
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Tensor | None,
+    *,
+    paged: Paged,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Write this step's keys and values, attend to the whole context.
+
+    Args:
+        module: the attention layer; its `layer_idx` picks the cache.
+        query: [1, Hq, T, D]; key: [1, Hkv, T, D]; value: [1, Hkv, T, Dv], all sequences' new tokens packed.
+        paged: the batch and the cache.
+        scaling, sliding_window, softcap, s_aux: of the model; None where it has none.
+
+    Returns:
+        [1, T, Hq, Dv], and no attention weights.
+    """
+    layer, batch = module.layer_idx, paged.batch
+    assert isinstance(layer, int)
+    keys, values = paged.cache.keys[layer], paged.cache.values[layer]
+    write, run = _kernels(query.device.type, batch.max_query_len)
+    write(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch.slot_mapping)
+    shape: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "window": sliding_window or 0,
+        "softcap": softcap or 0.0,
+        "sinks": None if s_aux is None else s_aux.float(),
+    }
+    queries = query[0].transpose(0, 1)
+    tables = batch.block_table, batch.query_start, batch.seq_lens
+    out = run(queries, keys, values, *tables, **shape, draft=paged.draft)
+    if batch.measured is not None:
+        measure(batch, queries[batch.measured.rows], keys, **shape)
+    return out[None], None
+
+
+def measure(batch: Batch, queries: Tensor, keys: Cache, **shape: Any) -> None:
+    """Add a layer's attention of the measured tokens, queries [O, Hq, D], to the batch's; `shape` as for `block_mass`."""
+    assert batch.measured is not None
+    which = batch.measured.sequences
+    batch.measured.mass.add_(block_mass(queries, keys, batch.block_table[which], batch.seq_lens[which], **shape))
+
+
+def _kernels(device: str, max_query_len: int) -> tuple[Callable[..., None], Callable[..., Tensor]]:
+    """What writes to the cache, and what attends."""
+    if device == "cpu":
+        return cpu_attention.kv_write, cpu_attention.paged_attention
+    from quantkit.kernels.gpu.attention.paged_attention import paged_attention
+    from quantkit.kernels.gpu.kv.kv_write import kv_write  # Triton is slow to import, and only Linux has it.
+
+    return kv_write, partial(paged_attention, max_query_len=max_query_len)
+
+
+def layer_window(attention: Any, config: Any) -> int:
+    """Tokens that an attention layer of transformers sees, the query's own included; 0 for all."""
+    found = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
+    return int(found or 0)
+
+
+def register() -> str:
+    """Make the implementation known to transformers; returns its name."""
+    AttentionInterface.register(KEY, attend)
+    return KEY

@@ -1,0 +1,199 @@
+"""A linear layer over kernel-ready weights: what replaces transformers' own when a model is loaded.
+
+Which kernel serves a weight follows from where it lies and whether it is packed; nothing else in the runtime asks.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.kernels.cpu import hadamard as cpu_hadamard
+from quantkit.kernels.cpu import matmul as cpu
+from quantkit.kernels.cpu.w4a8 import rounded_matmul
+from quantkit.kernels.layouts.planes import PlaneWeight, fits, to_planes
+from quantkit.methods.grid import QuantizedWeight
+
+#: A weight as its kernel wants it: native tiles or rows on a CPU, planes or a plain [N, K] tensor on a GPU.
+Weight = cpu.CpuWeight | PlaneWeight | Tensor
+
+
+def ready(weight: QuantizedWeight | Tensor, device: torch.device, dtype: torch.dtype) -> Weight:
+    """A weight repacked once for the kernels of `device`; dequantized where no kernel there can hold its groups.
+
+    Args:
+        weight: quantized, or dense [N, K] in 16 or 32 bit.
+        device: where it will live.
+        dtype: of activations on a GPU; on a CPU activations are float32 whatever the weight is.
+    """
+    if isinstance(weight, Tensor):
+        return cpu.pack_dense(weight) if device.type == "cpu" else weight.to(device, dtype)
+    scheme, columns = weight.scheme, weight.codes.shape[1]
+    parts = weight.codes, weight.scales, weight.zeros, scheme.bits, scheme.group_columns(columns)
+    if device.type == "cpu":
+        return cpu.pack(*parts)
+    if not fits(columns, scheme.group_size):
+        return weight.dequantize().to(device, dtype)
+    codes, scales, zeros, bits, group_size = parts
+    return to_planes(codes.to(device), scales.to(device), zeros.to(device), bits, group_size, dtype)
+
+
+def packed(weight: Weight) -> bool:
+    """Whether the weight is quantized."""
+    return isinstance(weight, PlaneWeight) or (isinstance(weight, cpu.CpuWeight) and weight.layout != "dense")
+
+
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation_bits: int = 0) -> Tensor:
+    """x W^T + bias for x [..., K]; the result is [..., N] in x's dtype.
+
+    Args:
+        activation_bits: 4 or 8 rounds x to as many (see `reference.quantized_matmul`), for packed weights only; 0 does not.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(weight, Tensor):
+        out = nn.functional.linear(rows, weight, bias)
+    elif isinstance(weight, PlaneWeight):
+        out = _multiply_planes(rows, weight, bias, activation_bits)
+    elif activation_bits:
+        out = rounded_matmul(rows, weight, activation_bits, bias)
+    else:
+        out = cpu.matmul(rows, weight, bias)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _multiply_planes(x: Tensor, weight: PlaneWeight, bias: Tensor | None, activation_bits: int) -> Tensor:
+    """Triton is slow to import, and only Linux has it."""
+    if activation_bits:
+        from quantkit.kernels.gpu.matmul import w4a8_gemm as rounded_gemm
+
+        return rounded_gemm.rounded_matmul(x, weight, activation_bits, bias)
+    from quantkit.kernels.gpu.matmul.dequant_matmul import dequant_matmul
+
+    return dequant_matmul(x, weight, bias)
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """The Hadamard transform of x [..., K] in runs of `block`; see `reference.hadamard`."""
+    if x.device.type == "cpu":
+        return cpu_hadamard.hadamard(x, block)
+    from quantkit.kernels.gpu.matmul.hadamard import hadamard
+
+    return hadamard(x, block)
+
+
+class Linear(nn.Module):
+    """y = x[..., order] W^T + bias, x rotated before where the weight was.
+
+    Attributes:
+        kernel_weight: see `ready`.
+        bias: [N] or None.
+        order: int64 [K], the column of x that each column of W multiplies, where groups were formed on permuted columns.
+        hadamard: block of the Hadamard transform that x goes through first, 0 for none.
+        activation_bits: what x is rounded to, see `multiply`; set by `rounding` while a draft is computed, otherwise 0.
+    """
+
+    def __init__(self, weight: Weight, bias: Tensor | None = None, order: Tensor | None = None) -> None:
+        super().__init__()
+        self.kernel_weight, self.bias, self.order = weight, bias, order
+        self.hadamard = self.activation_bits = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        rotated = rotate(x, self.hadamard) if self.hadamard else x
+        ordered = rotated if self.order is None else rotated[..., self.order]
+        return multiply(ordered, self.kernel_weight, self.bias, self.activation_bits)
+
+
+def head_bits(activation_bits: int) -> int:
+    """Bits of the head's inputs where those of other layers have `activation_bits` (0: unrounded): logits are not worth the
+    error of 4, which changes the likeliest token at once."""
+    return 8 if activation_bits else 0
+
+
+@contextmanager
+def rounding(linears: Iterable[Linear], head: nn.Module, activation_bits: int) -> Iterator[None]:
+    """Inside, layers whose weights are packed round their inputs, the head to `head_bits`."""
+    layers = [linear for linear in linears if packed(linear.kernel_weight)]
+    for linear in layers:
+        linear.activation_bits = head_bits(activation_bits) if linear is head else activation_bits
+    try:
+        yield
+    finally:
+        for linear in layers:
+            linear.activation_bits = 0
+
+
+class Member(nn.Module):
+    """One of several matrices that read the same input and were merged: its slice of the merged product.
+
+    transformers calls q, k and v (gate and up) one after another with the same tensor. The first computes all; the others
+    take their slices, and the last lets go of them.
+    """
+
+    def __init__(self, merged: "Merged", index: int) -> None:
+        super().__init__()
+        self.merged, self.index = merged, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N of this member]."""
+        return self.merged.slice(x, self.index)
+
+
+class Merged:
+    """Several matrices as one, and the slices of its product that were not asked for yet.
+
+    Attributes:
+        linear: the merged matrix.
+        sizes: rows of each member, in the order in which the model calls them.
+    """
+
+    def __init__(self, linear: Linear, sizes: Sequence[int]) -> None:
+        self.linear, self.sizes = linear, tuple(sizes)
+        self._input: Tensor | None = None
+        self._slices: list[Tensor] = []
+
+    def members(self) -> list[Member]:
+        """One module a member."""
+        return [Member(self, index) for index in range(len(self.sizes))]
+
+    def slice(self, x: Tensor, index: int) -> Tensor:
+        """Member `index` of the product with x."""
+        if index == 0:
+            self._input, self._slices = x, list(self.linear(x).split(self.sizes, dim=-1))
+        assert self._input is x, "members of a merged matrix were called with different inputs, or out of order"
+        taken = self._slices[index]
+        if index == len(self.sizes) - 1:
+            self._input, self._slices = None, []
+        return taken
+
+
+class Embedding(nn.Module):
+    """Rows of a table kept in its stored type, as the type that the model computes in.
+
+    Attributes:
+        weight: [V, D].
+        dtype: of the result.
+        scale: what the family multiplies its embeddings by.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, scale: float) -> None:
+        super().__init__()
+        self.weight, self.dtype, self.scale = weight, dtype, scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> [..., D]."""
+        rows = nn.functional.embedding(tokens, self.weight).to(self.dtype)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype)
+
+
+class Norm(nn.Module):
+    """RMS norm in one call: x / rms(x) * weight over the last dimension, the family's offset folded into the weight."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,142 @@
+"""A loaded model described for the native decoder.
+
+What the description needs is read off transformers' modules, which stay what they are: a model that the decoder cannot
+express (a rotary embedding that depends on the data, members of q/k/v that are packed in different ways or have groups on
+differently permuted columns) has no description and runs through its definition.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import structs
+from quantkit.kernels.cpu.matmul import CpuWeight
+from quantkit.models.families import Norms
+from quantkit.runtime.core.batch import Batch
+from quantkit.runtime.kv_cache.cache import KVCache
+from quantkit.runtime.model.attention import layer_window
+from quantkit.runtime.model.layers import Embedding, Linear, Member, Norm
+from quantkit.runtime.model.loader import Definition
+from quantkit.runtime.model.native_decoder import DecoderLayer, DecoderModel, NativeDecoder, Projection, Rope
+
+#: transformers' names of activations -> the decoder's.
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+#: Rotary embeddings whose frequencies are the same for every length.
+_FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
+
+
+def native_decoder(definition: Definition, cache: KVCache, activation_bits: int = 0) -> Callable[[Batch, bool], Tensor] | None:
+    """The native decoder's forward for a model on the CPU, see `NativeDecoder`; None where there is none."""
+    if native.library() is None:
+        return None
+    model = describe(definition)
+    return None if model is None else NativeDecoder(model, cache.keys, cache.values, activation_bits).forward
+
+
+def describe(definition: Definition) -> DecoderModel | None:
+    """The model as plain data; None where the decoder cannot express it."""
+    module, config = definition.module, definition.config
+    ropes = _ropes(module.base_model.rotary_emb)
+    activation = _ACTIVATIONS.get(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or "")
+    head = _projection([module.get_output_embeddings()])
+    blocks = module.get_submodule(definition.family.blocks)
+    layers = [_layer(block, definition.family.norms, config, ropes) for block in blocks]
+    if activation is None or head is None or not ropes or any(layer is None for layer in layers):
+        return None
+    embedding = module.get_input_embeddings()
+    assert isinstance(embedding, Embedding)
+    if embedding.weight.dtype not in structs.TYPES:
+        return None
+    return DecoderModel(
+        embedding=embedding.weight,
+        layers=[layer for layer in layers if layer is not None],
+        ropes=[rope for rope, _ in ropes.values()],
+        norm=module.base_model.norm.weight,
+        head=head,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=definition.layers[0].key_width,
+        activation=activation,
+        epsilon=config.rms_norm_eps,
+        embedding_scale=embedding.scale * getattr(config, "embedding_multiplier", 1.0),
+        residual_scale=getattr(config, "residual_multiplier", 1.0),
+        logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
+        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+    )
+
+
+def _layer(block: Any, norms: Norms, config: Any, ropes: dict[str, tuple[Rope, int]]) -> DecoderLayer | None:
+    """A block as plain data; None where its matrices are not merged, not in a native layout or rotated elsewhere than in
+    the down projection."""
+    attention, mlp = block.self_attn, block.mlp
+    fused = hasattr(attention, "qkv_proj")
+    qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
+    gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+    found = [_projection(modules) for modules in (qkv, [attention.o_proj], gate_up, [mlp.down_proj])]
+    out = [projection for projection in found if projection is not None]
+    if len(out) < len(found) or any(projection.hadamard for projection in out[:3]):
+        return None
+    kind = getattr(attention, "layer_type", None)
+    before_attention, behind_attention, before_mlp, behind_mlp = (_norm(block, name) for name in norms)
+    return DecoderLayer(
+        qkv=out[0],
+        out=out[1],
+        gate_up=out[2],
+        down=out[3],
+        norm_attention=before_attention,
+        norm_attention_out=behind_attention,
+        norm_mlp=before_mlp,
+        norm_mlp_out=behind_mlp,
+        scale=attention.scaling,
+        norm_query=_norm(attention, "q_norm"),
+        norm_key=_norm(attention, "k_norm"),
+        window=layer_window(attention, config),
+        softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
+        rope=ropes[kind if kind in ropes else ""][1] if ropes else 0,
+    )
+
+
+def _projection(modules: list[nn.Module]) -> Projection | None:
+    """The one matrix behind some modules; None where they are several, or it is in no native layout."""
+    first = modules[0]
+    if isinstance(first, Member):
+        assert [module.merged for module in modules if isinstance(module, Member)] == [first.merged] * len(modules)
+        linear = first.merged.linear
+    elif isinstance(first, Linear) and len(modules) == 1:
+        linear = first
+    else:
+        return None
+    weight = linear.kernel_weight
+    if not isinstance(weight, CpuWeight) or weight.layout not in ("tiles", "dense"):
+        return None
+    return Projection(weight, linear.bias, linear.hadamard, None if linear.order is None else linear.order.int())
+
+
+def _norm(parent: nn.Module, name: str | None) -> Tensor | None:
+    norm = getattr(parent, name, None) if name else None
+    return norm.weight if isinstance(norm, Norm) else None
+
+
+def has_fixed_ropes(rotary: Any) -> bool:
+    """Whether no rotary embedding of a model depends on the data."""
+    return set(_kinds(rotary).values()) <= _FIXED_ROPES
+
+
+def _kinds(rotary: Any) -> dict[str, str]:
+    """Layer type -> type of rope; "" where all layers share one."""
+    return rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
+
+
+def _ropes(rotary: Any) -> dict[str, tuple[Rope, int]]:
+    """Layer type -> rope and its number; "" where all layers share one. Empty where a rope depends on the data."""
+    if not has_fixed_ropes(rotary):
+        return {}
+    kinds = _kinds(rotary)
+    prefixes = {kind: f"{kind}_" if kind else "" for kind in kinds}
+    return {
+        kind: (Rope(getattr(rotary, f"{prefix}inv_freq").float(), getattr(rotary, f"{prefix}attention_scaling")), number)
+        for number, (kind, prefix) in enumerate(prefixes.items())
+    }

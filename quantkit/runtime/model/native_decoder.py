@@ -1,0 +1,217 @@
+"""A whole decoder as one native call a step: no Python between its layers.
+
+The model is described by plain data; what differs between families is a number, a flag or an absent norm. Whoever loads a
+model writes the description (see `runtime.native_build`); this file only lays it out for kernels/native/decoder.c.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import byref, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import structs
+from quantkit.kernels.cpu.matmul import CpuWeight
+from quantkit.kernels.layouts.quantized_kv import Cache
+from quantkit.runtime.core.batch import Batch
+from quantkit.runtime.model.attention import measure
+from quantkit.runtime.model.layers import head_bits
+
+#: Activation of the MLP's gate -> its number in decoder.c.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """y = x W^T + bias.
+
+    Attributes:
+        weight: [N, K], in the layout "tiles" or "dense".
+        bias: float32 [N], or None.
+        hadamard: block of the Hadamard transform of x, 0 for none; only `down` may have one.
+        order: int32 [K], the column of x that each column of a packed W multiplies; None: the same.
+    """
+
+    weight: CpuWeight
+    bias: Tensor | None = None
+    hadamard: int = 0
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: element i of a head turns with element i + pairs by position * frequencies[i].
+
+    Attributes:
+        frequencies: float32 [pairs]; 2 * pairs may be less than the head's width.
+        scaling: factor of the rotated elements.
+    """
+
+    frequencies: Tensor
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One block. Norms are RMS norms, float32, with whatever the family adds to them folded in; None where there is none.
+
+    Attributes:
+        qkv: rows of all queries, then keys, then values.
+        out: of attention.
+        gate_up: rows of the gate, then of the up projection.
+        down: of the MLP.
+        norm_attention, norm_attention_out: [hidden], before and behind attention.
+        norm_mlp, norm_mlp_out: [hidden], before and behind the MLP.
+        norm_query, norm_key: [head_dim] for every head alone, or [heads * head_dim] over all heads.
+        scale: of attention scores.
+        window: keys that a query sees, itself included; 0 for all.
+        softcap: of attention scores; 0 for none.
+        sinks: float32 [heads], see `reference.paged_attention`.
+        rope: index into the decoder's ropes.
+    """
+
+    qkv: Projection
+    out: Projection
+    gate_up: Projection
+    down: Projection
+    norm_attention: Tensor | None
+    norm_attention_out: Tensor | None
+    norm_mlp: Tensor | None
+    norm_mlp_out: Tensor | None
+    scale: float
+    norm_query: Tensor | None = None
+    norm_key: Tensor | None = None
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    rope: int = 0
+
+
+@dataclass(frozen=True)
+class DecoderModel:
+    """A decoder-only language model.
+
+    Attributes:
+        embedding: [V, hidden] in float32, float16 or bfloat16; `embedding_scale` multiplies its rows.
+        layers: the blocks in order.
+        ropes: what the layers' `rope` chooses from.
+        norm: float32 [hidden], before the head.
+        head: [V, hidden].
+        heads, kv_heads, head_dim: of attention, in every layer.
+        activation: a key of ACTIVATIONS.
+        epsilon: of all norms.
+        residual_scale: multiplies what a block adds to the residual stream.
+        logit_scale, logit_softcap: logits * scale, then cap * tanh(logits / cap) where the cap is above 0.
+    """
+
+    embedding: Tensor
+    layers: Sequence[DecoderLayer]
+    ropes: Sequence[Rope]
+    norm: Tensor
+    head: Projection
+    heads: int
+    kv_heads: int
+    head_dim: int
+    activation: str
+    epsilon: float
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+
+
+class NativeDecoder:
+    """Runs batches against paged caches."""
+
+    def __init__(
+        self, model: DecoderModel, key_caches: Sequence[Cache], value_caches: Sequence[Cache], activation_bits: int = 0
+    ) -> None:
+        """
+        Args:
+            model: kept alive, as the caches are; needs native kernels (`native.library()` is not None).
+            key_caches, value_caches: per layer, [num_blocks, block_size, kv_heads, head_dim], plain or quantized.
+            activation_bits: 4 or 8 rounds what packed weights multiply (see `linear.rounding`); 0 does not.
+        """
+        library = native.library()
+        assert library is not None, "no native kernels"
+        assert len(model.layers) == len(key_caches) == len(value_caches)
+        self._library, self._model, self._caches = library, model, (*key_caches, *value_caches)
+        self._block_size, self._open_pages = key_caches[0].shape[1], structs.open_pages(key_caches[0])
+        pairs = zip(model.layers, zip(key_caches, value_caches, strict=True), strict=True)
+        layers = [_layer(model, layer, keys, values, activation_bits) for layer, (keys, values) in pairs]
+        self._layers = (structs.Layer * len(layers))(*layers)
+        ropes = [structs.Rope(_floats(rope.frequencies), len(rope.frequencies), rope.scaling) for rope in model.ropes]
+        self._ropes = (structs.Rope * len(ropes))(*ropes)
+        hidden, inner = model.embedding.shape[1], model.layers[0].down.weight.shape[1]
+        self._decoder = structs.Decoder(
+            structs.address(model.embedding),
+            *(ctypes.addressof(self._layers), ctypes.addressof(self._ropes), _floats(model.norm)),
+            _matrix(model.head, head_bits(activation_bits)),
+            *(len(layers), len(ropes), hidden, inner, ACTIVATIONS[model.activation], structs.TYPES[model.embedding.dtype]),
+            *(model.epsilon, model.residual_scale, model.embedding_scale),
+        )
+
+    def forward(self, batch: Batch, draft: bool = False) -> Tensor:
+        """Write the batch's keys and values to their slots; logits, float32 [R, V]. At most T rows have logits.
+
+        With `draft`, attention reads the upper plane of 4+4-bit caches only.
+        """
+        model, tokens, rows = self._model, len(batch.token_ids), len(batch.logit_rows)
+        logits = torch.empty(rows, model.head.weight.shape[0])
+        addresses = (structs.address(tensor) for tensor in (batch.block_table, batch.query_start, batch.seq_lens))
+        pages = structs.Pages(*addresses, self._open_pages, *batch.block_table.shape, self._block_size, draft)
+        addresses = (
+            structs.address(tensor) for tensor in (batch.token_ids, batch.positions, batch.slot_mapping, batch.logit_rows)
+        )
+        queries, measured = self._queries(batch)
+        wanted = structs.address(measured), structs.address(queries), len(measured)
+        call = structs.Batch(pages, *addresses, tokens, rows, *wanted)
+        out = c_void_p(logits.data_ptr())
+        if self._library.quantkit_decoder_forward(byref(self._decoder), byref(call), out, native.threads()):
+            raise MemoryError(f"no memory for a forward of {tokens} tokens")
+        if batch.measured is not None:
+            for layer, keys, of_layer in zip(model.layers, self._caches, queries, strict=False):  # keys come first
+                shape = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap, "sinks": layer.sinks}
+                measure(batch, of_layer, keys, **shape)
+        if model.logit_scale != 1.0:
+            logits *= model.logit_scale
+        return logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap) if model.logit_softcap > 0 else logits
+
+    def _queries(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Room for every layer's queries of the measured tokens, float32 [layers, O, heads, head_dim], and which these are."""
+        model, rows = self._model, torch.empty(0, dtype=torch.int64) if batch.measured is None else batch.measured.rows
+        return torch.empty(len(model.layers), len(rows), model.heads, model.head_dim), rows
+
+
+def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache, activation_bits: int) -> structs.Layer:
+    queries, width = model.heads * model.head_dim, model.head_dim
+    assert layer.qkv.weight.shape[0] == queries + 2 * model.kv_heads * width
+    assert layer.out.weight.shape[1] == queries
+    assert not any(projection.hadamard for projection in (layer.qkv, layer.out, layer.gate_up, model.head))
+    assert keys.shape == values.shape
+    assert keys.shape[2:] == (model.kv_heads, width)
+    assert structs.kind(keys) == structs.kind(values)
+    all_heads = layer.norm_query is not None and len(layer.norm_query) != width
+    shape = structs.Heads(
+        *(_floats(layer.sinks), model.heads, model.kv_heads, width, width),
+        *(layer.window, structs.kind(keys), layer.scale, layer.softcap),
+    )
+    matrices = (_matrix(projection, activation_bits) for projection in (layer.qkv, layer.out, layer.gate_up, layer.down))
+    norms = (layer.norm_attention, layer.norm_attention_out, layer.norm_mlp, layer.norm_mlp_out)
+    vectors = (_floats(vector) for vector in (*norms, layer.norm_query, layer.norm_key))
+    caches = structs.store(keys), structs.store(values)
+    return structs.Layer(*matrices, *vectors, shape, all_heads, layer.rope, layer.down.hadamard, *caches)
+
+
+def _matrix(projection: Projection, activation_bits: int) -> structs.Matrix:
+    assert projection.bias is None or projection.bias.dtype == torch.float32
+    bits = activation_bits if projection.weight.layout == "tiles" else 0
+    return projection.weight.matrix(projection.bias, bits, projection.order)
+
+
+def _floats(vector: Tensor | None) -> int | None:
+    assert vector is None or vector.dtype == torch.float32
+    return structs.address(vector)

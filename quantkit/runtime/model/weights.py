@@ -1,0 +1,73 @@
+"""What a checkpoint holds for a model: packed matrices, and dense tensors as config.json describes them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.reader import Checkpoint, shown
+from quantkit.errors import CheckpointError
+from quantkit.formats.artifact import PackedReader
+from quantkit.methods.grid import QuantizedWeight
+
+#: Types of dense tensors. Others are codes without their scales, or would be rounded without a word.
+_DENSE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Source:
+    """A checkpoint's matrices and vectors by name.
+
+    Attributes:
+        left: tensors that nobody asked for.
+        beside: see `PackedReader`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        quantized = "quantization_config" in checkpoint.config
+        self._packed = PackedReader(checkpoint) if quantized else None
+        self._modules = set(self._packed.modules) if self._packed else set()
+        self.beside = self._packed.beside if self._packed else {}
+        self.left = set(checkpoint.tensors)
+
+    def holds(self, module: str) -> bool:
+        """Whether there is a matrix, packed or dense, under that path."""
+        return module in self._modules or f"{module}.weight" in self.checkpoint.tensors
+
+    def hadamard(self, module: str) -> int:
+        """Block of the Hadamard transform that a matrix wants its inputs to go through; 0 for none."""
+        online = self._packed.online if self._packed else None
+        return online.block_of(module) if online else 0
+
+    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A dense tensor of the shape that config.json calls for.
+
+        Raises:
+            CheckpointError: it is missing, has another shape, or is of a type that models do not compute in.
+        """
+        tensor = self.checkpoint.read([name])[name]
+        self.left.discard(name)
+        self._check(name, tensor.shape, shape)
+        if tensor.dtype not in _DENSE:
+            file, found = self.checkpoint.tensors[name].file, str(tensor.dtype).removeprefix("torch.")
+            reason = f"is {found}, only float32, float16 and bfloat16 can be run; convert it, or fetch the original model"
+            raise CheckpointError(f"{file}: tensor {shown(name)} {reason}")
+        return tensor
+
+    def matrix(self, module: str, shape: Sequence[int]) -> tuple[QuantizedWeight | Tensor, Tensor | None]:
+        """A matrix [N, K], quantized or dense, and its column order (see `PackedReader.read_sorted`).
+
+        Raises:
+            CheckpointError: it is missing, has another shape, or is dense and of another type than `tensor` takes.
+        """
+        if self._packed is None or module not in self._modules:
+            return self.tensor(f"{module}.weight", shape), None
+        weight, order = self._packed.read_sorted(module)
+        self.left -= {f"{module}.{suffix}" for suffix in self._packed.form.suffixes}
+        self._check(module, weight.codes.shape, shape)
+        return weight, order
+
+    def _check(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(found) != tuple(wanted):
+            where = self.checkpoint.folder
+            raise CheckpointError(f"{where}: {shown(name)} has shape {list(found)}, config.json says {list(wanted)}")

@@ -1,0 +1,140 @@
+"""Drafts in a step: who gets how many tokens, in which blocks, and what became of them.
+
+Drafts take what is left: of the step's token budget, and of the free blocks. Nobody is preempted and no prompt waits for one;
+a draft is shortened instead, and after the step every block that it did not fill is free again.
+"""
+
+from collections.abc import Sequence as SequenceOf
+
+from quantkit.runtime.core.sequence import Draft, Sample, Scheduled, Sequence
+from quantkit.runtime.kv_cache.block_manager import KVManager
+from quantkit.runtime.speculative.adaptive_length import AdaptiveLength, Round
+from quantkit.runtime.speculative.cost_model import ORDINARY_BACKLOG
+from quantkit.runtime.speculative.metrics import SpeculationStats, Tally
+from quantkit.runtime.speculative.proposer import Proposer
+
+
+class Speculation:
+    """A proposer's place in the engine."""
+
+    def __init__(self, proposer: Proposer | None, draft_len: int | None, kv: KVManager, token_budget: int) -> None:
+        """
+        Args:
+            proposer: None: no drafts.
+            draft_len: tokens of a draft at most; None: what pays.
+            kv: the target's blocks.
+            token_budget: new tokens in a step at most.
+        """
+        self._proposer, self._draft_len, self._kv, self._token_budget = proposer, draft_len, kv, token_budget
+        self._adaptive = AdaptiveLength() if draft_len is None else None
+        #: This step's sequences that decode, their drafts that are not empty, and what the proposer caught up on for these
+        #: beyond the ordinary, in tokens.
+        self._decoding: list[Sequence] = []
+        self._drafts: dict[Sequence, Draft] = {}
+        self._backlog = 0
+        self._tally = Tally()
+
+    @property
+    def stats(self) -> SpeculationStats | None:
+        """What became of the drafts so far; None without a proposer."""
+        return None if self._proposer is None else self._tally.stats()
+
+    def reserve(self, scheduled: SequenceOf[Scheduled]) -> dict[Sequence, int]:
+        """Room for drafts behind the sequences that decode, and how long each may be."""
+        if self._proposer is None:
+            return {}
+        self._drafts, self._backlog = {}, 0
+        self._decoding = [entry.sequence for entry in scheduled if entry.sequence.decodes]
+        wanted = {sequence: length for sequence in self._decoding if (length := self._wanted(sequence))}
+        lengths: dict[Sequence, int] = {}
+        spare = self._token_budget - sum(entry.num_tokens for entry in scheduled) if wanted else 0
+        for sequence, length in wanted.items():
+            # A step adds one token more than it accepts: the last one before the limit needs no draft.
+            most = min(spare, sequence.limit - len(sequence.tokens) - 1, self._kv.capacity - sequence.num_held - 1)
+            length = min(length, most)
+            while length > 0 and not self._kv.extend(sequence, 1 + length):
+                length -= 1
+            if length > 0:
+                lengths[sequence] = length
+                spare -= length
+                self._backlog += max(self._proposer.backlog(sequence) - ORDINARY_BACKLOG, 0)
+        return lengths
+
+    def propose(self, scheduled: list[Scheduled], lengths: dict[Sequence, int]) -> list[Scheduled]:
+        """The step with drafts."""
+        if self._proposer is None or not lengths:
+            return scheduled
+        proposed = zip(lengths, self._proposer.propose(list(lengths.items())), strict=True)
+        self._drafts = {sequence: draft for sequence, draft in proposed if draft.tokens}
+        assert all(len(draft.tokens) <= lengths[sequence] for sequence, draft in self._drafts.items()), "a draft is too long"
+        for sequence in lengths:
+            self._kv.trim(sequence, 1 + len(self._drafts.get(sequence, Draft()).tokens))
+        return [_with_draft(entry, self._drafts.get(entry.sequence, Draft())) for entry in scheduled]
+
+    def verified(
+        self,
+        scheduled: SequenceOf[Scheduled],
+        chosen: SequenceOf[tuple[Sequence, list[Sample]]],
+        draft_seconds: float,
+        seconds: float,
+    ) -> None:
+        """Note what came of a step.
+
+        Args:
+            scheduled: the step.
+            chosen: sequences, and what follows each.
+            draft_seconds, seconds: time of proposing, and of the forward and the verification.
+        """
+        if self._proposer is None:
+            return
+        if not self._drafts and len(self._decoding) >= len(scheduled):
+            # Most steps are like this where drafts do not pay, and what is done beside them is slower generation.
+            plain = None if self._adaptive is None else self._adaptive.note_plain(self._decoding, seconds)
+            self._tally.plain(draft_seconds, seconds, plain)
+            return
+        pure = len(self._decoding) == len(scheduled)
+        drafted = {sequence: len(draft.tokens) for sequence, draft in self._drafts.items()}
+        following = dict(chosen)
+        outcomes = {each: (drafted.get(each, 0), len(following[each]) - 1) for each in self._decoding if each in following}
+        longest = max(drafted.values(), default=0)
+        self._tally.time(longest, draft_seconds, seconds, pure=pure and not self._backlog)
+        for count, accepted in outcomes.values():
+            self._tally.count(count, accepted)
+        if self._adaptive is None:
+            return
+        plain = self._adaptive.costs.step(len(outcomes)) if pure and outcomes else None
+        if plain is not None:
+            tokens = sum(1 + accepted for _, accepted in outcomes.values())
+            self._tally.compare(draft_seconds + seconds, plain * tokens / len(outcomes))
+        if outcomes:
+            self._adaptive.note(Round(outcomes, self._backlog, draft_seconds, seconds if pure else None))
+        if not pure and not longest:
+            self._adaptive.costs.note_prompt(sum(entry.num_tokens for entry in scheduled), seconds)
+
+    def settle(self, sequence: Sequence, accepted: int) -> None:
+        """A sequence has the first tokens of its draft for good, if it had one: room for the others is given back."""
+        if sequence not in self._drafts:
+            return
+        self._kv.commit(sequence, accepted)
+        self._kv.trim(sequence)
+        assert self._proposer is not None
+        self._proposer.accepted(sequence, accepted)
+
+    def released(self, sequence: Sequence) -> None:
+        """A sequence lost its blocks."""
+        if self._proposer is not None:
+            self._proposer.released(sequence)
+        if self._adaptive is not None:
+            self._adaptive.released(sequence)
+
+    def _wanted(self, sequence: Sequence) -> int:
+        if self._adaptive is None:
+            assert self._draft_len is not None
+            return self._draft_len
+        assert self._proposer is not None
+        return self._adaptive.length(sequence, len(self._decoding), self._proposer.backlog(sequence))
+
+
+def _with_draft(entry: Scheduled, draft: Draft) -> Scheduled:
+    count = len(draft.tokens)
+    return entry._replace(num_tokens=entry.num_tokens + count, num_logits=entry.num_logits + count, draft=draft)

@@ -1,0 +1,103 @@
+"""Which of a draft's tokens are accepted, and the one that follows them: the text is distributed as without drafts.
+
+Greedy, and for a drafter that draws nothing: each row's token is chosen as if the draft before it were accepted, and the draft
+is accepted as long as it is what was chosen. For a draft token x that is to accept it with probability p(x) and otherwise to
+draw from p without x, which is the rule below for a q with all its mass on x; and the random numbers spent are those that
+would be spent without drafts, so that a seed gives the same text.
+
+For a drafter that drew x from q: speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv
+2302.01318). Accept x with probability min(1, p(x) / q(x)); otherwise draw from max(p - q, 0), normalised, and stop. If all
+are accepted, one more token is drawn from p.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from itertools import accumulate, islice
+
+import torch
+from torch import Tensor
+
+from quantkit.runtime.core.sequence import Draft, Sample, Sequence, TokenLogprobs
+from quantkit.runtime.sampling.logits import likeliest
+from quantkit.runtime.sampling.sampler import apply_constraints, apply_penalties, distribution, invert, sample
+
+
+@torch.inference_mode()
+def verify(
+    logits: Tensor,
+    sequences: SequenceOf[Sequence],
+    drafts: SequenceOf[Draft],
+    likeliest_ids: SequenceOf[int] | None = None,
+) -> list[list[Sample]]:
+    """The tokens that follow each sequence: the accepted ones of its draft, and one more.
+
+    Args:
+        logits: float32 [R, V], behind the sequence and behind each token of its draft, one sequence after another; as for
+            `sample`.
+        sequences: the S sequences.
+        drafts: of each.
+        likeliest_ids: the largest logit's of every row, where they are known.
+    """
+    starts = list(accumulate((1 + len(draft.tokens) for draft in drafts), initial=0))
+    drawn = {i for i, draft in enumerate(drafts) if draft.probabilities is not None and not sequences[i].params.greedy}
+    rest = [i for i in range(len(sequences)) if i not in drawn]
+    if not drawn:
+        return _match(logits, sequences, drafts, likeliest_ids)
+    chosen = {i: _weigh(logits[starts[i] : starts[i + 1]], sequences[i], drafts[i]) for i in drawn}
+    if rest:
+        rows = [row for i in rest for row in range(starts[i], starts[i + 1])]
+        known = None if likeliest_ids is None else [likeliest_ids[row] for row in rows]
+        matched = _match(logits[rows], [sequences[i] for i in rest], [drafts[i] for i in rest], known)
+        chosen |= zip(rest, matched, strict=True)
+    return [chosen[i] for i in range(len(sequences))]
+
+
+def _match(
+    logits: Tensor,
+    sequences: SequenceOf[Sequence],
+    drafts: SequenceOf[Draft],
+    likeliest_ids: SequenceOf[int] | None,
+) -> list[list[Sample]]:
+    """Choose on every row, accept what agrees."""
+    rows = [(s, draft.tokens[:i]) for s, draft in zip(sequences, drafts, strict=True) for i in range(len(draft.tokens) + 1)]
+    if len(rows) == len(sequences):
+        return [[each] for each in sample(logits, sequences, likeliest_ids=likeliest_ids)]
+    # Rows behind the first disagreement spend random numbers in vain: they are given back.
+    drawing = [bool(d.tokens) and not s.params.greedy for s, d in zip(sequences, drafts, strict=True)]
+    states = [s.random.getstate() if draws else None for s, draws in zip(sequences, drawing, strict=True)]
+    samples = iter(sample(logits, [sequence for sequence, _ in rows], [ahead for _, ahead in rows], likeliest_ids))
+    chosen = []
+    for sequence, draft, state in zip(sequences, drafts, states, strict=True):
+        of_draft = list(islice(samples, len(draft.tokens) + 1))
+        agree = [each.token == token for each, token in zip(of_draft, draft.tokens, strict=False)]
+        chosen.append(of_draft[: [*agree, False].index(False) + 1])
+        if state is not None:
+            sequence.random.setstate(state)
+            for _ in chosen[-1]:
+                sequence.random.random()
+    return chosen
+
+
+def _weigh(logits: Tensor, sequence: Sequence, draft: Draft) -> list[Sample]:
+    """Speculative sampling of one sequence: logits [k + 1, V], a draft of k tokens drawn from its `probabilities`."""
+    params, drawn, rows = sequence.params, list(draft.tokens), len(logits)
+    assert draft.probabilities is not None
+    raw = None if params.logprobs is None else logits.clone()
+    sequences, ahead = [sequence] * rows, [drawn[:i] for i in range(rows)]
+    apply_constraints(logits, sequences, ahead)
+    apply_penalties(logits, sequences, ahead)
+    p, q = distribution(logits, [params] * rows), draft.probabilities
+    places = torch.tensor(drawn, device=p.device)[:, None]
+    ratios = (p[:-1].gather(1, places) / q.gather(1, places))[:, 0].tolist()
+    accepted = 0
+    while accepted < len(drawn) and sequence.random.random() < ratios[accepted]:
+        accepted += 1
+    last = p[accepted]
+    if accepted < len(drawn):
+        residual = (last - q[accepted]).clamp_(min=0)
+        # Where p and q are equal but for rounding, nothing may be left of a token that rounding refused.
+        last = residual if bool(residual.any()) else last
+    tokens = [*drawn[:accepted], invert(last, sequence.random.random())]
+    if raw is None:
+        return [Sample(token) for token in tokens]
+    found = likeliest(raw[: len(tokens)], tokens, [params.logprobs or 0] * len(tokens))
+    return [Sample(token, TokenLogprobs(token, *each)) for token, each in zip(tokens, found, strict=True)]

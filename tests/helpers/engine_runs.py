@@ -1,0 +1,37 @@
+"""Prompts for the fake model, and engines run to the end."""
+
+from helpers.fake_model import VOCAB
+from quantkit.runtime.core.request import Request, SamplingParams
+from quantkit.runtime.core.sequence import Output
+from quantkit.runtime.engine.engine import Engine
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+PROMPTS = [[(7 * i + 3 * n) % VOCAB for i in range(length)] for n, length in enumerate((1, 3, 4, 5, 8, 16, 17, 30))]
+
+
+def decode(ids: list[int]) -> str:
+    """Every token is a letter, a to j."""
+    return "".join("abcdefghij"[token % 10] for token in ids)
+
+
+def drain(running: Engine) -> list[Output]:
+    """All outputs to the end, with the integrity check after every step."""
+    outputs = []
+    while running.has_work:
+        outputs += running.step()
+        running.check()
+    for out in outputs:
+        if out.error is not None:
+            raise out.error
+    assert running.stats.used_blocks == running.stats.running == running.stats.waiting == 0
+    return outputs
+
+
+def tokens_of(outputs: list[Output], request_id: int, index: int = 0) -> list[int]:
+    return [t for out in outputs if (out.request_id, out.index) == (request_id, index) for t in out.token_ids]
+
+
+def requests(params: SamplingParams = GREEDY) -> list[Request]:
+    return [Request(prompt, params) for prompt in PROMPTS]

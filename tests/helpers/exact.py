@@ -1,0 +1,47 @@
+"""Distributions by their definitions, in float64 and one row at a time; and how well draws fit them."""
+
+from collections import Counter
+from collections.abc import Hashable, Mapping
+
+import torch
+from torch import Tensor
+
+from quantkit.runtime.core.request import SamplingParams
+
+
+def kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Ids in falling order of probability, equal ones by id, and their probabilities after all filters, float64."""
+    probabilities = torch.softmax(logits.double() / params.temperature, -1)
+    values, ids = probabilities.sort(descending=True, stable=True)
+    if params.top_k:
+        values, ids = values[: params.top_k], ids[: params.top_k]
+    values = values / values.sum()
+    before = values.cumsum(0) - values
+    keep = before < params.top_p if params.top_p < 1 else torch.ones_like(values, dtype=torch.bool)
+    values, ids = values[keep], ids[keep]
+    keep = values >= params.min_p * values[0]
+    return ids[keep], values[keep] / values[keep].sum()
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """float64 [V], after all filters; logits [V] are penalised already."""
+    ids, values = kept(logits, params)
+    return torch.zeros(len(logits), dtype=torch.float64).scatter(0, ids, values)
+
+
+def chi_square(counts: Counter[Hashable], wanted: Mapping[Hashable, float]) -> tuple[float, float]:
+    """Pearson's statistic of draws against probabilities, and what it stays below in all but 1 of 10,000 right runs.
+
+    Outcomes that are expected fewer than 5 times are one; outcomes that are impossible must not occur. The bound is Wilson's
+    and Hilferty's approximation of the quantile, 3.72 being the normal one's.
+    """
+    total = sum(counts.values())
+    assert set(counts) <= {each for each, probability in wanted.items() if probability > 0}
+    rare = [each for each, probability in wanted.items() if probability * total < 5]
+    cells = [(counts[each], probability * total) for each, probability in wanted.items() if each not in set(rare)]
+    together = sum(counts[each] for each in rare), sum(wanted[each] for each in rare) * total
+    if together[1] >= 1:
+        cells.append(together)
+    freedom = len(cells) - 1
+    bound = freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3
+    return sum((found - expected) ** 2 / expected for found, expected in cells), bound

@@ -1,0 +1,44 @@
+"""Fixtures of the CPU kernels' tests: everything runs natively, and again as if there were no compiler."""
+
+import ctypes
+
+import pytest
+import torch
+
+from quantkit.kernels.cpu import library as native
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernels serve the test."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    else:
+        assert native.library() is not None, "the native kernels could not be built"
+    return str(request.param)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> int:
+    """Number of threads; torch's own setting is restored afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels built for vectors of four lanes, which no instruction on bytes or 16-bit integers serves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.getbasetemp() / "narrow"))
+        patch.setattr(native, "_FLAGS", (*native._FLAGS, "-O2", "-DLANES=4"))
+        library = ctypes.CDLL(str(native._built()))
+    library.quantkit_prepared_floats.restype = ctypes.c_int64
+    return library
+
+
+@pytest.fixture
+def other_lanes(narrow: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They serve the test."""
+    monkeypatch.setattr(native, "library", lambda: narrow)

@@ -1,0 +1,37 @@
+"""Sequences without an engine, and with known random numbers."""
+
+from array import array
+from itertools import count
+from random import Random
+
+import pytest
+
+from quantkit.runtime.core.detokenize import TextStream
+from quantkit.runtime.core.request import SamplingParams
+from quantkit.runtime.core.sequence import Sequence, Timing
+from quantkit.runtime.engine import engine
+
+
+def sequence(
+    prompt: list[int], output: tuple[int, ...] = (), params: SamplingParams | None = None, request_id: int = 0, index: int = 0
+) -> Sequence:
+    """A sequence in no queue, whose random numbers are seeded with its index."""
+    return Sequence(
+        request_id=request_id,
+        index=index,
+        params=params or SamplingParams(),
+        tokens=array("q", [*prompt, *output]),
+        num_prompt=len(prompt),
+        limit=1000,
+        stop_tokens=frozenset(),
+        text=TextStream(lambda _: "", prompt, (), False),
+        random=Random(index),
+        timing=Timing(0.0),
+    )
+
+
+@pytest.fixture
+def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences without a seed get the random numbers of 0, 1, 2, ..., so that a test does the same each time."""
+    numbers = count()
+    monkeypatch.setattr(engine, "Random", lambda: Random(next(numbers)))

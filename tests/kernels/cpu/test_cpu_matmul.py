@@ -1,0 +1,280 @@
+"""CPU matrix products against the oracle, natively and with torch's own kernels."""
+
+import ctypes
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.native_cases import kernels, narrow, threads  # noqa: F401
+from quantkit.kernels import reference
+from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import matmul as cpu
+
+FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized matrix: codes [N, K], scales and zeros [N, G]."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    group: int
+
+    @property
+    def dense(self) -> Tensor:
+        return reference.dequantize(self.codes, self.scales, self.zeros, self.group)
+
+
+#: Rows of x on both sides of every change of kernel: one, few, a panel, several panels.
+ROWS = [1, 2, 3, 5, 6, 7, 16, 33, 200]
+
+#: N, K, group: tiles, groups and words that end early; groups longer than a run; an odd number of groups.
+SHAPES = [(70, 576, 64), (33, 96, 32), (5, 100, 100), (64, 520, -1), (40, 60, 20), (96, 1536, 512), (1, 16, 16)]
+
+
+def _sample(rows: int, columns: int, group: int, bits: int = 4, symmetric: bool = False) -> Weight:
+    generator = torch.Generator().manual_seed(rows + columns + bits)
+    groups = 1 if group == -1 else columns // group
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(rows, groups, generator=generator) * 0.03 + 0.01).to(BFLOAT16).float()
+    zeros = torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8, generator=generator)
+    zeros[0], zeros[-1] = 0, (1 << bits) - 1
+    return Weight(codes, scales, zeros.fill_(1 << (bits - 1)) if symmetric else zeros, bits, group)
+
+
+def _packed(weight: Weight) -> cpu.CpuWeight:
+    return cpu.pack(weight.codes, weight.scales, weight.zeros, weight.bits, weight.group)
+
+
+def _assert_close(found: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> None:
+    """Float32 sums are off by at most K * 2^-24 of the sum of magnitudes, typically by sqrt(K): 2^-18 covers both of the
+    sums, of codes and of zero points, that make up one product. The native kernels' sums are of integers and exact, but their
+    inputs are rounded: by half of 1/32767 of the largest of a group, and a little for the rounding of the quotient. The result
+    is rounded to x's type."""
+    wanted = reference.matmul(x, weight.codes, weight.scales, weight.zeros, weight.group, bias)
+    size = reference.matmul(x.abs(), weight.codes, weight.scales, torch.zeros_like(weight.zeros), weight.group)
+    size += reference.matmul(x.abs(), torch.zeros_like(weight.codes), -weight.scales, weight.zeros, weight.group)
+    groups = x.float().abs().unflatten(1, (weight.scales.shape[1], -1))
+    moved = 0.501 / 32767 * groups.amax(-1, keepdim=True).expand_as(groups).flatten(1) @ weight.dense.abs().T
+    assert found.dtype == x.dtype
+    assert found.shape == wanted.shape
+    allowed = 2.0**-18 * size + moved + torch.finfo(x.dtype).eps * wanted.abs() + 1e-30
+    worst = ((found.float() - wanted).abs() / allowed).max()
+    assert bool(worst <= 1), f"off by {worst:.2f} times what is allowed"
+
+
+def _rows(rows: int, columns: int, dtype: torch.dtype = FLOAT32) -> Tensor:
+    """Normal, with one channel 30 times the others, as models have them."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    x[:, columns // 3] *= 30
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_products(kernels: str, bits: int, shape: tuple[int, int, int]) -> None:  # noqa: F811
+    weight = _sample(*shape, bits)
+    packed = _packed(weight)
+    # torch's int4 product is in bfloat16 and has a test of its own.
+    assert packed.layout == ("tiles" if kernels == "native" else "codes")
+    for rows in ROWS:
+        x = _rows(rows, shape[1])
+        _assert_close(cpu.matmul(x, packed), x, weight)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
+def test_types_of_activations_and_bias(kernels: str, dtype: torch.dtype) -> None:  # noqa: F811
+    weight = _sample(70, 128, 64, symmetric=True)
+    x = _rows(3, 128, dtype)
+    for bias in (None, torch.randn(70), torch.randn(70).to(FLOAT16)):
+        _assert_close(cpu.matmul(x, _packed(weight), bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch, bits: int, rows: int) -> None:
+    """With exact bfloat16 operands only torch's result, sum x (q - 8) s, is rounded: half of bfloat16's last place, and twice
+    that is allowed for the sum behind it."""
+    monkeypatch.setattr(native, "library", lambda: None)
+    weight = _sample(64, 256, 64, bits)
+    packed = _packed(weight)
+    assert packed.layout == "int4"
+    x = _rows(rows, 256, BFLOAT16).float()
+    bound = 2.0**-7 * x.abs() @ (8 * weight.scales.repeat_interleave(64, 1)).T
+    assert bool(((cpu.matmul(x, packed) - x @ weight.dense.T).abs() <= bound).all())
+    assert bool(((cpu.dequantize(packed) - weight.dense).abs() <= 2.0**-7 * 8 * weight.scales.max()).all())
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
+@pytest.mark.parametrize(("rows", "columns"), [(33, 64), (50, 101), (7, 13), (1, 1), (9, 48)])
+def test_dense_products_round_nothing(dtype: torch.dtype, rows: int, columns: int) -> None:
+    assert native.library() is not None
+    # Subnormal halves among them.
+    weight = (torch.randn(rows, columns) * 10.0 ** torch.randint(-7, 2, (rows, columns))).to(dtype)
+    for count in ROWS:
+        x = _rows(count, columns)
+        wanted = x.double() @ weight.double().T
+        # float32 sums: at most K roundings of 2^-24 of the sum of magnitudes.
+        bound = columns * 2.0**-24 * (x.double().abs() @ weight.double().abs().T)
+        assert bool(((cpu.matmul(x, cpu.pack_dense(weight)).double() - wanted).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
+def test_dense_products_without_a_compiler(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    weight, x = torch.randn(50, 101).to(dtype), _rows(3, 101, dtype)
+    bias = torch.randn(50)
+    found = cpu.matmul(x, cpu.pack_dense(weight), bias)
+    wanted = x.double() @ weight.double().T + bias
+    # Two roundings to the type, of the product and of the sum with the bias, and float32 sums before.
+    bound = torch.finfo(dtype).eps * (wanted.abs() + bias.abs()) + 2.0**-17 * (x.double().abs() @ weight.double().abs().T)
+    assert found.dtype == dtype
+    assert bool(((found.double() - wanted).abs() <= bound).all())
+
+
+def test_dense_weights_may_lie_anywhere(tmp_path: Path) -> None:
+    """Mapped from a file, at an address that no vector is aligned to; nothing behind the last row is read."""
+    numbers = torch.randn(7 * 45).to(BFLOAT16)
+    (tmp_path / "weights").write_bytes(b"\0\0" + numbers.view(torch.uint8).numpy().tobytes())
+    stored = torch.from_file(str(tmp_path / "weights"), shared=False, size=1 + 7 * 45, dtype=BFLOAT16)[1:].view(7, 45)
+    x = _rows(2, 45)
+    assert torch.equal(cpu.matmul(x, cpu.pack_dense(stored)), cpu.matmul(x, cpu.pack_dense(numbers.view(7, 45).clone())))
+    assert cpu.pack_dense(stored).data.data_ptr() == stored.data_ptr()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 0])
+def test_a_row_depends_on_nothing_but_itself(bits: int, threads: int) -> None:  # noqa: F811
+    """Greedy decoding must give the same text alone and in a batch, on one thread and on many."""
+    weight = _packed(_sample(100, 320, 64, bits)) if bits else cpu.pack_dense(torch.randn(100, 320).to(BFLOAT16))
+    x = _rows(200, 320)
+    found = [cpu.matmul(x[:rows], weight) for rows in ROWS]
+    torch.set_num_threads(1)
+    alone = torch.cat([cpu.matmul(row[None], weight) for row in x])
+    for rows, out in zip(ROWS, found, strict=True):
+        assert torch.equal(out, alone[:rows])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("zero", [0, 255])
+def test_the_largest_sums_fit(zero: int, sign: int) -> None:
+    """All codes, zero points and inputs at their ends, in groups long enough for every intermediate sum to be full."""
+    codes, zeros = torch.full((32, 2048), 255 - zero, dtype=torch.uint8), torch.full((32, 2), zero, dtype=torch.uint8)
+    packed = cpu.pack(codes, torch.ones(32, 2), zeros, 8, 1024)
+    for rows in ROWS:
+        found = cpu.matmul(torch.full((rows, 2048), 32767.0 * sign), packed)
+        wanted = 32767.0 * sign * (255 - 2 * zero) * 2048
+        # Eight runs are added up in float32.
+        assert bool(((found - wanted).abs() <= 8 * 2.0**-24 * abs(wanted)).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_processor_computes_the_same(
+    bits: int,
+    shape: tuple[int, int, int],
+    narrow: ctypes.CDLL,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever its vectors' width, and with no instruction for products of 16-bit integers."""
+    packed = _packed(_sample(*shape, bits))
+    samples = [_rows(rows, shape[1]) for rows in ROWS]
+    found = [cpu.matmul(x, packed) for x in samples]
+    monkeypatch.setattr(native, "library", lambda: narrow)
+    for x, wanted in zip(samples, found, strict=True):
+        assert torch.equal(cpu.matmul(x, packed), wanted)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_is_not_finite_spoils_its_row_and_no_other(bits: int, value: float) -> None:
+    packed = _packed(_sample(70, 520, -1, bits))
+    for rows in ROWS:
+        x = _rows(rows, 520)
+        wanted = cpu.matmul(x, packed)
+        x[rows // 2, 300], wanted[rows // 2] = value, torch.nan
+        torch.testing.assert_close(cpu.matmul(x, packed), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_inputs_of_any_size() -> None:
+    """Each group has its own scale, and zeros none; what is too small for one counts as zero."""
+    weight = _sample(70, 256, 64, 4)
+    x = _rows(3, 256).view(3, 4, 64) * torch.tensor([1e-12, 1e-42, 1e30, 0.0])[:, None]
+    _assert_close(cpu.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
+    x[:, 2] = 0
+    _assert_close(cpu.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_come_back_exactly(kernels: str, bits: int, shape: tuple[int, int, int]) -> None:  # noqa: F811
+    weight = _sample(*shape, bits)
+    packed, dense = _packed(weight), weight.dense
+    assert torch.equal(cpu.dequantize(packed), dense)
+    some = slice(shape[0] // 3, shape[0] - shape[0] // 4)
+    assert torch.equal(cpu.dequantize(packed, some.start, some.stop, BFLOAT16), dense[some].to(BFLOAT16))
+
+
+def test_many_rows_where_the_processor_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels of dequantized rows, through torch; the last panel is short. Inputs, weights and result are rounded."""
+    monkeypatch.setattr(cpu, "_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(cpu, "_PANEL_ROWS", 32)
+    weight = _sample(70, 128, 64)
+    x = _rows(65, 128)
+    wanted, size = x @ weight.dense.T, x.abs() @ weight.dense.abs().T
+    assert bool(((cpu.matmul(x, _packed(weight)) - wanted).abs() <= 2.0**-7 * size).all())
+    # Too few rows are not worth the rounding.
+    _assert_close(cpu.matmul(x[:63], _packed(weight)), x[:63], weight)
+    # Float32 weights are not rounded; they are added up in another order.
+    assert bool(((cpu.matmul(x, cpu.pack_dense(weight.dense)) - wanted).abs() <= 2.0**-20 * size).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scales_of_any_float(bits: int, shape: tuple[int, int, int], symmetric: bool) -> None:
+    """Those that float16 holds, subnormals among them, are kept in it; otherwise nothing is rounded either."""
+    weight = _sample(*shape, bits, symmetric)
+    for scales, kept in (
+        ((weight.scales * 2.0**-14).half().float(), FLOAT16),
+        (weight.scales + 2.0**-20, FLOAT32),
+        (weight.scales * 2.0**-20, FLOAT32),
+        (weight.scales * 2.0**30, FLOAT32),
+    ):
+        changed = replace(weight, scales=scales)
+        packed = _packed(changed)
+        assert packed.scales is not None
+        assert packed.scales.dtype == kept
+        assert (packed.zeros is None) == bool((weight.zeros == weight.zeros[0, 0]).all())
+        assert torch.equal(cpu.dequantize(packed), changed.dense)
+        for rows in (1, 7):
+            x = _rows(rows, shape[1])
+            _assert_close(cpu.matmul(x, packed), x, changed)
+
+
+def test_bytes_that_a_product_reads() -> None:
+    # Half a byte a weight, a float16 scale and a byte of zero point a group, the latter in words of four.
+    assert _packed(_sample(64, 128, 64)).nbytes == 64 * (128 // 2 + 2 * 2 + 4)
+    assert _packed(_sample(64, 128, 64, symmetric=True)).nbytes == 64 * (128 // 2 + 2 * 2)
+    assert cpu.pack_dense(torch.zeros(3, 5)).nbytes == 60
+
+
+@pytest.mark.parametrize("shape", [(70, 576, 64), (33, 100, 100), (40, 60, 20), (64, 520, -1)])
+@pytest.mark.parametrize("activation_bits", [0, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_columns_in_another_order(bits: int, activation_bits: int, shape: tuple[int, int, int]) -> None:
+    """To the bit as if x had been put into the weight's order before."""
+    library = native.library()
+    assert library is not None
+    packed, x = _packed(_sample(*shape, bits)), _rows(3, shape[1])
+    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(0)).int()
+    matrix = ctypes.byref(packed.matrix(None, activation_bits, order))
+    prepared, out = torch.empty(3 * library.quantkit_prepared_floats(matrix)), torch.empty(3, shape[0])
+    values, *buffers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, prepared, out))
+    library.quantkit_matmul(matrix, values, ctypes.c_int64(3), *buffers, 2)
+    assert torch.equal(out, cpu.native_matmul(library, x[:, order], packed, None, activation_bits))
