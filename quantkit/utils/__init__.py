@@ -1,1 +1,4 @@
-"""Facts about the process and the machine that several rooms need. Imports nothing else of quantkit, and not torch."""
+"""Facts about the process and the machine, and small helpers for several rooms.
+
+Imports the standard library and `quantkit.errors` only.
+"""
