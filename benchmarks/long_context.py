@@ -26,13 +26,13 @@ from quantkit.data.corpus import evaluation_rows
 from quantkit.evaluation.metrics import measure_logits
 from quantkit.evaluation.paged import paged_logits, scored_text
 from quantkit.runtime.kv_cache.eviction import POLICIES, Budget, Eviction
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
 
 NEEDLE, QUESTION, ANSWER = "\nThe magic number of Lisbon is 7349162.\n", "\nThe magic number of Lisbon is", " 7349162"
 DEPTHS = (0.1, 0.5, 0.9)
 
 
-def perplexity(model: PagedModel, tokens: list[int], skip: int, dropping: Eviction | None) -> dict[str, float]:
+def perplexity(model: ModelRunner, tokens: list[int], skip: int, dropping: Eviction | None) -> dict[str, float]:
     """ppl and tokens/s over a text."""
     started = time.monotonic()
 
@@ -47,7 +47,7 @@ def perplexity(model: PagedModel, tokens: list[int], skip: int, dropping: Evicti
 
 
 def needle(
-    model: PagedModel, tokenizer: PreTrainedTokenizerBase, filler: list[int], depth: float, dropping: Eviction | None
+    model: ModelRunner, tokenizer: PreTrainedTokenizerBase, filler: list[int], depth: float, dropping: Eviction | None
 ) -> dict[str, float]:
     """kept, found and nll of a needle at a depth of the filler."""
     hidden, asked, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (NEEDLE, QUESTION, ANSWER))

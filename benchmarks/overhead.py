@@ -22,7 +22,7 @@ from quantkit.evaluation.speed import prompt_tokens
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
 
 SEQUENCES = 16
 
@@ -30,7 +30,7 @@ SEQUENCES = 16
 class Timed:
     """A model that notes how long each forward took."""
 
-    def __init__(self, model: PagedModel) -> None:
+    def __init__(self, model: ModelRunner) -> None:
         self.model, self.forwards = model, [0.0]
         self.vocab_size, self.context, self.max_model_len = model.vocab_size, model.context, model.max_model_len
         self.block_size, self.num_blocks = model.block_size, model.num_blocks

@@ -39,7 +39,7 @@ from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.data.corpus import evaluation_rows
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner
 from quantkit.runtime.speculative.metrics import SpeculationStats
 from quantkit.runtime.speculative.opening import Opened, open_speculating
 from quantkit.runtime.speculative.proposer import Proposer
@@ -94,7 +94,7 @@ class Stream:
         seconds: of the steps behind the one that gave the first.
     """
 
-    def __init__(self, model: PagedModel, proposer: Proposer | None, draft_len: int | None, request: Request) -> None:
+    def __init__(self, model: ModelRunner, proposer: Proposer | None, draft_len: int | None, request: Request) -> None:
         config = EngineConfig(max_batch=1, prefix_caching=False, draft_len=draft_len)
         self.engine = Engine(model, config, proposer=proposer)
         self.tokens: list[int] = []

@@ -14,7 +14,7 @@ from quantkit.cli import options
 from quantkit.errors import RequestError
 from quantkit.runtime.engine.engine import EngineConfig
 from quantkit.runtime.kv_cache.eviction import FULL, Budget
-from quantkit.runtime.kv_cache.offload import Offload
+from quantkit.runtime.kv_cache.offload import OffloadOptions
 from quantkit.runtime.model.model_runner import CacheOptions
 from quantkit.runtime.session import Session
 
@@ -71,9 +71,9 @@ class EngineOptions:
             8 if self.draft_act_bits is None else self.draft_act_bits,
         )
 
-    def _offload(self) -> Offload | None:
+    def _offload(self) -> OffloadOptions | None:
         if self.kv_offload is not None:
-            return Offload(options.byte_size(self.kv_offload, "--kv-offload", bare="GiB"), self.kv_offload_dir)
+            return OffloadOptions(options.byte_size(self.kv_offload, "--kv-offload", bare="GiB"), self.kv_offload_dir)
         if self.kv_offload_dir is not None:
             raise RequestError("--kv-offload-dir takes what host memory does not hold; add --kv-offload SIZE")
         return None

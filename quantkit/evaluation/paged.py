@@ -14,9 +14,9 @@ from quantkit.runtime.core.model import Model
 from quantkit.runtime.core.request import SamplingParams
 from quantkit.runtime.core.sequence import Scheduled, Sequence, Timing
 from quantkit.runtime.engine.forward import forward
-from quantkit.runtime.kv_cache.block_manager import KVManager
+from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import Budget, Eviction, check_windows
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
 
 
 def scored_text(tokens: SequenceOf[int]) -> Sequence:
@@ -47,9 +47,9 @@ def paged_logits(model: Model, sequence: Sequence, eviction: Eviction | None = N
     Yields:
         float32 [n, V] for the next n tokens.
     """
-    kv = KVManager(model.num_blocks, model.block_size, prefix_caching=False, eviction=eviction)
+    kv = BlockManager(model.num_blocks, model.block_size, prefix_caching=False, eviction=eviction)
     while sequence.num_pending:
-        count = min(sequence.num_pending, chunk, kv.make_way(sequence))
+        count = min(sequence.num_pending, chunk, kv.evict_to_budget(sequence))
         fits = kv.extend(sequence, count)
         assert fits, "KV memory does not hold the text"
         logits = forward(model, kv, [Scheduled(sequence, count, count)])
@@ -57,7 +57,7 @@ def paged_logits(model: Model, sequence: Sequence, eviction: Eviction | None = N
         yield logits
 
 
-def open_bounded(folder: Path, device: torch.device, kv_dtype: str, length: int, budget: Budget) -> PagedModel:
+def open_bounded(folder: Path, device: torch.device, kv_dtype: str, length: int, budget: Budget) -> ModelRunner:
     """A model that computes windows of `length` tokens within a budget that drops some of them.
 
     Raises:
@@ -72,7 +72,7 @@ def open_bounded(folder: Path, device: torch.device, kv_dtype: str, length: int,
 
 
 def bounded_logits(
-    model: PagedModel, budget: Budget, tokens: Tensor, advance: Callable[[int, int], None]
+    model: ModelRunner, budget: Budget, tokens: Tensor, advance: Callable[[int, int], None]
 ) -> Callable[[int], Iterator[Tensor]]:
     """What `metrics.measure_logits` wants: from the number of a window to its logits, each window a sequence of its own.
 

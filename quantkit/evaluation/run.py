@@ -26,7 +26,7 @@ from quantkit.formats.artifact import bits_per_weight
 from quantkit.models.skeleton import read_config
 from quantkit.models.streaming import BlockModel
 from quantkit.runtime.kv_cache.eviction import Budget
-from quantkit.runtime.model.model_runner import PagedModel
+from quantkit.runtime.model.model_runner import ModelRunner
 from quantkit.utils.cache_dir import cache_dir
 from quantkit.utils.resources import cpu_seconds, peak_memory
 
@@ -135,7 +135,7 @@ def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> 
         reference = base, _cached_hidden(base, tokens, lambda done, total: advance("baseline", done, total))
         baseline = _row(source, measure(base, reference[1], tokens))
     difference = None
-    if isinstance(model, PagedModel):
+    if isinstance(model, ModelRunner):
         metrics = measure_logits(bounded_logits(model, request.budget, tokens, partial(advance, "model")), tokens, reference)
     else:
         hidden = final_hidden(model, tokens, partial(advance, "model"))
@@ -153,13 +153,13 @@ def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> 
         kv_dtype=request.kv_dtype,
         kv_policy=request.budget.policy,
         kv_budget=request.budget.tokens,
-        kv_bytes_per_token=model.cache.bytes_per_token if isinstance(model, PagedModel | CachedBlockModel) else None,
+        kv_bytes_per_token=model.cache.bytes_per_token if isinstance(model, ModelRunner | CachedBlockModel) else None,
         cpu_seconds=cpu_seconds(),
         peak_memory_bytes=peak_memory(),
     )
 
 
-def _open(request: EvalRequest, checkpoint: Checkpoint) -> BlockModel | PagedModel:
+def _open(request: EvalRequest, checkpoint: Checkpoint) -> BlockModel | ModelRunner:
     """The model as it is to be measured."""
     if request.budget.tokens is not None:
         return open_bounded(request.model, request.device, request.kv_dtype or "auto", request.seq_len, request.budget)

@@ -32,7 +32,7 @@ from quantkit.runtime.core.batch import lone_batch
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine import latency
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
 from quantkit.runtime.sampling.top_k import argmax
 from quantkit.utils.resources import peak_memory, return_freed_memory
 
@@ -150,17 +150,17 @@ def prompt_tokens(count: int, vocab: int, number: int = 0) -> list[int]:
     return [(7919 * position + 31 * number) % vocab for position in range(1, count + 1)]
 
 
-def _rate(model: PagedModel, tokens: int, run: Callable[[PagedModel, Tensor], None]) -> Rate:
+def _rate(model: ModelRunner, tokens: int, run: Callable[[ModelRunner, Tensor], None]) -> Rate:
     prompt = torch.tensor(prompt_tokens(tokens, model.vocab_size))
     speeds = [tokens / _seconds(lambda: run(model, prompt)) for _ in range(1 + REPEATS)][1:]
     return Rate(statistics.mean(speeds), statistics.stdev(speeds))
 
 
-def _prefill(model: PagedModel, prompt: Tensor) -> None:
+def _prefill(model: ModelRunner, prompt: Tensor) -> None:
     model.forward(lone_batch(prompt, 0, model.block_size))
 
 
-def _decode(model: PagedModel, prompt: Tensor) -> None:
+def _decode(model: ModelRunner, prompt: Tensor) -> None:
     token = prompt[:1]
     for position in range(len(prompt)):
         token = torch.tensor(argmax(model.forward(lone_batch(token, position, model.block_size))))

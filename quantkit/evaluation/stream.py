@@ -68,7 +68,7 @@ class CachedBlockModel(PackedBlockModel):
         self.cache = KVCache(layers, count, form.block_size, form, self.device, pages=count)
         batch = lone_batch(torch.arange(length), 0, form.block_size)  # The block walk brings the hidden states itself.
         self.cache.prepare(batch, draft=False)
-        self._paged = attention.Paged(batch.to(self.device), self.cache)
+        self._paged = attention.AttentionContext(batch.to(self.device), self.cache)
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """As the base class; blocks get the cache too. One window at a time."""

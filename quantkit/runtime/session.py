@@ -18,7 +18,7 @@ from quantkit.runtime.core.constraint import Constraint
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.core.sequence import Output
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.kv_cache.offload import BlockStore, Offload
+from quantkit.runtime.kv_cache.offload import KVOffload, OffloadOptions
 from quantkit.runtime.model.model_runner import CacheOptions
 from quantkit.runtime.speculative.metrics import SpeculationStats
 from quantkit.runtime.speculative.opening import open_speculating
@@ -87,7 +87,7 @@ class Session:
         device: torch.device,
         cache: CacheOptions,
         config: EngineConfig,
-        offload: Offload | None = None,
+        offload: OffloadOptions | None = None,
         speculation: str = "off",
         draft_act_bits: int = 8,
     ) -> None:
@@ -111,11 +111,11 @@ class Session:
         self.tokenizer = load_tokenizer(checkpoint)
         self.eos_token_ids = _eos_token_ids(checkpoint, self.tokenizer)
         beside = 0 if self.draft_cache is None else self.draft_cache.nbytes
-        store = None if offload is None else BlockStore(self.model.cache, offload, beside)
+        kv_offload = None if offload is None else KVOffload(self.model.cache, offload, beside)
         config = replace(config, eviction=cache.budget.eviction(self.model.block_size))
         proposer = None if new_proposer is None else new_proposer()
         eos = self.eos_token_ids
-        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, store=store, proposer=proposer)
+        self.engine = Engine(self.model, config, decode=self._decode, eos_token_ids=eos, offload=kv_offload, proposer=proposer)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -12,7 +12,7 @@ from helpers.command import Done, quantkit, refused
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.core.sequence import Output
 from quantkit.runtime.engine.engine import Engine
-from quantkit.runtime.model.model_runner import PagedModel
+from quantkit.runtime.model.model_runner import ModelRunner
 
 PROMPTS = ["One", "Two Z", "Three"]
 LENGTH = ("--max-tokens", 12, "--ignore-eos")
@@ -30,13 +30,13 @@ def batch(llama: Path, tmp_path: Path) -> Callable[..., Done]:
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits behind a "Z" are NaN."""
-    forward = PagedModel.forward
+    forward = ModelRunner.forward
 
-    def spoil(model: PagedModel, batch: Batch, draft: bool = False) -> Tensor:
+    def spoil(model: ModelRunner, batch: Batch, draft: bool = False) -> Tensor:
         followed = batch.token_ids[batch.logit_rows]
         return forward(model, batch, draft).masked_fill((followed == ord("Z") - ord("!"))[:, None], torch.nan)
 
-    monkeypatch.setattr(PagedModel, "forward", spoil)
+    monkeypatch.setattr(ModelRunner, "forward", spoil)
 
 
 @pytest.fixture
@@ -92,14 +92,14 @@ def test_an_interrupted_batch_keeps_what_has_ended(batch: Callable[..., Done], t
 def test_what_fails_for_our_own_fault_keeps_what_has_ended(
     batch: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    forward, steps = PagedModel.forward, iter(range(19))
+    forward, steps = ModelRunner.forward, iter(range(19))
 
-    def fail(model: PagedModel, given: Batch, draft: bool = False) -> Tensor:
+    def fail(model: ModelRunner, given: Batch, draft: bool = False) -> Tensor:
         if next(steps, None) is None:
             raise AssertionError("our own")
         return forward(model, given, draft)
 
-    monkeypatch.setattr(PagedModel, "forward", fail)
+    monkeypatch.setattr(ModelRunner, "forward", fail)
     with pytest.raises(AssertionError, match="our own"):
         batch("--json", tmp_path / "out.json", "-q")
     assert len(json.loads((tmp_path / "out.json").read_text())["completions"]) == 1

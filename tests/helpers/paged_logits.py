@@ -12,7 +12,7 @@ from helpers import tiny
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.formats.artifact import dense_source
 from quantkit.runtime.core.batch import Batch
-from quantkit.runtime.model.model_runner import PagedModel
+from quantkit.runtime.model.model_runner import ModelRunner
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def reference_logits(folder: Path, tokens: Tensor) -> Tensor:
     return logits
 
 
-def paged_logits(model: PagedModel, tokens: Tensor, pieces: list[int]) -> Tensor:
+def paged_logits(model: ModelRunner, tokens: Tensor, pieces: list[int]) -> Tensor:
     """Logits [T, V] of one sequence that comes in pieces, in scattered blocks."""
     table = torch.randperm(model.num_blocks, generator=torch.Generator().manual_seed(1)).int()
     out, start = [], 0

@@ -7,20 +7,20 @@ import torch
 from helpers.greedy import GREEDY, PROMPTS
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
 from quantkit.runtime.speculative.metrics import SpeculationStats
 from quantkit.runtime.speculative.self_draft import SelfDraft
 
 CPU = torch.device("cpu")
 
 
-def opened(folder: Path, tokens: int = 4096) -> PagedModel:
+def opened(folder: Path, tokens: int = 4096) -> ModelRunner:
     per_token = 3 * 2 * 2 * 16 * 4
     return open_model(folder, CPU, CacheOptions(memory=tokens * per_token, block_size=4, dtype=torch.float32))
 
 
-def engine(model: PagedModel, activation_bits: int | None, config: EngineConfig) -> Engine:
-    proposer = None if activation_bits is None else SelfDraft(model.rounded(activation_bits), model.block_size)
+def engine(model: ModelRunner, activation_bits: int | None, config: EngineConfig) -> Engine:
+    proposer = None if activation_bits is None else SelfDraft(model.quantized_draft(activation_bits), model.block_size)
     return Engine(model, config, proposer=proposer)
 
 

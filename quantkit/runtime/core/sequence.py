@@ -106,7 +106,7 @@ class Sequence:
         forks: the request's other samples, until they split off with the first token.
         status: see `Status`.
         num_computed: leading tokens whose keys and values were computed; also the position of the next one.
-        blocks: int32, the physical blocks that it holds, in the order of their tokens; owned by `KVManager`, as are the
+        blocks: int32, the physical blocks that it holds, in the order of their tokens; owned by `BlockManager`, as are the
             next five.
         num_published: leading blocks that the prefix cache knows.
         chain: node of the prefix cache at which they end.

@@ -20,9 +20,9 @@ from quantkit.runtime.engine.postprocess import accept, ended, joined
 from quantkit.runtime.engine.scheduler import Scheduler
 from quantkit.runtime.engine.stats import Stats
 from quantkit.runtime.engine.step import Stepper
-from quantkit.runtime.kv_cache.block_manager import KVManager
+from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import Eviction, check_windows
-from quantkit.runtime.kv_cache.offload import BlockStore
+from quantkit.runtime.kv_cache.offload import KVOffload
 from quantkit.runtime.speculative.adaptive_length import MOST_DRAFTED
 from quantkit.runtime.speculative.controller import Speculation
 from quantkit.runtime.speculative.proposer import Proposer
@@ -73,7 +73,7 @@ class Engine:
         *,
         decode: Decode | None = None,
         eos_token_ids: Collection[int] = (),
-        store: BlockStore | None = None,
+        offload: KVOffload | None = None,
         proposer: Proposer | None = None,
     ) -> None:
         """
@@ -83,7 +83,7 @@ class Engine:
             decode: token ids to text; without it every text is empty.
             eos_token_ids: end a sequence unless its request ignores them.
             proposer: guesses tokens, so that a step gives several; without it every step gives one.
-            store: keeps known prefixes that must leave the model's cache.
+            offload: keeps known prefixes that must leave the model's cache.
 
         Raises:
             RequestError: the model has sliding windows that eviction would widen, or a store has no prefixes to keep.
@@ -94,10 +94,10 @@ class Engine:
         self._eos = frozenset(eos_token_ids)
         if self._config.eviction is not None:
             check_windows(self._config.eviction, model.block_size, model.sliding_window)
-        caching, budget, self._store = self._config.prefix_caching, self._config.token_budget, store
-        if store is not None and not caching:
+        caching, budget, self._offload = self._config.prefix_caching, self._config.token_budget, offload
+        if offload is not None and not caching:
             raise RequestError("--kv-offload keeps known prefixes, and prefix caching is off; leave out one or the other")
-        self._kv = KVManager(model.num_blocks, model.block_size, caching, self._config.eviction, store)
+        self._kv = BlockManager(model.num_blocks, model.block_size, caching, self._config.eviction, offload)
         self._speculation = Speculation(proposer, self._config.draft_len, self._kv, budget)
         self._scheduler = Scheduler(self._kv, self._config.max_batch, budget, self._speculation.released)
         self._stepper = Stepper(model, self._kv, self._scheduler, self._speculation)
@@ -127,7 +127,7 @@ class Engine:
             preemptions=scheduler.preemptions,
             steps=self._steps,
             evicted_blocks=self._kv.evicted,
-            offload=None if self._store is None else self._store.stats,
+            offload=None if self._offload is None else self._offload.stats,
             speculation=self._speculation.stats,
         )
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 
 from quantkit.runtime.core.sequence import Scheduled, Sequence, Status
-from quantkit.runtime.kv_cache.block_manager import KVManager
+from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import UNBOUNDED
 
 
@@ -31,7 +31,7 @@ class Scheduler:
         preemptions, prefix_queries, prefix_hits: counts since the start; the latter two of prompt tokens.
     """
 
-    def __init__(self, kv: KVManager, max_batch: int, token_budget: int, released: Callable[[Sequence], None]) -> None:
+    def __init__(self, kv: BlockManager, max_batch: int, token_budget: int, released: Callable[[Sequence], None]) -> None:
         """
         Args:
             kv: the blocks.
@@ -56,7 +56,7 @@ class Scheduler:
         spare = self._token_budget - len(self.running)
         while len(scheduled) < len(self.running):
             sequence = self.running[len(scheduled)]
-            num_tokens = min(sequence.num_pending, 1 + spare, self._kv.make_way(sequence))
+            num_tokens = min(sequence.num_pending, 1 + spare, self._kv.evict_to_budget(sequence))
             if not self._make_room(sequence, num_tokens):
                 return scheduled
             scheduled.append(_part(sequence, num_tokens))

@@ -10,7 +10,7 @@ from quantkit.runtime.core.model import Model
 from quantkit.runtime.core.sequence import Draft, Sample, Scheduled, Sequence
 from quantkit.runtime.engine.forward import forward
 from quantkit.runtime.engine.scheduler import Scheduler
-from quantkit.runtime.kv_cache.block_manager import KVManager
+from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.sampling.logits import flaws
 from quantkit.runtime.sampling.prompt_logprobs import score_prompts
 from quantkit.runtime.speculative.controller import Speculation
@@ -33,7 +33,7 @@ class Stepped(NamedTuple):
 class Stepper:
     """Runs scheduled steps; with no proposer every draft is empty and every sequence gets one token."""
 
-    def __init__(self, model: Model, kv: KVManager, scheduler: Scheduler, speculation: Speculation) -> None:
+    def __init__(self, model: Model, kv: BlockManager, scheduler: Scheduler, speculation: Speculation) -> None:
         self._model, self._kv, self._scheduler, self._speculation = model, kv, scheduler, speculation
 
     def run(self, scheduled: list[Scheduled]) -> Stepped:

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from quantkit.runtime.core.sequence import Sequence
 from quantkit.runtime.kv_cache.block_pool import BlockPool
 from quantkit.runtime.kv_cache.eviction import UNBOUNDED, Eviction
-from quantkit.runtime.kv_cache.offload import BlockStore
+from quantkit.runtime.kv_cache.offload import KVOffload
 from quantkit.runtime.kv_cache.prefix_cache import ROOT, Entry, PrefixCache
 
 
-class KVManager:
+class BlockManager:
     """Owner of the blocks, and of the fields of a sequence that speak of them.
 
     A block is written by one sequence only: shared blocks are full, or are copied before the next token is written.
@@ -31,11 +31,11 @@ class KVManager:
         block_size: int,
         prefix_caching: bool,
         eviction: Eviction | None = None,
-        store: BlockStore | None = None,
+        offload: KVOffload | None = None,
     ) -> None:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks)
-        self.cache = PrefixCache(store)
+        self.cache = PrefixCache(offload)
         self.copies: list[tuple[int, int]] = []
         self.evicted = 0
         self._prefix_caching, self._eviction = prefix_caching, eviction
@@ -74,7 +74,7 @@ class KVManager:
         self.release(sequence)
         return 0
 
-    def make_way(self, sequence: Sequence) -> int:
+    def evict_to_budget(self, sequence: Sequence) -> int:
         """Drop blocks of a sequence that has filled its budget; how many tokens it may compute before it is full again."""
         if self._eviction is not None and sequence.num_held == self.capacity:
             scores, logical = self._eviction.aged(sequence.scores, sequence.mass), sequence.logical_blocks
@@ -88,7 +88,7 @@ class KVManager:
             self.evicted += len(dropped)
         return self.capacity - sequence.num_held
 
-    def measures(self, sequence: Sequence, num_tokens: int) -> bool:
+    def needs_attention_mass(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether the attention of the last of the next `num_tokens` tokens decides what is dropped behind it."""
         scored = self._eviction is not None and self._eviction.policy.scored
         return scored and sequence.num_held + num_tokens == self.capacity

@@ -18,7 +18,7 @@ from quantkit.errors import ResourceError
 from quantkit.kernels.layouts.quantized_kv import Cache, Store, planes
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.dtypes import CacheFormat, LayerShape
-from quantkit.runtime.kv_cache.tail_pages import OpenPages
+from quantkit.runtime.kv_cache.tail_pages import TailPages
 from quantkit.utils.resources import available_memory
 
 
@@ -46,7 +46,7 @@ class KVCache:
         """`pages`: open pages, where the format has them; see `open_pages.pages_needed`."""
         self.format, self.device = format, device
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._open = OpenPages(num_blocks, block_size, pages, device) if format.paged else None
+        self._open = TailPages(num_blocks, block_size, pages, device) if format.paged else None
         table = None if self._open is None else self._open.table
         both = [format.layer(layer, num_blocks, block_size, device, table, pages) for layer in layers]
         self.keys: list[Cache] = [keys for keys, _ in both]

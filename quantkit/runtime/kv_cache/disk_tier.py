@@ -23,7 +23,7 @@ from quantkit.errors import ResourceError
 _DISK_SHARE = 0.5
 
 
-class BlockFile:
+class DiskTier:
     """Places for blocks. What comes back is what was written, or nothing: the digest of each block stays in memory.
 
     All methods are for one thread; the writer keeps the file alive until it is closed.

@@ -38,7 +38,7 @@ class Blocks(Protocol):
         ...
 
 
-class HostMemory:
+class HostTier:
     """A fixed number of places for blocks."""
 
     def __init__(self, blocks: Blocks, places: int, beside: int = 0) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from quantkit.errors import ResourceError
-from quantkit.runtime.kv_cache.disk_tier import BlockFile
-from quantkit.runtime.kv_cache.host_tier import Blocks, HostMemory
+from quantkit.runtime.kv_cache.disk_tier import DiskTier
+from quantkit.runtime.kv_cache.host_tier import Blocks, HostTier
 
 #: The node before a block, and the block's tokens.
 Key = tuple[int, tuple[int, ...]]
@@ -26,7 +26,7 @@ _WAITING_SHARE = 8
 
 
 @dataclass(frozen=True)
-class Offload:
+class OffloadOptions:
     """Where blocks go.
 
     Attributes:
@@ -52,7 +52,7 @@ class _Stored:
     place: int
 
 
-class _Tier:
+class _Index:
     """Stored blocks by key, the longest unused first, and the places that are free."""
 
     def __init__(self, places: int) -> None:
@@ -78,45 +78,45 @@ class _Tier:
         assert len(places) <= self.places
 
 
-class BlockStore:
+class KVOffload:
     """Blocks by what they hold.
 
     Attributes:
-        file: behind the memory, or None.
+        disk: takes blocks that host memory has no room for; None without a folder.
     """
 
-    def __init__(self, blocks: Blocks, offload: Offload, beside: int = 0) -> None:
+    def __init__(self, blocks: Blocks, options: OffloadOptions, beside: int = 0) -> None:
         """
         Args:
             blocks: on the device.
-            offload: where they go.
+            options: where they go.
             beside: bytes on the device that are taken for other blocks.
 
         Raises:
             ResourceError: no memory, not even for one block, or no file.
         """
-        places, waiting = offload.memory // blocks.block_bytes, 0
-        if offload.folder is not None:
+        places, waiting = options.memory // blocks.block_bytes, 0
+        if options.folder is not None:
             waiting = max(1, places // _WAITING_SHARE)
         if places <= waiting:
             least = f"{'two blocks' if waiting else 'a block'} of {blocks.block_bytes / 2**20:.2f} MiB"
-            raise ResourceError(f"--kv-offload of {offload.memory:,} bytes does not hold {least}; give more")
-        self._memory = HostMemory(blocks, places - waiting, beside)
-        self.file = None if offload.folder is None else BlockFile(offload.folder, blocks.block_bytes, waiting)
-        self._near, self._far = _Tier(places - waiting), _Tier(0 if self.file is None else self.file.places)
+            raise ResourceError(f"--kv-offload of {options.memory:,} bytes does not hold {least}; give more")
+        self._host = HostTier(blocks, places - waiting, beside)
+        self.disk = None if options.folder is None else DiskTier(options.folder, blocks.block_bytes, waiting)
+        self._host_index, self._disk_index = _Index(places - waiting), _Index(0 if self.disk is None else self.disk.places)
         self._saved = self._fetched = self._dropped = 0
-        if self.file is not None:
-            weakref.finalize(self, self.file.close)
+        if self.disk is not None:
+            weakref.finalize(self, self.disk.close)
 
     def __len__(self) -> int:
-        return len(self._near.held) + len(self._far.held)
+        return len(self._host_index.held) + len(self._disk_index.held)
 
     def find(self, key: Key) -> int | None:
         """The node at the end of a stored block, which is then the last to go; None where it is not stored."""
-        far = self._far.held.get(key)
-        if far is not None and self.file is not None and not self.file.holds(far.place):
-            self._far.remove(key)  # The disk did not take it.
-        for tier in (self._near, self._far):
+        on_disk = self._disk_index.held.get(key)
+        if on_disk is not None and self.disk is not None and not self.disk.holds(on_disk.place):
+            self._disk_index.remove(key)  # The disk did not take it.
+        for tier in (self._host_index, self._disk_index):
             if key in tier.held:
                 tier.held.move_to_end(key)
                 return tier.held[key].node
@@ -125,33 +125,33 @@ class BlockStore:
     @property
     def stats(self) -> OffloadStats:
         """Counts so far."""
-        lost = self._dropped + (0 if self.file is None else self.file.lost)
+        lost = self._dropped + (0 if self.disk is None else self.disk.lost)
         return OffloadStats(self._saved, self._fetched, lost)
 
     def save(self, key: Key, node: int, block: int) -> None:
         """Keep a block of the device that is about to hold something else."""
         if self.find(key) is not None:
             return
-        place = self._near.free_place()
+        place = self._host_index.free_place()
         if place is None:
             self._spill()
-            place = self._near.free_place()
+            place = self._host_index.free_place()
         assert place is not None
-        self._memory.put(place, block)
-        self._near.held[key] = _Stored(node, place)
+        self._host.put(place, block)
+        self._host_index.held[key] = _Stored(node, place)
         self._saved += 1
 
     def load(self, key: Key, block: int) -> bool:
         """Copy a stored block to the device; False where it is not stored or not intact, and then nobody finds it again."""
-        if key in self._near.held:
-            self._memory.get(self._near.held[key].place, block)
-        elif key in self._far.held:
-            assert self.file is not None
-            data = self.file.read(self._far.held[key].place)
+        if key in self._host_index.held:
+            self._host.get(self._host_index.held[key].place, block)
+        elif key in self._disk_index.held:
+            assert self.disk is not None
+            data = self.disk.read(self._disk_index.held[key].place)
             if data is None:
-                self._far.remove(key)
+                self._disk_index.remove(key)
                 return False
-            self._memory.send(data, block)
+            self._host.send(data, block)
         else:
             return False
         self._fetched += 1
@@ -159,30 +159,30 @@ class BlockStore:
 
     def check(self) -> None:
         """Assert that every place is accounted for, and that no block is stored twice."""
-        self._near.check()
-        self._far.check()
-        assert not self._near.held.keys() & self._far.held.keys()
+        self._host_index.check()
+        self._disk_index.check()
+        assert not self._host_index.held.keys() & self._disk_index.held.keys()
 
     def nodes(self) -> dict[Key, int]:
         """Key -> node of every stored block."""
-        return {key: stored.node for tier in (self._near, self._far) for key, stored in tier.held.items()}
+        return {key: stored.node for tier in (self._host_index, self._disk_index) for key, stored in tier.held.items()}
 
     def _spill(self) -> None:
         """Move the longest unused block out of memory, to the file if there is one that keeps up."""
-        key, stored = next(iter(self._near.held.items()))
-        if self.file is not None and self._far.places:
-            if self.file.busy:
+        key, stored = next(iter(self._host_index.held.items()))
+        if self.disk is not None and self._disk_index.places:
+            if self.disk.busy:
                 self._dropped += 1
             else:
-                self._file_away(self.file, key, stored)
-        self._near.remove(key)
+                self._file_away(self.disk, key, stored)
+        self._host_index.remove(key)
 
-    def _file_away(self, file: BlockFile, key: Key, stored: _Stored) -> None:
+    def _file_away(self, file: DiskTier, key: Key, stored: _Stored) -> None:
         """Have a block written that is in memory; the file's own longest unused one makes way."""
-        place = self._far.free_place()
+        place = self._disk_index.free_place()
         if place is None:
-            self._far.remove(next(iter(self._far.held)))
-            place = self._far.free_place()
+            self._disk_index.remove(next(iter(self._disk_index.held)))
+            place = self._disk_index.free_place()
         assert place is not None
-        file.write(place, self._memory.read(stored.place).clone())
-        self._far.held[key] = _Stored(stored.node, place)
+        file.write(place, self._host.read(stored.place).clone())
+        self._disk_index.held[key] = _Stored(stored.node, place)

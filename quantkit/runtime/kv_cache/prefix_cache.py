@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import NamedTuple
 
-from quantkit.runtime.kv_cache.offload import BlockStore, Key
+from quantkit.runtime.kv_cache.offload import Key, KVOffload
 
 #: The node before the first block.
 ROOT = 0
@@ -27,12 +27,12 @@ class Entry(NamedTuple):
 class PrefixCache:
     """Full blocks by what they hold."""
 
-    def __init__(self, store: BlockStore | None = None) -> None:
+    def __init__(self, offload: KVOffload | None = None) -> None:
         """
         Args:
-            store: of blocks that leave the device; without it they are gone.
+            offload: of blocks that leave the device; without it they are gone.
         """
-        self._store = store
+        self._offload = offload
         self._entries: dict[Key, Entry] = {}
         self._keys: dict[int, Key] = {}
         self._numbers = count(ROOT + 1)
@@ -47,9 +47,9 @@ class PrefixCache:
         """The block that holds `tokens` behind node `parent`."""
         key = parent, tuple(tokens)
         entry = self._entries.get(key)
-        if entry is not None or self._store is None:
+        if entry is not None or self._offload is None:
             return entry
-        node = self._store.find(key)
+        node = self._offload.find(key)
         return None if node is None else Entry(None, node)
 
     def publish(self, parent: int, tokens: Sequence[int], block: int) -> int:
@@ -65,9 +65,9 @@ class PrefixCache:
     def fetch(self, parent: int, tokens: Sequence[int], block: int) -> bool:
         """Bring what the store has behind node `parent` into a block, and make it known; False where that fails."""
         key = parent, tuple(tokens)
-        assert self._store is not None
-        node = self._store.find(key)
-        if node is None or not self._store.load(key, block):
+        assert self._offload is not None
+        node = self._offload.find(key)
+        if node is None or not self._offload.load(key, block):
             return False
         self._know(key, node, block)
         return True
@@ -77,8 +77,8 @@ class PrefixCache:
         key = self._keys.pop(block, None)
         if key is not None:
             node = self._entries.pop(key).node
-            if self._store is not None:
-                self._store.save(key, node, block)
+            if self._offload is not None:
+                self._offload.save(key, node, block)
 
     def tokens(self, block: int) -> tuple[int, ...]:
         """What a known block holds."""
@@ -87,10 +87,10 @@ class PrefixCache:
     def check(self) -> None:
         """Assert that both directions agree."""
         assert {entry.block: key for key, entry in self._entries.items()} == self._keys
-        if self._store is not None:
-            self._store.check()
-            shared = self._store.nodes().items() & {key: entry.node for key, entry in self._entries.items()}.items()
-            assert len(shared) == len(self._store.nodes().keys() & self._entries.keys()), "a text has two nodes"
+        if self._offload is not None:
+            self._offload.check()
+            shared = self._offload.nodes().items() & {key: entry.node for key, entry in self._entries.items()}.items()
+            assert len(shared) == len(self._offload.nodes().keys() & self._entries.keys()), "a text has two nodes"
 
     def _know(self, key: Key, node: int, block: int) -> None:
         self._entries[key] = Entry(block, node)

@@ -23,7 +23,7 @@ def pages_needed(block_size: int, max_batch: int, step_tokens: int) -> int:
     return 2 * (max_batch + 1) + -(-step_tokens // block_size)
 
 
-class OpenPages:
+class TailPages:
     """The assignment of pages to blocks.
 
     Attributes:

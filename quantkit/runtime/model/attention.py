@@ -22,8 +22,8 @@ KEY = "quantkit_paged"
 
 
 @dataclass(frozen=True)
-class Paged:
-    """What every layer's attention needs beside query, key and value: see `PagedModel.forward`."""
+class AttentionContext:
+    """What every layer's attention needs beside query, key and value: see `ModelRunner.forward`."""
 
     batch: Batch
     cache: KVCache
@@ -37,7 +37,7 @@ def attend(
     value: Tensor,
     _mask: Tensor | None,
     *,
-    paged: Paged,
+    paged: AttentionContext,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,

@@ -19,7 +19,7 @@ from quantkit.methods.grid import QuantizedWeight
 Weight = cpu.CpuWeight | PlaneWeight | Tensor
 
 
-def ready(weight: QuantizedWeight | Tensor, device: torch.device, dtype: torch.dtype) -> Weight:
+def pack_weight(weight: QuantizedWeight | Tensor, device: torch.device, dtype: torch.dtype) -> Weight:
     """A weight repacked once for the kernels of `device`; dequantized where no kernel there can hold its groups.
 
     Args:
@@ -83,25 +83,25 @@ def rotate(x: Tensor, block: int) -> Tensor:
 
 
 class Linear(nn.Module):
-    """y = x[..., order] W^T + bias, x rotated before where the weight was.
+    """y = x[..., column_perm] W^T + bias, x rotated before where the weight was.
 
     Attributes:
-        kernel_weight: see `ready`.
+        kernel_weight: see `pack_weight`.
         bias: [N] or None.
-        order: int64 [K], the column of x that each column of W multiplies, where groups were formed on permuted columns.
+        column_perm: int64 [K], the column of x that each column of W multiplies, where groups were formed on permuted columns.
         hadamard: block of the Hadamard transform that x goes through first, 0 for none.
         activation_bits: what x is rounded to, see `multiply`; set by `rounding` while a draft is computed, otherwise 0.
     """
 
-    def __init__(self, weight: Weight, bias: Tensor | None = None, order: Tensor | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None, column_perm: Tensor | None = None) -> None:
         super().__init__()
-        self.kernel_weight, self.bias, self.order = weight, bias, order
+        self.kernel_weight, self.bias, self.column_perm = weight, bias, column_perm
         self.hadamard = self.activation_bits = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         rotated = rotate(x, self.hadamard) if self.hadamard else x
-        ordered = rotated if self.order is None else rotated[..., self.order]
+        ordered = rotated if self.column_perm is None else rotated[..., self.column_perm]
         return multiply(ordered, self.kernel_weight, self.bias, self.activation_bits)
 
 
@@ -124,23 +124,23 @@ def rounding(linears: Iterable[Linear], head: nn.Module, activation_bits: int) -
             linear.activation_bits = 0
 
 
-class Member(nn.Module):
+class FusedSlice(nn.Module):
     """One of several matrices that read the same input and were merged: its slice of the merged product.
 
     transformers calls q, k and v (gate and up) one after another with the same tensor. The first computes all; the others
     take their slices, and the last lets go of them.
     """
 
-    def __init__(self, merged: "Merged", index: int) -> None:
+    def __init__(self, fused: "FusedLinear", index: int) -> None:
         super().__init__()
-        self.merged, self.index = merged, index
+        self.fused, self.index = fused, index
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N of this member]."""
-        return self.merged.slice(x, self.index)
+        return self.fused.slice(x, self.index)
 
 
-class Merged:
+class FusedLinear:
     """Several matrices as one, and the slices of its product that were not asked for yet.
 
     Attributes:
@@ -153,12 +153,12 @@ class Merged:
         self._input: Tensor | None = None
         self._slices: list[Tensor] = []
 
-    def members(self) -> list[Member]:
+    def slices(self) -> list[FusedSlice]:
         """One module a member."""
-        return [Member(self, index) for index in range(len(self.sizes))]
+        return [FusedSlice(self, index) for index in range(len(self.sizes))]
 
     def slice(self, x: Tensor, index: int) -> Tensor:
-        """Member `index` of the product with x."""
+        """FusedSlice `index` of the product with x."""
         if index == 0:
             self._input, self._slices = x, list(self.linear(x).split(self.sizes, dim=-1))
         assert self._input is x, "members of a merged matrix were called with different inputs, or out of order"

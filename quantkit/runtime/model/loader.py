@@ -20,7 +20,7 @@ from quantkit.models.families import Family, family_of
 from quantkit.models.skeleton import read_config, realise_buffers, skeleton
 from quantkit.runtime.kv_cache.dtypes import LayerShape
 from quantkit.runtime.model import attention
-from quantkit.runtime.model.layers import Embedding, Linear, Member, Merged, Norm, ready
+from quantkit.runtime.model.layers import Embedding, FusedLinear, FusedSlice, Linear, Norm, pack_weight
 from quantkit.runtime.model.weights import Source
 
 logger = logging.getLogger("quantkit.runtime")
@@ -34,7 +34,7 @@ class Definition:
     """A loaded model without a cache.
 
     Attributes:
-        module: transformers' causal language model; its attention asks for a `Paged` keyword argument.
+        module: transformers' causal language model; its attention asks for a `AttentionContext` keyword argument.
         config, family: what it is.
         layers: what each layer stores per token.
         dtype: of activations.
@@ -51,8 +51,8 @@ class Definition:
     def linears(self) -> set[Linear]:
         """Every linear layer, merged ones once."""
         modules = list(self.module.modules())
-        merged = {module.merged.linear for module in modules if isinstance(module, Member)}
-        return merged | {module for module in modules if isinstance(module, Linear)}
+        fused = {module.fused.linear for module in modules if isinstance(module, FusedSlice)}
+        return fused | {module for module in modules if isinstance(module, Linear)}
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a decode step reads: all but the embedding's rows that are not looked up."""
@@ -123,31 +123,35 @@ def _read_linear(
 ) -> tuple[QuantizedWeight | Tensor, Tensor | None, Tensor | None]:
     """Weight, bias and column order of a linear layer of the skeleton."""
     assert isinstance(module.weight, Tensor)
-    weight, order = source.matrix(path, module.weight.shape)
+    weight, column_perm = source.matrix(path, module.weight.shape)
     bias = source.tensor(f"{path}.bias", module.bias.shape) if isinstance(module.bias, Tensor) else None
-    return weight, bias, order
+    return weight, bias, column_perm
 
 
 def _linears(
     matrices: list[tuple[QuantizedWeight | Tensor, Tensor | None, Tensor | None]], device: torch.device, dtype: torch.dtype
 ) -> list[nn.Module]:
     """Layers for matrices that read one input: merged into one where they can be."""
-    order = matrices[0][2]
-    merged = _merged([weight for weight, _, _ in matrices]) if all(_same(order, each) for _, _, each in matrices) else None
-    if merged is None or len(matrices) == 1:
-        return [Linear(ready(w, device, dtype), _vector(b, device, dtype), _index(o, device)) for w, b, o in matrices]
+    column_perm = matrices[0][2]
+    fused = (
+        _fused_weight([weight for weight, _, _ in matrices])
+        if all(_same(column_perm, each) for _, _, each in matrices)
+        else None
+    )
+    if fused is None or len(matrices) == 1:
+        return [Linear(pack_weight(w, device, dtype), _vector(b, device, dtype), _index(o, device)) for w, b, o in matrices]
     sizes = [weight.shape[0] if isinstance(weight, Tensor) else weight.codes.shape[0] for weight, _, _ in matrices]
     biases = [torch.zeros(n) if bias is None else bias.float() for n, (_, bias, _) in zip(sizes, matrices, strict=True)]
     bias = None if all(bias is None for _, bias, _ in matrices) else torch.cat(biases)
-    linear = Linear(ready(merged, device, dtype), _vector(bias, device, dtype), _index(order, device))
-    return list(Merged(linear, sizes).members())
+    linear = Linear(pack_weight(fused, device, dtype), _vector(bias, device, dtype), _index(column_perm, device))
+    return list(FusedLinear(linear, sizes).slices())
 
 
-def _same(order: Tensor | None, other: Tensor | None) -> bool:
-    return order is other or (order is not None and other is not None and torch.equal(order, other))
+def _same(column_perm: Tensor | None, other: Tensor | None) -> bool:
+    return column_perm is other or (column_perm is not None and other is not None and torch.equal(column_perm, other))
 
 
-def _merged(weights: list[QuantizedWeight | Tensor]) -> QuantizedWeight | Tensor | None:
+def _fused_weight(weights: list[QuantizedWeight | Tensor]) -> QuantizedWeight | Tensor | None:
     """The weights stacked, None where one is packed in another way than the first."""
     dense = [weight for weight in weights if isinstance(weight, Tensor)]
     packed = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
@@ -189,16 +193,18 @@ def load_outside(model: Any, source: Source, device: torch.device, dtype: torch.
     table = source.tensor(f"{embedding_name}.weight", embedding.weight.shape)
     table = table if device.type == "cpu" else table.to(device, dtype)
     weight: QuantizedWeight | Tensor = table
-    bias = order = None
+    bias = column_perm = None
     if source.holds(head_name) or not getattr(model.config, "tie_word_embeddings", False):
-        weight, bias, order = _read_linear(head, head_name, source)
+        weight, bias, column_perm = _read_linear(head, head_name, source)
     model.set_submodule(embedding_name, Embedding(table, dtype, float(getattr(embedding, "scalar_embed_scale", 1.0))))
-    model.set_submodule(head_name, Linear(ready(weight, device, dtype), _vector(bias, device, dtype), _index(order, device)))
+    model.set_submodule(
+        head_name, Linear(pack_weight(weight, device, dtype), _vector(bias, device, dtype), _index(column_perm, device))
+    )
 
 
 def _vector(bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(device, dtype)
 
 
-def _index(order: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if order is None else order.to(device)
+def _index(column_perm: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if column_perm is None else column_perm.to(device)

@@ -21,7 +21,7 @@ from quantkit.runtime.kv_cache.cache import KVCache, blocks_for, free_memory, re
 from quantkit.runtime.kv_cache.dtypes import CacheFormat, cache_format, check_name, default_block_size
 from quantkit.runtime.kv_cache.eviction import Budget
 from quantkit.runtime.kv_cache.tail_pages import pages_needed
-from quantkit.runtime.model.attention import Paged, layer_window
+from quantkit.runtime.model.attention import AttentionContext, layer_window
 from quantkit.runtime.model.cuda_graphs import DecodeGraphs
 from quantkit.runtime.model.layers import packed, rounding
 from quantkit.runtime.model.loader import Definition, load_definition
@@ -67,7 +67,7 @@ class CacheOptions:
         self.budget.eviction(self.block_size or default_block_size(self.dtype))  # Asked before a model is loaded.
 
 
-class PagedModel:
+class ModelRunner:
     """A model that runs batches against its paged cache; implements `runtime.model.Model`.
 
     Attributes:
@@ -130,7 +130,7 @@ class PagedModel:
         """
         return self._forward(batch, draft, self._run, self._small_step)
 
-    def rounded(self, activation_bits: int) -> Callable[[Batch], Tensor]:
+    def quantized_draft(self, activation_bits: int) -> Callable[[Batch], Tensor]:
         """`forward` of a draft with inputs of packed weights rounded to 4 or 8 bits: QSpec (arXiv 2410.11305).
 
         It reads the same weights and writes its keys and values to the same cache, where those of `forward` belong.
@@ -163,7 +163,7 @@ class PagedModel:
 
     def _run(self, batch: Batch, draft: bool) -> Tensor:
         module, tokens, positions = self.definition.module, batch.token_ids[None], batch.positions[None]
-        paged = Paged(batch, self.cache, draft)
+        paged = AttentionContext(batch, self.cache, draft)
         inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "paged": paged}
         if not len(batch.logit_rows):
             module.base_model(**inputs)  # A prompt's piece that is not its last: only keys and values are wanted.
@@ -176,19 +176,19 @@ class PagedModel:
         self.cache.copy_blocks(pairs)
 
 
-def open_model(folder: Path, device: torch.device, options: CacheOptions) -> PagedModel:
+def open_model(folder: Path, device: torch.device, options: CacheOptions) -> ModelRunner:
     """Load a checkpoint or artifact and give it a cache.
 
     Raises:
         QuantkitError: the model cannot be loaded or the cache is too small.
     """
-    model = PagedModel(load_definition(Checkpoint(folder), device), options)
+    model = ModelRunner(load_definition(Checkpoint(folder), device), options)
     trim_memory()  # what loading left
     keep_freed_memory()  # every forward takes the same sizes again
     return model
 
 
-def open_with_draft(folder: Path, draft: Path, device: torch.device, options: CacheOptions) -> tuple[PagedModel, PagedModel]:
+def open_with_draft(folder: Path, draft: Path, device: torch.device, options: CacheOptions) -> tuple[ModelRunner, ModelRunner]:
     """Load a model and a smaller one that drafts for it. The memory is shared out so that both caches hold as many tokens.
 
     The drafter's cache drops nothing: it drafts for texts that it holds whole. It is not quantized by pages either, but token
@@ -204,10 +204,10 @@ def open_with_draft(folder: Path, draft: Path, device: torch.device, options: Ca
     of_draft = replace(options, dtype="int8" if paged else options.dtype, budget=Budget())
     (main_bytes, main_tokens, apart), (size, block_size, _) = _block(main, options), _block(small, of_draft)
     left = max(0, memory - apart) * size * main_tokens // (main_bytes * block_size + size * main_tokens)
-    model = PagedModel(main, replace(options, memory=memory - left, memory_is="--kv-memory: the model's share"))
+    model = ModelRunner(main, replace(options, memory=memory - left, memory_is="--kv-memory: the model's share"))
     longest = min(model.max_model_len, small.config.max_position_embeddings, left // size * block_size)
     of_draft = replace(of_draft, memory=left, max_model_len=longest or None, memory_is="--kv-memory: the draft model's share")
-    drafter = PagedModel(small, of_draft, model.cache.nbytes if device.type == "cpu" else 0)
+    drafter = ModelRunner(small, of_draft, model.cache.nbytes if device.type == "cpu" else 0)
     keep_freed_memory()
     return model, drafter
 

@@ -17,7 +17,7 @@ from quantkit.models.families import Norms
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.model.attention import layer_window
-from quantkit.runtime.model.layers import Embedding, Linear, Member, Norm
+from quantkit.runtime.model.layers import Embedding, FusedSlice, Linear, Norm
 from quantkit.runtime.model.loader import Definition
 from quantkit.runtime.model.native_decoder import DecoderLayer, DecoderModel, NativeDecoder, Projection, Rope
 
@@ -102,9 +102,9 @@ def _layer(block: Any, norms: Norms, config: Any, ropes: dict[str, tuple[Rope, i
 def _projection(modules: list[nn.Module]) -> Projection | None:
     """The one matrix behind some modules; None where they are several, or it is in no native layout."""
     first = modules[0]
-    if isinstance(first, Member):
-        assert [module.merged for module in modules if isinstance(module, Member)] == [first.merged] * len(modules)
-        linear = first.merged.linear
+    if isinstance(first, FusedSlice):
+        assert [module.fused for module in modules if isinstance(module, FusedSlice)] == [first.fused] * len(modules)
+        linear = first.fused.linear
     elif isinstance(first, Linear) and len(modules) == 1:
         linear = first
     else:
@@ -112,7 +112,7 @@ def _projection(modules: list[nn.Module]) -> Projection | None:
     weight = linear.kernel_weight
     if not isinstance(weight, CpuWeight) or weight.layout not in ("tiles", "dense"):
         return None
-    return Projection(weight, linear.bias, linear.hadamard, None if linear.order is None else linear.order.int())
+    return Projection(weight, linear.bias, linear.hadamard, None if linear.column_perm is None else linear.column_perm.int())
 
 
 def _norm(parent: nn.Module, name: str | None) -> Tensor | None:

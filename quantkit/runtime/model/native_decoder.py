@@ -32,13 +32,13 @@ class Projection:
         weight: [N, K], in the layout "tiles" or "dense".
         bias: float32 [N], or None.
         hadamard: block of the Hadamard transform of x, 0 for none; only `down` may have one.
-        order: int32 [K], the column of x that each column of a packed W multiplies; None: the same.
+        column_perm: int32 [K], the column of x that each column of a packed W multiplies; None: the same.
     """
 
     weight: CpuWeight
     bias: Tensor | None = None
     hadamard: int = 0
-    order: Tensor | None = None
+    column_perm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache,
 def _matrix(projection: Projection, activation_bits: int) -> structs.Matrix:
     assert projection.bias is None or projection.bias.dtype == torch.float32
     bits = activation_bits if projection.weight.layout == "tiles" else 0
-    return projection.weight.matrix(projection.bias, bits, projection.order)
+    return projection.weight.matrix(projection.bias, bits, projection.column_perm)
 
 
 def _floats(vector: Tensor | None) -> int | None:

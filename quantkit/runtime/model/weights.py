@@ -62,10 +62,10 @@ class Source:
         """
         if self._packed is None or module not in self._modules:
             return self.tensor(f"{module}.weight", shape), None
-        weight, order = self._packed.read_sorted(module)
+        weight, column_perm = self._packed.read_sorted(module)
         self.left -= {f"{module}.{suffix}" for suffix in self._packed.form.suffixes}
         self._check(module, weight.codes.shape, shape)
-        return weight, order
+        return weight, column_perm
 
     def _check(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
         if tuple(found) != tuple(wanted):

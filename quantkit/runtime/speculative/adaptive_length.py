@@ -99,24 +99,26 @@ class AdaptiveLength:
         """
         record = self._record(sequence)
         record.waited += 1
-        record.rest -= 1
-        if record.rest > 0 or self._streak >= _STREAK:
+        record.steps_to_next_check -= 1
+        if record.steps_to_next_check > 0 or self._streak >= _STREAK:
             return 0
         seconds = self._seconds(running)
         if not seconds:
             return 0
         wanted = best_length(record.rate, seconds)
-        if not wanted and (record.waited > record.pause or best_length(record.hope, seconds)):
+        if not wanted and (record.waited > record.pause or best_length(record.acceptance_upper_bound, seconds)):
             wanted = _PROBE if self.costs.drafts.samples else 1
         if not wanted:
-            record.rest = _LOOK
+            record.steps_to_next_check = _LOOK
             return 0
         # Were all to draft alike.
         covered = seconds[0] * (1 + _START) + min(self._common.balance, running * record.balance)
         length = next((each for each in range(wanted, 0, -1) if seconds[each] <= covered), 0)
         if not length:
             missing = seconds[1] - covered
-            record.rest = min(int(missing / (_SHARE * seconds[0])), _LOOK)  # Each plain step covers a little of it.
+            record.steps_to_next_check = min(
+                int(missing / (_SHARE * seconds[0])), _LOOK
+            )  # Each plain step covers a little of it.
         catching_up = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0), seconds[0])
         left = (sequence.limit - len(sequence.tokens)) * seconds[0]
         return length if catching_up <= _SHARE * left else 0

@@ -7,17 +7,17 @@ a draft is shortened instead, and after the step every block that it did not fil
 from collections.abc import Sequence as SequenceOf
 
 from quantkit.runtime.core.sequence import Draft, Sample, Scheduled, Sequence
-from quantkit.runtime.kv_cache.block_manager import KVManager
+from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.speculative.adaptive_length import AdaptiveLength, Round
 from quantkit.runtime.speculative.cost_model import ORDINARY_BACKLOG
-from quantkit.runtime.speculative.metrics import SpeculationStats, Tally
+from quantkit.runtime.speculative.metrics import SpecMetrics, SpeculationStats
 from quantkit.runtime.speculative.proposer import Proposer
 
 
 class Speculation:
     """A proposer's place in the engine."""
 
-    def __init__(self, proposer: Proposer | None, draft_len: int | None, kv: KVManager, token_budget: int) -> None:
+    def __init__(self, proposer: Proposer | None, draft_len: int | None, kv: BlockManager, token_budget: int) -> None:
         """
         Args:
             proposer: None: no drafts.
@@ -32,12 +32,12 @@ class Speculation:
         self._decoding: list[Sequence] = []
         self._drafts: dict[Sequence, Draft] = {}
         self._backlog = 0
-        self._tally = Tally()
+        self._metrics = SpecMetrics()
 
     @property
     def stats(self) -> SpeculationStats | None:
         """What became of the drafts so far; None without a proposer."""
-        return None if self._proposer is None else self._tally.stats()
+        return None if self._proposer is None else self._metrics.stats()
 
     def reserve(self, scheduled: SequenceOf[Scheduled]) -> dict[Sequence, int]:
         """Room for drafts behind the sequences that decode, and how long each may be."""
@@ -90,22 +90,22 @@ class Speculation:
         if not self._drafts and len(self._decoding) >= len(scheduled):
             # Most steps are like this where drafts do not pay, and what is done beside them is slower generation.
             plain = None if self._adaptive is None else self._adaptive.note_plain(self._decoding, seconds)
-            self._tally.plain(draft_seconds, seconds, plain)
+            self._metrics.plain(draft_seconds, seconds, plain)
             return
         pure = len(self._decoding) == len(scheduled)
         drafted = {sequence: len(draft.tokens) for sequence, draft in self._drafts.items()}
         following = dict(chosen)
         outcomes = {each: (drafted.get(each, 0), len(following[each]) - 1) for each in self._decoding if each in following}
         longest = max(drafted.values(), default=0)
-        self._tally.time(longest, draft_seconds, seconds, pure=pure and not self._backlog)
+        self._metrics.time(longest, draft_seconds, seconds, pure=pure and not self._backlog)
         for count, accepted in outcomes.values():
-            self._tally.count(count, accepted)
+            self._metrics.count(count, accepted)
         if self._adaptive is None:
             return
         plain = self._adaptive.costs.step(len(outcomes)) if pure and outcomes else None
         if plain is not None:
             tokens = sum(1 + accepted for _, accepted in outcomes.values())
-            self._tally.compare(draft_seconds + seconds, plain * tokens / len(outcomes))
+            self._metrics.compare(draft_seconds + seconds, plain * tokens / len(outcomes))
         if outcomes:
             self._adaptive.note(Round(outcomes, self._backlog, draft_seconds, seconds if pure else None))
         if not pure and not longest:

@@ -29,7 +29,7 @@ _FEWEST = 5
 ORDINARY_BACKLOG = 2
 
 
-class Curve:
+class LatencyCurve:
     """Seconds by a count: linear between the counts that were timed, less steep beyond.
 
     Attributes:
@@ -83,7 +83,7 @@ class Costs:
     """
 
     def __init__(self) -> None:
-        self.steps, self.drafts = Curve(), Curve()
+        self.steps, self.drafts = LatencyCurve(), LatencyCurve()
         self._backlog: deque[float] = deque(maxlen=_WINDOW)
         self._prompt: deque[float] = deque(maxlen=_WINDOW)
 

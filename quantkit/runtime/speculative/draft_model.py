@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.runtime.core.batch import build_batch
 from quantkit.runtime.core.model import Model
 from quantkit.runtime.core.sequence import Draft, Scheduled, Sequence
-from quantkit.runtime.kv_cache.block_manager import KVManager
+from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.speculative.drafting import draft
 
 #: Tokens of a sequence that are computed at a time while it catches up.
@@ -36,7 +36,7 @@ class DraftModel:
             vocab_size: of the target. The models' logits may be padded to different widths.
         """
         self._model, self._vocab_size = model, vocab_size
-        self._kv = KVManager(model.num_blocks, model.block_size, prefix_caching=True)
+        self._kv = BlockManager(model.num_blocks, model.block_size, prefix_caching=True)
         self._shadows: dict[Sequence, Sequence] = {}
         #: Tokens of each draft of this round.
         self._lengths: dict[Sequence, int] = {}

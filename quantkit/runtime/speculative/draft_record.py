@@ -38,7 +38,7 @@ class Record:
         accepted, judged: tokens accepted; tokens accepted or rejected, those behind a rejected one left out. Both fade.
         pause: steps between probes.
         waited: steps since the last draft.
-        rest: steps to the next look at whether one pays.
+        steps_to_next_check: steps to the next look at whether one pays.
         balance: seconds gained and allowed to be lost, less those lost.
     """
 
@@ -46,7 +46,7 @@ class Record:
     judged: float
     pause: int = FIRST_PAUSE
     waited: int = 0
-    rest: int = 0
+    steps_to_next_check: int = 0
     balance: float = 0.0
 
     @property
@@ -55,7 +55,7 @@ class Record:
         return self.accepted / self.judged
 
     @property
-    def hope(self) -> float:
+    def acceptance_upper_bound(self) -> float:
         """That probability if the tokens so far were unlucky, by one standard deviation."""
         return min(self.rate + math.sqrt(self.rate * (1 - self.rate) / self.judged), 1.0)
 
@@ -64,4 +64,4 @@ class Record:
         judged = min(accepted + 1, drafted)
         self.accepted = _FADE**judged * self.accepted + accepted
         self.judged = _FADE**judged * self.judged + judged
-        self.waited = self.rest = 0
+        self.waited = self.steps_to_next_check = 0

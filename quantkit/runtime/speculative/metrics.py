@@ -48,7 +48,7 @@ class _Compared:
 
 
 @dataclass
-class Tally:
+class SpecMetrics:
     """Counts and times as they come in; see `SpeculationStats`."""
 
     drafts: int = 0

@@ -13,7 +13,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.errors import RequestError
 from quantkit.runtime.kv_cache.cache import KVCache
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model, open_with_draft
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model, open_with_draft
 from quantkit.runtime.speculative.draft_model import DraftModel
 from quantkit.runtime.speculative.ngram import NgramProposer
 from quantkit.runtime.speculative.proposer import Proposer
@@ -29,7 +29,7 @@ class Opened(NamedTuple):
         draft_cache: of a draft model.
     """
 
-    model: PagedModel
+    model: ModelRunner
     new_proposer: Callable[[], Proposer] | None
     draft_cache: KVCache | None = None
 
@@ -62,7 +62,7 @@ def open_speculating(
         if draft_act_bits not in (4, 8):
             raise RequestError(f"--draft-act-bits {draft_act_bits}: activations are rounded to 4 or 8 bits")
         model = open_model(folder, device, cache)
-        rounded = model.rounded(draft_act_bits)
+        rounded = model.quantized_draft(draft_act_bits)
         return Opened(model, lambda: SelfDraft(rounded, model.block_size))
     if speculation == "quantspec":
         if cache.dtype not in ("auto", "int4+4"):

@@ -41,17 +41,17 @@ def verify(
     drawn = {i for i, draft in enumerate(drafts) if draft.probabilities is not None and not sequences[i].params.greedy}
     rest = [i for i in range(len(sequences)) if i not in drawn]
     if not drawn:
-        return _match(logits, sequences, drafts, likeliest_ids)
-    chosen = {i: _weigh(logits[starts[i] : starts[i + 1]], sequences[i], drafts[i]) for i in drawn}
+        return match_exact(logits, sequences, drafts, likeliest_ids)
+    chosen = {i: rejection_sample(logits[starts[i] : starts[i + 1]], sequences[i], drafts[i]) for i in drawn}
     if rest:
         rows = [row for i in rest for row in range(starts[i], starts[i + 1])]
         known = None if likeliest_ids is None else [likeliest_ids[row] for row in rows]
-        matched = _match(logits[rows], [sequences[i] for i in rest], [drafts[i] for i in rest], known)
+        matched = match_exact(logits[rows], [sequences[i] for i in rest], [drafts[i] for i in rest], known)
         chosen |= zip(rest, matched, strict=True)
     return [chosen[i] for i in range(len(sequences))]
 
 
-def _match(
+def match_exact(
     logits: Tensor,
     sequences: SequenceOf[Sequence],
     drafts: SequenceOf[Draft],
@@ -77,7 +77,7 @@ def _match(
     return chosen
 
 
-def _weigh(logits: Tensor, sequence: Sequence, draft: Draft) -> list[Sample]:
+def rejection_sample(logits: Tensor, sequence: Sequence, draft: Draft) -> list[Sample]:
     """Speculative sampling of one sequence: logits [k + 1, V], a draft of k tokens drawn from its `probabilities`."""
     params, drawn, rows = sequence.params, list(draft.tokens), len(logits)
     assert draft.probabilities is not None

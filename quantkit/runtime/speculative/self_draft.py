@@ -24,7 +24,7 @@ class SelfDraft:
     def __init__(self, forward: Callable[[Batch], Tensor], block_size: int) -> None:
         """
         Args:
-            forward: of tentative tokens: `PagedModel.rounded`, or `PagedModel.forward` as a draft.
+            forward: of tentative tokens: `ModelRunner.quantized_draft`, or `ModelRunner.forward` as a draft.
             block_size: of the model's cache.
         """
         self._forward, self._block_size = forward, block_size

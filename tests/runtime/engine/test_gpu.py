@@ -11,7 +11,7 @@ from helpers.paged_logits import TOKENS, paged_logits
 from quantkit.cli import app
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -19,7 +19,7 @@ PIECES = [70, 1, 1, 5, 1, 12]
 KV_TYPES = ("auto", "fp8", "int8", "int4", "int4+4")
 
 
-def opened(folder: Path, device: str, kv: str | torch.dtype = "auto") -> PagedModel:
+def opened(folder: Path, device: str, kv: str | torch.dtype = "auto") -> ModelRunner:
     return open_model(folder, torch.device(device), CacheOptions(memory=1 << 26, dtype=kv, max_batch=8))
 
 
@@ -50,7 +50,7 @@ def test_graphs_change_nothing(tmp_path: Path, llama_bf16: Path, kv: str, monkey
     assert float((replayed - eager).abs().max()) <= 0.03 * float(eager.abs().max())
 
 
-def _texts(model: PagedModel, params: SamplingParams) -> list[list[int]]:
+def _texts(model: ModelRunner, params: SamplingParams) -> list[list[int]]:
     prompts = [TOKENS[:n].tolist() for n in (1, 17, 40, 64, 90)]
     engine = Engine(model, EngineConfig(max_batch=4, token_budget=64))
     return [out.token_ids for out in engine.generate([Request(prompt, params) for prompt in prompts])]

@@ -14,7 +14,7 @@ from helpers.greedy import GREEDY, PROMPTS
 from quantkit.kernels.cpu import matmul as cpu
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
 from quantkit.runtime.speculative.draft_model import DraftModel
 from quantkit.runtime.speculative.ngram import NgramProposer
 from quantkit.runtime.speculative.proposer import Proposer
@@ -38,7 +38,7 @@ def engine(folder: Path, config: EngineConfig, tokens: int = 4096, proposer: Pro
     return Engine(small_model(folder, tokens), config, proposer=proposer)
 
 
-def small_model(folder: Path, tokens: int = 4096) -> PagedModel:
+def small_model(folder: Path, tokens: int = 4096) -> ModelRunner:
     per_token = 3 * 2 * 2 * 16 * 4
     options = CacheOptions(memory=tokens * per_token, block_size=4, dtype=torch.float32)
     return open_model(folder, torch.device("cpu"), options)

@@ -13,7 +13,7 @@ from quantkit.errors import QuantkitError, RequestError
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.core.sequence import Draft, FinishReason, Sequence
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.kv_cache.block_manager import KVManager
+from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import POLICIES, Budget, Eviction, check_windows
 from quantkit.runtime.model.model_runner import CacheOptions
 
@@ -99,18 +99,18 @@ def test_a_text_within_the_budget_is_left_alone() -> None:
     assert one.stats.evicted_blocks == 0
 
 
-def _run(kv: KVManager, one: Sequence, count: int) -> None:
+def _run(kv: BlockManager, one: Sequence, count: int) -> None:
     """Compute `count` further tokens of a sequence that has blocks."""
     for token in TEXT[len(one.tokens) : len(one.tokens) + count]:
         one.tokens.append(token)
-        assert kv.make_way(one) >= 1
+        assert kv.evict_to_budget(one) >= 1
         assert kv.extend(one, 1)
         kv.commit(one, 1)
         kv.check([one])
 
 
 def test_what_a_sequence_drops_is_free_at_once_and_what_it_published_stays_known() -> None:
-    kv = KVManager(12, 4, prefix_caching=True, eviction=chosen("window", 3))
+    kv = BlockManager(12, 4, prefix_caching=True, eviction=chosen("window", 3))
     one = sequence(TEXT[:4])
     kv.commit(one, kv.admit(one, budget=100, reserve=0))
     _run(kv, one, 36)
@@ -126,14 +126,14 @@ def test_what_a_sequence_drops_is_free_at_once_and_what_it_published_stays_known
 
 
 def test_dropping_a_shared_block_leaves_it_to_the_others() -> None:
-    kv = KVManager(12, 4, prefix_caching=True, eviction=chosen("sinks", 4))
+    kv = BlockManager(12, 4, prefix_caching=True, eviction=chosen("sinks", 4))
     parent, child = sequence(TEXT[:14]), sequence(TEXT[:14], index=1)
     kv.commit(parent, kv.admit(parent, budget=100, reserve=0))
     kv.fork(parent, child)
     shared = parent.blocks[1]
     for _ in range(3):
         parent.tokens.append(5)
-        assert kv.make_way(parent) >= 1
+        assert kv.evict_to_budget(parent) >= 1
         assert kv.extend(parent, 1)
         kv.commit(parent, 1)
         kv.check([parent, child])

@@ -16,8 +16,8 @@ from quantkit.kernels.reference import paged_attention
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache.eviction import Budget, Eviction
-from quantkit.runtime.kv_cache.offload import BlockStore, Offload
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
+from quantkit.runtime.kv_cache.offload import KVOffload, OffloadOptions
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
 
 BLOCK, BUDGET = 4, 64
 TOKENS = torch.randint(3, tiny.VOCAB, (200,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -32,7 +32,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny.make_model(tmp_path_factory.mktemp("eviction") / "model", request.param)
 
 
-def opened(folder: Path, blocks: int = 16) -> PagedModel:
+def opened(folder: Path, blocks: int = 16) -> ModelRunner:
     """A model whose cache holds no more than one budget."""
     per_token = 3 * 2 * 2 * 16 * 4
     options = CacheOptions(
@@ -178,9 +178,9 @@ def test_quantized_caches_evict_and_offload_alike_in_any_batch(folder: Path, pol
         options = CacheOptions(max_model_len=200, max_batch=max_batch, block_size=BLOCK, dtype=dtype, budget=budget)
         model = open_model(folder, torch.device("cpu"), options)
         model.num_blocks = min(model.num_blocks, blocks)
-        store = BlockStore(model.cache, Offload(1 << 22))
+        offload = KVOffload(model.cache, OffloadOptions(1 << 22))
         config = EngineConfig(max_batch=max_batch, token_budget=24, eviction=budget.eviction(BLOCK))
-        running = Engine(model, config, store=store)
+        running = Engine(model, config, offload=offload)
         for _ in range(rounds):
             outputs = running.generate(requests)
             running.check()

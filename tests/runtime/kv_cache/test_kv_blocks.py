@@ -6,12 +6,12 @@ import pytest
 
 from helpers.sequences import sequence
 from quantkit.runtime.core.sequence import Sequence
-from quantkit.runtime.kv_cache.block_manager import KVManager
+from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.block_pool import BlockPool
 from quantkit.runtime.kv_cache.prefix_cache import ROOT, PrefixCache
 
 
-def computed(kv: KVManager, tokens: list[int], request_id: int = 0) -> Sequence:
+def computed(kv: BlockManager, tokens: list[int], request_id: int = 0) -> Sequence:
     """A sequence all of whose tokens are in the cache."""
     one = sequence(tokens, request_id=request_id)
     kv.commit(one, kv.admit(one, budget=1000, reserve=0))
@@ -77,7 +77,7 @@ def test_the_first_of_two_equal_blocks_stays_known() -> None:
 
 
 def test_eviction_starts_with_the_ends_of_the_longest_unused_prefix() -> None:
-    kv = KVManager(5, 2, prefix_caching=True)
+    kv = BlockManager(5, 2, prefix_caching=True)
     old, new = computed(kv, [1, 2, 3, 4, 5, 6], 0), computed(kv, [7, 8, 9, 10], 1)
     kv.release(old)
     kv.release(new)
@@ -95,7 +95,7 @@ def test_eviction_starts_with_the_ends_of_the_longest_unused_prefix() -> None:
 
 
 def test_a_sequence_that_comes_back_starts_a_new_chain() -> None:
-    kv = KVManager(8, 2, prefix_caching=True)
+    kv = BlockManager(8, 2, prefix_caching=True)
     one = computed(kv, [1, 2, 3, 4, 5])
     # Its blocks are lost while it waits, and computed again.
     kv.release(one)
@@ -106,7 +106,7 @@ def test_a_sequence_that_comes_back_starts_a_new_chain() -> None:
 
 
 def test_a_fork_goes_on_with_its_parents_chain() -> None:
-    kv = KVManager(8, 2, prefix_caching=True)
+    kv = BlockManager(8, 2, prefix_caching=True)
     parent, child = computed(kv, [1, 2]), sequence([1, 2], index=1)
     kv.fork(parent, child)
     child.tokens.extend([3, 4])
@@ -116,7 +116,7 @@ def test_a_fork_goes_on_with_its_parents_chain() -> None:
 
 
 def test_admission_counts_the_cached_blocks_that_it_takes_out_of_the_free_ones() -> None:
-    kv = KVManager(4, 2, prefix_caching=True)
+    kv = BlockManager(4, 2, prefix_caching=True)
     kv.release(computed(kv, [1, 2, 3, 4]))
     # Two cached and two new blocks are all four; none could be left in reserve.
     assert kv.admit(sequence([1, 2, 3, 4, 5, 6, 7]), budget=1000, reserve=1) == 0
@@ -130,7 +130,7 @@ def test_admission_counts_the_cached_blocks_that_it_takes_out_of_the_free_ones()
 
 
 def test_running_out_changes_nothing() -> None:
-    kv = KVManager(3, 2, prefix_caching=False)
+    kv = BlockManager(3, 2, prefix_caching=False)
     one = computed(kv, [1, 2, 3, 4])
     before = one.blocks[:]
     assert not kv.extend(one, 3)
@@ -141,7 +141,7 @@ def test_running_out_changes_nothing() -> None:
 
 
 def test_forks_copy_only_the_block_that_both_would_write() -> None:
-    kv = KVManager(8, 4, prefix_caching=True)
+    kv = BlockManager(8, 4, prefix_caching=True)
     parent, child = computed(kv, [1, 2, 3, 4, 5, 6]), sequence([1, 2, 3, 4, 5, 6], index=1)
     kv.fork(parent, child)
     kv.check([parent, child])
@@ -158,7 +158,7 @@ def test_forks_copy_only_the_block_that_both_would_write() -> None:
 
 
 def test_forks_of_whole_blocks_copy_nothing() -> None:
-    kv = KVManager(8, 2, prefix_caching=True)
+    kv = BlockManager(8, 2, prefix_caching=True)
     parent, child = computed(kv, [1, 2, 3, 4]), sequence([1, 2, 3, 4], index=1)
     kv.fork(parent, child)
     for one in (parent, child):
@@ -168,41 +168,41 @@ def test_forks_of_whole_blocks_copy_nothing() -> None:
     assert parent.blocks[2] != child.blocks[2]
 
 
-def _leak(kv: KVManager, one: Sequence, _: Sequence) -> None:
+def _leak(kv: BlockManager, one: Sequence, _: Sequence) -> None:
     del one.blocks[-1]
 
 
-def _extra(kv: KVManager, one: Sequence, _: Sequence) -> None:
+def _extra(kv: BlockManager, one: Sequence, _: Sequence) -> None:
     one.blocks.append(kv.pool.take())
 
 
-def _steal(kv: KVManager, one: Sequence, other: Sequence) -> None:
+def _steal(kv: BlockManager, one: Sequence, other: Sequence) -> None:
     kv.pool.release(one.blocks[0], keep=False)
     kv.pool.share(other.blocks[0])
     one.blocks[0] = other.blocks[0]
 
 
-def _twice(kv: KVManager, one: Sequence, _: Sequence) -> None:
+def _twice(kv: BlockManager, one: Sequence, _: Sequence) -> None:
     kv.pool.release(one.blocks[1], keep=False)
     kv.pool.share(one.blocks[0])
     one.blocks[1] = one.blocks[0]
 
 
-def _lose(kv: KVManager, _: Sequence, __: Sequence) -> None:
+def _lose(kv: BlockManager, _: Sequence, __: Sequence) -> None:
     kv.pool.take()
 
 
-def _mistake(kv: KVManager, one: Sequence, _: Sequence) -> None:
+def _mistake(kv: BlockManager, one: Sequence, _: Sequence) -> None:
     one.tokens[0] = 77
 
 
-def _early(kv: KVManager, one: Sequence, _: Sequence) -> None:
+def _early(kv: BlockManager, one: Sequence, _: Sequence) -> None:
     kv.cache.publish(one.chain, [5, 6], one.blocks[2])
 
 
 @pytest.mark.parametrize("damage", [_leak, _extra, _steal, _twice, _lose, _mistake, _early])
-def test_the_check_sees(damage: Callable[[KVManager, Sequence, Sequence], None]) -> None:
-    kv = KVManager(10, 2, prefix_caching=True)
+def test_the_check_sees(damage: Callable[[BlockManager, Sequence, Sequence], None]) -> None:
+    kv = BlockManager(10, 2, prefix_caching=True)
     one, other = computed(kv, [1, 2, 3, 4, 5], 0), computed(kv, [6, 7, 8], 1)
     kv.check([one, other])
     damage(kv, one, other)

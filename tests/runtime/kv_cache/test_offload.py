@@ -16,11 +16,11 @@ from helpers.fake_model import FakeModel, expected
 from quantkit.errors import QuantkitError
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.kv_cache import host_tier as host_memory
+from quantkit.runtime.kv_cache import host_tier
 from quantkit.runtime.kv_cache.cache import KVCache
-from quantkit.runtime.kv_cache.disk_tier import BlockFile
+from quantkit.runtime.kv_cache.disk_tier import DiskTier
 from quantkit.runtime.kv_cache.dtypes import LayerShape, cache_format
-from quantkit.runtime.kv_cache.offload import BlockStore, Offload
+from quantkit.runtime.kv_cache.offload import KVOffload, OffloadOptions
 
 SIZE = 4
 CPU = torch.device("cpu")
@@ -43,32 +43,32 @@ class StoredModel(FakeModel):
         self._slots[block * SIZE : (block + 1) * SIZE] = [(position, token) for position, token in pairs]
 
 
-def opened(places: int, folder: Path | None = None, blocks: int = 12) -> tuple[Engine, BlockStore]:
-    """An engine whose store holds `places` blocks in memory; the cache holds one text and a third of another.
+def opened(places: int, folder: Path | None = None, blocks: int = 12) -> tuple[Engine, KVOffload]:
+    """An engine whose offload holds `places` blocks in memory; the cache holds one text and a third of another.
 
     As many as come may wait for a file, so that nothing depends on the disk's pace.
     """
     model = StoredModel(blocks)
     total = places if folder is None else next(n for n in count(places + 1) if n - max(1, n // 8) == places)
-    store = BlockStore(model, Offload(total * model.block_bytes, folder))
-    assert store._near.places == places
-    if store.file is not None:
-        store.file.room = 1000
-    return Engine(model, EngineConfig(max_batch=2, token_budget=64), store=store), store
+    offload = KVOffload(model, OffloadOptions(total * model.block_bytes, folder))
+    assert offload._host_index.places == places
+    if offload.disk is not None:
+        offload.disk.room = 1000
+    return Engine(model, EngineConfig(max_batch=2, token_budget=64), offload=offload), offload
 
 
-def written(store: BlockStore) -> None:
+def written(offload: KVOffload) -> None:
     """Wait until no block waits for the file."""
-    file = store.file
+    file = offload.disk
     assert file is not None
     with file._lock:
         assert file._lock.wait_for(lambda: not file._waiting, timeout=60)
 
 
-def file_of(store: BlockStore) -> int:
+def file_of(offload: KVOffload) -> int:
     """The descriptor of its file, which has no name."""
-    assert store.file is not None
-    return store.file._file
+    assert offload.disk is not None
+    return offload.disk._file
 
 
 def run(running: Engine, *texts: list[int]) -> list[int]:
@@ -89,7 +89,7 @@ def run(running: Engine, *texts: list[int]) -> list[int]:
 
 
 def test_a_prefix_that_left_the_cache_is_fetched_and_not_computed() -> None:
-    running, store = opened(places=100)
+    running, offload = opened(places=100)
     assert run(running, *TEXTS[:4]) == [0, 0, 0, 0]
     assert run(running, *TEXTS[:4]) == [32, 32, 32, 32]
     model = running.model
@@ -97,28 +97,28 @@ def test_a_prefix_that_left_the_cache_is_fetched_and_not_computed() -> None:
     model.batches.clear()
     run(running, TEXTS[1])
     assert [tokens for _, tokens in model.batches] == [1, 1, 1, 1]
-    assert store.stats.fetched > 24
-    assert store.stats.lost == 0
+    assert offload.stats.fetched > 24
+    assert offload.stats.lost == 0
     stats = running.stats.offload
-    assert stats == store.stats
+    assert stats == offload.stats
     without = Engine(StoredModel(), EngineConfig(max_batch=2, token_budget=64))
     assert run(without, *TEXTS[:4], *TEXTS[:4])[4:7] == [0, 0, 0]
 
 
 def test_the_longest_unused_goes_first() -> None:
-    running, store = opened(places=16)
+    running, offload = opened(places=16)
     run(running, *TEXTS[:6])
     # The cache and 16 blocks hold the last texts; the first ones are gone.
     assert run(running, TEXTS[5], TEXTS[4], TEXTS[0]) == [32, 32, 0]
-    assert len(store) == 16
+    assert len(offload) == 16
 
 
 def test_a_file_takes_what_memory_does_not_hold(tmp_path: Path) -> None:
-    running, store = opened(places=2, folder=tmp_path)
+    running, offload = opened(places=2, folder=tmp_path)
     run(running, *TEXTS[:6])
     assert run(running, *TEXTS[:6]) == [32] * 6
-    assert store.stats.lost == 0
-    assert os.fstat(file_of(store)).st_size > 0
+    assert offload.stats.lost == 0
+    assert os.fstat(file_of(offload)).st_size > 0
     assert list(tmp_path.iterdir()) == []  # Nor when the process is killed now.
 
 
@@ -143,12 +143,12 @@ def _shift(file: int) -> None:
 
 @pytest.mark.parametrize("damage", [_flip, _truncate, _empty, _shift])
 def test_what_comes_back_damaged_is_computed_anew(tmp_path: Path, damage: Callable[[int], None]) -> None:
-    running, store = opened(places=1, folder=tmp_path)
+    running, offload = opened(places=1, folder=tmp_path)
     run(running, *TEXTS[:6])
-    written(store)
-    damage(file_of(store))
+    written(offload)
+    damage(file_of(offload))
     run(running, *TEXTS[:6])  # asserts the tokens
-    assert store.stats.lost > 0
+    assert offload.stats.lost > 0
 
 
 class _Gate:
@@ -172,29 +172,29 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Gate]:
 
 
 def test_no_step_waits_for_the_disk_and_what_waits_comes_back_from_memory(tmp_path: Path, gate: _Gate) -> None:
-    running, store = opened(places=2, folder=tmp_path)
+    running, offload = opened(places=2, folder=tmp_path)
     assert run(running, *TEXTS[:6], *TEXTS[:6]) == [0] * 6 + [32] * 6
-    assert os.fstat(file_of(store)).st_size == 0
+    assert os.fstat(file_of(offload)).st_size == 0
     gate.open.set()
-    written(store)
+    written(offload)
     assert run(running, *TEXTS[:6]) == [32] * 6
-    assert store.stats.lost == 0
+    assert offload.stats.lost == 0
 
 
 def test_a_disk_that_is_too_slow_costs_what_may_not_wait(tmp_path: Path, gate: _Gate) -> None:
-    running, store = opened(places=14, folder=tmp_path)
-    assert store.file is not None
-    store.file.room = 3
+    running, offload = opened(places=14, folder=tmp_path)
+    assert offload.disk is not None
+    offload.disk.room = 3
     assert run(running, *TEXTS[:6]) == [0] * 6
-    assert store.stats.lost == store.stats.saved - 14 - 3
-    assert len(store) == 14 + 3
+    assert offload.stats.lost == offload.stats.saved - 14 - 3
+    assert len(offload) == 14 + 3
     # What waits are the last blocks of the first text: ends of prefixes leave before their starts.
     assert run(running, TEXTS[5], TEXTS[0]) == [32, 0]
     gate.open.set()  # for whoever closes the file
 
 
 def test_a_place_that_is_filled_anew_while_it_is_written_holds_the_newer_block(tmp_path: Path, gate: _Gate) -> None:
-    file = BlockFile(tmp_path, 8, room=2)
+    file = DiskTier(tmp_path, 8, room=2)
     old, new = (torch.full((8,), byte, dtype=torch.uint8) for byte in (1, 2))
     file.write(0, old)
     assert gate.begun.wait(60)
@@ -210,7 +210,7 @@ def test_a_place_that_is_filled_anew_while_it_is_written_holds_the_newer_block(t
 
 
 def test_closing_waits_for_one_write_and_drops_the_others(tmp_path: Path, gate: _Gate) -> None:
-    file = BlockFile(tmp_path, 8, room=100)
+    file = DiskTier(tmp_path, 8, room=100)
     for place in range(100):
         file.write(place, torch.zeros(8, dtype=torch.uint8))
     assert file.busy
@@ -230,30 +230,30 @@ def test_a_full_disk_costs_what_it_does_not_take(tmp_path: Path, monkeypatch: py
         return taken
 
     monkeypatch.setattr(os, "pwrite", write)
-    running, store = opened(places=12, folder=tmp_path)
+    running, offload = opened(places=12, folder=tmp_path)
     for text in TEXTS[:6]:
         assert run(running, text) == [0]
-        written(store)
-    assert store.stats.lost == store.stats.saved - 12
+        written(offload)
+    assert offload.stats.lost == offload.stats.saved - 12
     # What was lost is not taken to be stored: it is saved when it leaves once more.
     assert run(running, TEXTS[5], TEXTS[0], TEXTS[1], TEXTS[0]) == [32, 0, 0, 32]
 
 
 def test_a_full_file_drops_its_longest_unused(tmp_path: Path) -> None:
-    running, store = opened(places=1, folder=tmp_path)
-    assert store.file is not None
-    store._far.places = 10
+    running, offload = opened(places=1, folder=tmp_path)
+    assert offload.disk is not None
+    offload._disk_index.places = 10
     run(running, *TEXTS)
-    assert len(store) == 11
+    assert len(offload) == 11
     assert run(running, TEXTS[7], TEXTS[0]) == [32, 0]
 
 
 def test_a_text_that_is_computed_again_keeps_what_is_known_behind_it() -> None:
-    running, store = opened(places=100)
+    running, offload = opened(places=100)
     run(running, *TEXTS[:3])
-    # The store loses the first block of a text: all is computed, and what is behind the block is a new chain.
-    first = next(key for key in store.nodes() if key[1] == tuple(TEXTS[0][:SIZE]))
-    store._near.remove(first)
+    # The host tier loses the first block of a text: all is computed, and what is behind the block is a new chain.
+    first = next(key for key in offload.nodes() if key[1] == tuple(TEXTS[0][:SIZE]))
+    offload._host_index.remove(first)
     assert run(running, TEXTS[0]) == [0]
     assert run(running, TEXTS[1], TEXTS[2], TEXTS[0]) == [32, 32, 32]
 
@@ -261,9 +261,9 @@ def test_a_text_that_is_computed_again_keeps_what_is_known_behind_it() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_prefixes_forks_and_preemption(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
-    running, store = opened(draw.randint(1, 20), tmp_path if draw.random() < 0.7 else None, blocks=draw.randint(11, 24))
+    running, offload = opened(draw.randint(1, 20), tmp_path if draw.random() < 0.7 else None, blocks=draw.randint(11, 24))
     if draw.random() < 0.5:
-        store._far.places = min(store._far.places, draw.randint(0, 20))
+        offload._disk_index.places = min(offload._disk_index.places, draw.randint(0, 20))
     pending: dict[int, list[int]] = {}
     found: dict[tuple[int, int], list[int]] = {}
     arrivals = 30
@@ -275,8 +275,8 @@ def test_random_prefixes_forks_and_preemption(tmp_path: Path, seed: int) -> None
             pending[running.add(request)] = text
         if draw.random() < 0.03 and running.has_work:
             running.cancel(draw.choice(list(pending)))
-        if draw.random() < 0.05 and store.file is not None and os.fstat(file_of(store)).st_size:
-            _flip(file_of(store))
+        if draw.random() < 0.05 and offload.disk is not None and os.fstat(file_of(offload)).st_size:
+            _flip(file_of(offload))
         for output in running.step():
             assert output.error is None
             found.setdefault((output.request_id, output.index), []).extend(output.token_ids)
@@ -306,22 +306,22 @@ def test_a_block_of_the_cache_is_its_bytes(dtype: str | torch.dtype) -> None:
 def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = StoredModel()
     with pytest.raises(QuantkitError, match=r"^--kv-offload of 63 bytes does not hold a block of 0.00 MiB; give more$"):
-        BlockStore(model, Offload(63))
+        KVOffload(model, OffloadOptions(63))
     with pytest.raises(QuantkitError, match=r"^--kv-offload of 127 bytes does not hold two blocks of 0.00 MiB; give more$"):
-        BlockStore(model, Offload(127, tmp_path))
+        KVOffload(model, OffloadOptions(127, tmp_path))
     with pytest.raises(
         QuantkitError, match=r"^--kv-offload: there are .* GiB of free memory beside the KV cache and not 1,073,741,824.0; ask"
     ):
-        BlockStore(model, Offload(1 << 60))
-    monkeypatch.setattr(host_memory, "available_memory", lambda: model.nbytes + 10 * model.block_bytes)
-    BlockStore(model, Offload(10 * model.block_bytes))
+        KVOffload(model, OffloadOptions(1 << 60))
+    monkeypatch.setattr(host_tier, "available_memory", lambda: model.nbytes + 10 * model.block_bytes)
+    KVOffload(model, OffloadOptions(10 * model.block_bytes))
     with pytest.raises(QuantkitError, match=r"^--kv-offload: there are 0.0 GiB of free memory beside the KV cache"):
-        BlockStore(model, Offload(11 * model.block_bytes))
+        KVOffload(model, OffloadOptions(11 * model.block_bytes))
     with pytest.raises(QuantkitError, match=r"^--kv-offload: there are 0.0 GiB of free memory beside the KV cache"):
-        BlockStore(model, Offload(10 * model.block_bytes), beside=model.block_bytes)  # a draft model's
+        KVOffload(model, OffloadOptions(10 * model.block_bytes), beside=model.block_bytes)  # a draft model's
     missing = tmp_path / "missing"
     message = f"--kv-offload-dir {missing}: cannot be written to (No such file or directory); name a folder that can"
     with pytest.raises(QuantkitError, match=f"^{re.escape(message)}$"):
-        BlockStore(model, Offload(640, missing))
+        KVOffload(model, OffloadOptions(640, missing))
     with pytest.raises(QuantkitError, match=r"^--kv-offload keeps known prefixes, and prefix caching is off"):
-        Engine(model, EngineConfig(prefix_caching=False), store=BlockStore(model, Offload(640)))
+        Engine(model, EngineConfig(prefix_caching=False), offload=KVOffload(model, OffloadOptions(640)))

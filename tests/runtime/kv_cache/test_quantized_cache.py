@@ -14,7 +14,7 @@ from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.kv_cache.dtypes import KV_DTYPES, LayerShape, cache_format, plain
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model, open_with_draft
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model, open_with_draft
 
 CPU = torch.device("cpu")
 QUANTIZED = ["fp8", "int8", "int4", "int4+4"]
@@ -124,8 +124,8 @@ def test_auto_is_the_checkpoints_type() -> None:
 def test_a_rejected_draft_leaves_no_trace(folder: Path, dtype: str) -> None:
     """Wrong tokens written over the end of a page, then overwritten: the logits are those of a text without them."""
 
-    def model() -> PagedModel:
-        found: PagedModel = engine(folder, dtype, EngineConfig(max_batch=2)).model  # type: ignore[assignment]
+    def model() -> ModelRunner:
+        found: ModelRunner = engine(folder, dtype, EngineConfig(max_batch=2)).model  # type: ignore[assignment]
         return found
 
     text = torch.tensor(PROMPTS[5])

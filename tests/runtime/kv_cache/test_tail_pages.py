@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from quantkit.runtime.core.batch import Held
-from quantkit.runtime.kv_cache.tail_pages import OpenPages, pages_needed
+from quantkit.runtime.kv_cache.tail_pages import TailPages, pages_needed
 
 SIZE = 4
 
 
-def _pages(open_pages: OpenPages, blocks: list[int]) -> list[int]:
+def _pages(open_pages: TailPages, blocks: list[int]) -> list[int]:
     return open_pages.table[blocks].tolist()
 
 
 def test_every_block_that_a_step_writes_has_a_page_of_its_own() -> None:
-    pages = OpenPages(10, SIZE, 8, torch.device("cpu"))
+    pages = TailPages(10, SIZE, 8, torch.device("cpu"))
     pages.prepare([Held([7, 2, 5], 0, 10), Held([1], 0, 3)], draft=False)
     assert len(pages) == 4
     found = _pages(pages, [7, 2, 5, 1])
@@ -24,7 +24,7 @@ def test_every_block_that_a_step_writes_has_a_page_of_its_own() -> None:
 
 
 def test_a_page_is_given_back_when_a_step_begins_behind_it() -> None:
-    pages = OpenPages(10, SIZE, 8, torch.device("cpu"))
+    pages = TailPages(10, SIZE, 8, torch.device("cpu"))
     pages.prepare([Held([7, 2, 5], 0, 10)], draft=False)
     pages.prepare([Held([7, 2, 5], 10, 11)], draft=False)
     assert len(pages) == 1
@@ -32,7 +32,7 @@ def test_a_page_is_given_back_when_a_step_begins_behind_it() -> None:
 
 def test_a_draft_gives_nothing_back() -> None:
     """So that a step may begin before it."""
-    pages = OpenPages(10, SIZE, 8, torch.device("cpu"))
+    pages = TailPages(10, SIZE, 8, torch.device("cpu"))
     pages.prepare([Held([7, 2], 0, 7)], draft=False)
     before = _pages(pages, [2])
     for length in (7, 8, 9):
@@ -43,7 +43,7 @@ def test_a_draft_gives_nothing_back() -> None:
 
 
 def test_pages_that_nobody_uses_are_taken_from_whoever_used_theirs_longest_ago() -> None:
-    pages = OpenPages(10, SIZE, 3, torch.device("cpu"))
+    pages = TailPages(10, SIZE, 3, torch.device("cpu"))
     for block in range(3):
         pages.prepare([Held([block], 0, 2)], draft=False)
     pages.prepare([Held([0], 2, 3)], draft=False)
@@ -55,13 +55,13 @@ def test_pages_that_nobody_uses_are_taken_from_whoever_used_theirs_longest_ago()
 
 
 def test_more_pages_than_there_are() -> None:
-    pages = OpenPages(10, SIZE, 3, torch.device("cpu"))
+    pages = TailPages(10, SIZE, 3, torch.device("cpu"))
     with pytest.raises(AssertionError, match="a step writes more pages than there are"):
         pages.prepare([Held([7, 2, 5, 4], 0, 13)], draft=False)
 
 
 def test_a_copied_block_gets_a_copy_of_its_page() -> None:
-    pages = OpenPages(10, SIZE, 4, torch.device("cpu"))
+    pages = TailPages(10, SIZE, 4, torch.device("cpu"))
     pages.prepare([Held([7], 0, 2), Held([3], 0, 1)], draft=False)
     copies = pages.copy([(7, 5), (6, 3), (7, 4)])
     assert copies == [(page := _pages(pages, [7])[0], _pages(pages, [5])[0]), (page, _pages(pages, [4])[0])]

@@ -18,15 +18,15 @@ from quantkit.kernels.cpu import library as native
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.scheme import Scheme
 from quantkit.runtime.kv_cache.eviction import Budget
-from quantkit.runtime.model.layers import ready
+from quantkit.runtime.model.layers import pack_weight
 from quantkit.runtime.model.loader import load_definition
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model, open_with_draft
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model, open_with_draft
 from quantkit.runtime.model.native_builder import describe
 
 CPU = torch.device("cpu")
 
 
-def opened(folder: Path) -> PagedModel:
+def opened(folder: Path) -> ModelRunner:
     return open_model(folder, CPU, CacheOptions(memory=1 << 24, block_size=4, dtype=torch.float32))
 
 
@@ -104,7 +104,7 @@ def test_groups_that_no_gpu_kernel_holds_are_dequantized() -> None:
     """Groups of 8 columns: less than a plane."""
     codes, scales, zeros = torch.zeros(4, 48, dtype=torch.uint8), torch.ones(4, 6), torch.zeros(4, 6, dtype=torch.uint8)
     weight = QuantizedWeight(codes, scales, zeros, Scheme(4, 8, symmetric=False))
-    dense = ready(weight, torch.device("meta"), torch.float16)
+    dense = pack_weight(weight, torch.device("meta"), torch.float16)
     assert isinstance(dense, Tensor)
     assert (dense.shape, dense.dtype) == ((4, 48), torch.float16)
 

@@ -16,7 +16,7 @@ from quantkit.kernels.cpu import library as native
 from quantkit.recipe import Rule
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import EngineConfig
-from quantkit.runtime.model import model_runner as paged_model
+from quantkit.runtime.model import model_runner
 from quantkit.runtime.model.model_runner import CacheOptions, open_model
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def test_the_engine_computes_what_the_dequantized_weights_do(
     if way == "torch":
         monkeypatch.setattr(native, "library", lambda: None)
     if way == "definition":
-        monkeypatch.setattr(paged_model, "native_decoder", lambda *_: None)
+        monkeypatch.setattr(model_runner, "native_decoder", lambda *_: None)
     model, out = made(family, **recipe)
     tokens = TOKENS[:60]
     wanted = reference_logits(out, tokens)

@@ -10,7 +10,7 @@ import pytest
 from helpers.sequences import sequence
 from quantkit.runtime.core.sequence import Sequence, Status
 from quantkit.runtime.speculative.adaptive_length import MOST_DRAFTED, AdaptiveLength, Round
-from quantkit.runtime.speculative.cost_model import Costs, Curve
+from quantkit.runtime.speculative.cost_model import Costs, LatencyCurve
 from quantkit.runtime.speculative.draft_record import best_length
 
 PLAIN = 0.01
@@ -141,7 +141,7 @@ def test_the_best_length_is_the_fastest() -> None:
 
 
 def test_curves_are_the_least_times_and_lines_between_them() -> None:
-    curve = Curve()
+    curve = LatencyCurve()
     for seconds in (0.1, 1.1, 1.0, 9.0):  # the first one does not count
         curve.note(2, seconds)
     assert curve.samples == 3

@@ -23,8 +23,8 @@ from quantkit.kernels.cpu import library as native
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model import model_runner as paged_model
-from quantkit.runtime.model.model_runner import CacheOptions, PagedModel, open_model
+from quantkit.runtime.model import model_runner
+from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
 from quantkit.runtime.speculative.self_draft import SelfDraft
 
 CPU = torch.device("cpu")
@@ -57,9 +57,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
 class Rounded:
     """The draft pass in the model's place."""
 
-    def __init__(self, model: PagedModel, activation_bits: int) -> None:
+    def __init__(self, model: ModelRunner, activation_bits: int) -> None:
         self.num_blocks, self.block_size = model.num_blocks, model.block_size
-        self.forward = model.rounded(activation_bits)
+        self.forward = model.quantized_draft(activation_bits)
 
 
 def rounded_reference(folder: Path, tokens: Tensor, bits: int, recipe: str, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -93,7 +93,7 @@ def test_the_draft_pass(
     if way == "torch":
         monkeypatch.setattr(native, "library", lambda: None)
     if way == "definition":
-        monkeypatch.setattr(paged_model, "native_decoder", lambda *_: None)
+        monkeypatch.setattr(model_runner, "native_decoder", lambda *_: None)
     model = opened(folder)
     exact, found = (paged_logits(each, tokens, pieces) for each in (model, Rounded(model, bits)))
     wanted = rounded_reference(folder, tokens, bits, recipe, monkeypatch)
@@ -104,7 +104,7 @@ def test_the_draft_pass(
 
 def test_nothing_to_round(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="quantize it first"):
-        opened(tiny.make_model(tmp_path / "model")).rounded(8)
+        opened(tiny.make_model(tmp_path / "model")).quantized_draft(8)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -157,7 +157,7 @@ def test_drafts_from_the_upper_half_of_the_cache(
     """QuantSpec: the text is that of an int4+4 cache without drafts, to the token."""
     folder, dtype = artifact(family, "whole"), "int4+4"
 
-    def model(num_blocks: int) -> PagedModel:
+    def model(num_blocks: int) -> ModelRunner:
         options = CacheOptions(memory=1 << 30, max_model_len=192, max_batch=6, block_size=8, dtype=dtype)
         found = open_model(folder, CPU, options)
         found.num_blocks = min(found.num_blocks, num_blocks)

@@ -14,7 +14,7 @@ from quantkit.errors import RequestError
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.core.sequence import FinishReason
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.speculative.metrics import Tally
+from quantkit.runtime.speculative.metrics import SpecMetrics
 from quantkit.runtime.speculative.ngram import NgramProposer
 from quantkit.runtime.speculative.proposer import Proposer
 
@@ -282,7 +282,7 @@ def test_the_speed_up_is_over_steps_without_drafts(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_disturbs_plain_steps_disturbs_the_others_too() -> None:
-    tally = Tally()
+    tally = SpecMetrics()
     tally.plain(0.0, 0.9, None)  # before it is known what a step takes
     tally.plain(0.2, 1.0, 1.0)
     assert tally.stats().speed_up == 1.0
