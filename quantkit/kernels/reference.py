@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.layouts.kv_codec import stored, write
-from quantkit.kernels.layouts.quantized_kv import Cache, Store
+from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
@@ -138,12 +138,12 @@ def kv_write(key: Tensor, value: Tensor, key_cache: Cache, value_cache: Cache, s
 
 def _seen(cache: Cache, blocks: Tensor, position: int, draft: bool) -> Tensor:
     """What a query at `position` sees of the tokens in `blocks`, its own page the last: [tokens, H, D]."""
-    if isinstance(cache, Tensor) or cache.open is None:
+    if isinstance(cache, Tensor) or cache.tail_pages is None:
         return stored(cache, blocks).flatten(0, 1)
-    assert cache.open_pages is not None
-    own = position // cache.open.shape[1]
+    assert cache.tail_page_ids is not None
+    own = position // cache.tail_pages.shape[1]
     before = stored(cache, blocks[:own], draft)
-    return torch.cat([before, cache.open[cache.open_pages[blocks[own:]].long()].to(before.dtype)]).flatten(0, 1)
+    return torch.cat([before, cache.tail_pages[cache.tail_page_ids[blocks[own:]].long()].to(before.dtype)]).flatten(0, 1)
 
 
 def paged_attention(
@@ -189,7 +189,7 @@ def paged_attention(
         while row < stop:
             position = length - (stop - row)
             # Queries of one page see the same; without pages, all queries do.
-            paged = isinstance(key_cache, Store) and key_cache.open is not None
+            paged = isinstance(key_cache, QuantizedKV) and key_cache.tail_pages is not None
             last = min(stop, row + block_size - position % block_size) if paged else stop
             end = length - (stop - last)
             blocks = block_table[sequence, : -(-max(end, 0) // block_size)].long()

@@ -5,16 +5,16 @@ import ctypes
 import pytest
 import torch
 
-from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import library
 
 
 @pytest.fixture(params=["native", "torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which kernels serve the test."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(library, "load", lambda: None)
     else:
-        assert native.library() is not None, "the native kernels could not be built"
+        assert library.load() is not None, "the native kernels could not be built"
     return str(request.param)
 
 
@@ -32,13 +32,13 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels built for vectors of four lanes, which no instruction on bytes or 16-bit integers serves."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.getbasetemp() / "narrow"))
-        patch.setattr(native, "_FLAGS", (*native._FLAGS, "-O2", "-DLANES=4"))
-        library = ctypes.CDLL(str(native._built()))
-    library.quantkit_prepared_floats.restype = ctypes.c_int64
-    return library
+        patch.setattr(library, "_FLAGS", (*library._FLAGS, "-O2", "-DLANES=4"))
+        lib = ctypes.CDLL(str(library._built()))
+    lib.quantkit_prepared_floats.restype = ctypes.c_int64
+    return lib
 
 
 @pytest.fixture
 def other_lanes(narrow: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """They serve the test."""
-    monkeypatch.setattr(native, "library", lambda: narrow)
+    monkeypatch.setattr(library, "load", lambda: narrow)

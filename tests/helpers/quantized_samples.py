@@ -9,7 +9,7 @@ from torch import Tensor
 
 from helpers.paged_samples import Batch, Heads, make_batch
 from quantkit.kernels import reference
-from quantkit.kernels.layouts.quantized_kv import Store
+from quantkit.kernels.layouts.quantized_kv import QuantizedKV
 
 #: Names of the schemes; "int4+4" is the hierarchical one.
 SCHEMES = ("int8", "int4", "int4+4")
@@ -20,7 +20,7 @@ SCALE = 0.3
 
 def make_store(
     scheme: str, num_blocks: int, block_size: int, heads: int, dim: int, *, keys: bool, device: str = "cpu", pages: Tensor
-) -> Store:
+) -> QuantizedKV:
     """An empty store; every byte that nobody writes is one that shows: codes 0xff, scales and open pages NaN."""
 
     def full(*shape: int, value: float, dtype: torch.dtype) -> Tensor:
@@ -29,16 +29,16 @@ def make_store(
     nan = float("nan")
     if scheme == "int8":
         codes = full(num_blocks, block_size, heads, dim, value=255, dtype=torch.uint8)
-        return Store(codes, full(num_blocks, block_size, heads, 2, value=nan, dtype=torch.float16))
+        return QuantizedKV(codes, full(num_blocks, block_size, heads, 2, value=nan, dtype=torch.float16))
     codes = full(num_blocks, block_size, heads, dim // 2, value=255, dtype=torch.uint8)
     shape = (num_blocks, heads, 2, dim) if keys else (num_blocks, block_size, heads, 2)
-    return Store(
+    return QuantizedKV(
         codes,
         full(*shape, value=nan, dtype=torch.float16),
         by_channel=keys,
         lower=codes.clone() if scheme == "int4+4" else None,
-        open=full(int(pages.max()) + 1, block_size, heads, dim, value=nan, dtype=torch.bfloat16),
-        open_pages=pages,
+        tail_pages=full(int(pages.max()) + 1, block_size, heads, dim, value=nan, dtype=torch.bfloat16),
+        tail_page_ids=pages,
     )
 
 
@@ -47,8 +47,8 @@ class Quantized:
     """A batch on plain caches, and the quantized stores of the same tokens."""
 
     batch: Batch
-    keys: Store
-    values: Store
+    keys: QuantizedKV
+    values: QuantizedKV
 
     @property
     def tensors(self) -> tuple[object, ...]:
@@ -88,10 +88,10 @@ def slots_of(batch: Batch) -> Tensor:
     return torch.stack(slots).to(batch.query.device)
 
 
-def empty_like(store: Store) -> Store:
+def empty_like(store: QuantizedKV) -> QuantizedKV:
     """The same shape and open pages, with nothing written."""
     fresh = {
         name: None if (found := getattr(store, name)) is None else torch.full_like(found, value)
-        for name, value in (("codes", 255), ("lower", 255), ("params", float("nan")), ("open", float("nan")))
+        for name, value in (("codes", 255), ("lower", 255), ("params", float("nan")), ("tail_pages", float("nan")))
     }
     return replace(store, **fresh)

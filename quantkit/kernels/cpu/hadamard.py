@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import reference
-from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import library
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:
@@ -22,10 +22,10 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     columns = x.shape[-1]
     assert block & (block - 1) == 0, block
     assert columns % block == 0, (columns, block)
-    library = native.library()
-    if library is None or x.dtype == torch.float64:
+    lib = library.load()
+    if lib is None or x.dtype == torch.float64:
         return reference.hadamard(x, block)
     out = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     sizes = c_int64(out.numel() // columns), c_int64(columns), c_int64(block)
-    library.quantkit_hadamard(c_void_p(out.data_ptr()), *sizes, native.threads())
+    lib.quantkit_hadamard(c_void_p(out.data_ptr()), *sizes, library.threads())
     return out.to(x.dtype)

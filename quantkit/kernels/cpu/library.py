@@ -1,7 +1,7 @@
 """Native CPU kernels: C sources compiled on first use with the system's compiler and loaded through ctypes.
 
 A binary of our own would have to be built for every processor; a compiler on the spot builds for the one at hand and needs
-no headers but its own. Where there is no compiler, or it fails, `library` is None and callers fall back to torch.
+no headers but its own. Where there is no compiler, or it fails, `load` returns None and callers fall back to torch.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ _GCC_FLAGS = ("--param=avoid-fma-max-bits=0", "-fno-tree-reassoc", "-fno-tree-te
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def load() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be built or loaded, which is logged as a warning, once.
 
     Takes some seconds the first time on a machine; the result is kept in the user's cache.

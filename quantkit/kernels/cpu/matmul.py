@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.kernels import reference
-from quantkit.kernels.cpu import library as native
-from quantkit.kernels.cpu import structs
+from quantkit.kernels.cpu import library, structs
 
 #: Weight rows that lie together in a packed weight (TILE in matmul.h).
 _TILE = 32
@@ -93,9 +92,9 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: in
     assert scales.shape == zeros.shape == (rows, columns // group)
     codes, scales, zeros = codes.contiguous(), scales.float().contiguous(), zeros.to(torch.uint8).contiguous()
     stored = 4 if bits == 3 else bits
-    library = native.library()
-    if library is not None:
-        return _tiles(library, codes, scales, zeros, stored, group)
+    lib = library.load()
+    if lib is not None:
+        return _tiles(lib, codes, scales, zeros, stored, group)
     if stored == 4 and rows % 16 == 0 and group in (32, 64, 128, 256):
         offsets = (8.0 - zeros.float()) * scales
         both = torch.stack([scales, torch.zeros_like(scales)], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
@@ -104,7 +103,7 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: in
     return CpuWeight("codes", (rows, columns), stored, group, codes, scales, zeros)
 
 
-def _tiles(library: CDLL, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> CpuWeight:
+def _tiles(lib: CDLL, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> CpuWeight:
     rows, columns = codes.shape
     groups, tiles = columns // group, -(-rows // _TILE)
     data = torch.empty(tiles, groups, -(-group // (32 // bits)), _TILE, dtype=torch.int32)
@@ -114,7 +113,7 @@ def _tiles(library: CDLL, codes: Tensor, scales: Tensor, zeros: Tensor, bits: in
     tiled_zeros = None if bool((zeros == zero).all()) else torch.zeros(tiles, -(-groups // 4), _TILE, dtype=torch.int32)
     weight = CpuWeight("tiles", (rows, columns), bits, group, data, tiled_scales, tiled_zeros, zero)
     addresses = (c_void_p(tensor.data_ptr()) for tensor in (codes, scales, zeros))
-    library.quantkit_pack(byref(weight.matrix()), *addresses, native.threads())
+    lib.quantkit_pack(byref(weight.matrix()), *addresses, library.threads())
     return weight
 
 
@@ -132,11 +131,11 @@ def dequantize(weight: CpuWeight, first: int = 0, last: int | None = None, dtype
     """
     last = weight.shape[0] if last is None else last
     if weight.layout == "tiles":
-        library = native.library()
-        assert library is not None
+        lib = library.load()
+        assert lib is not None
         out = torch.empty(last - first, weight.shape[1], dtype=dtype)
         extent = c_int64(first), c_int64(last - first), structs.TYPES[dtype]
-        library.quantkit_dequantize(byref(weight.matrix()), *extent, c_void_p(out.data_ptr()), native.threads())
+        lib.quantkit_dequantize(byref(weight.matrix()), *extent, c_void_p(out.data_ptr()), library.threads())
         return out
     if weight.layout == "int4":
         return _int4_matmul(torch.eye(weight.shape[1]), weight).T[first:last].to(dtype).contiguous()
@@ -162,10 +161,10 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
         type of a dense weight, and to bfloat16 for "int4".
     """
     assert x.shape[1] == weight.shape[1], f"{tuple(x.shape)} against {weight.shape}"
-    library = native.library()
-    if library is not None and weight.layout in ("dense", "tiles"):
+    lib = library.load()
+    if lib is not None and weight.layout in ("dense", "tiles"):
         if native_is_best(x.shape[0], float32=weight.is_float32):
-            return native_matmul(library, x, weight, bias)
+            return native_matmul(lib, x, weight, bias)
         out = _panel_matmul(x, weight)
     elif weight.layout == "int4":
         out = _int4_matmul(x, weight)
@@ -176,15 +175,15 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     return out.to(x.dtype) if bias is None else (out + bias).to(x.dtype)
 
 
-def native_matmul(library: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | None, activation_bits: int = 0) -> Tensor:
+def native_matmul(lib: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | None, activation_bits: int = 0) -> Tensor:
     """`matmul` by the native kernels, for the layouts "dense" and "tiles"; activation_bits as for `CpuWeight.matrix`."""
     wide = x.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     matrix = byref(weight.matrix(bias, activation_bits))
-    prepared = torch.empty(len(wide) * library.quantkit_prepared_floats(matrix))
+    prepared = torch.empty(len(wide) * lib.quantkit_prepared_floats(matrix))
     out = torch.empty(len(wide), weight.shape[0])
     pointers = (c_void_p(tensor.data_ptr()) for tensor in (prepared, out))
-    library.quantkit_matmul(matrix, c_void_p(wide.data_ptr()), c_int64(len(wide)), *pointers, native.threads())
+    lib.quantkit_matmul(matrix, c_void_p(wide.data_ptr()), c_int64(len(wide)), *pointers, library.threads())
     return out.to(x.dtype)
 
 
@@ -195,7 +194,7 @@ def native_is_best(rows: int, *, float32: bool) -> bool:
         rows: of the inputs.
         float32: the weights are (see `CpuWeight.is_float32`), so that bfloat16 would round what nobody asked to be rounded.
     """
-    return native.library() is not None and (float32 or rows < _BF16_ROWS or not _multiplies_bf16())
+    return library.load() is not None and (float32 or rows < _BF16_ROWS or not _multiplies_bf16())
 
 
 @cache

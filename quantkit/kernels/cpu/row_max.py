@@ -5,10 +5,10 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import library
 
 
-def row_maximum(rows: Tensor) -> tuple[list[float], list[int]]:
+def row_max(rows: Tensor) -> tuple[list[float], list[int]]:
     """As `torch.max` over the last dimension, whose place is the first one.
 
     Args:
@@ -17,13 +17,13 @@ def row_maximum(rows: Tensor) -> tuple[list[float], list[int]]:
     Returns:
         Values [R], NaN for a row that holds one; places [R].
     """
-    library = native.library()
-    if rows.device.type != "cpu" or library is None or not len(rows):
+    lib = library.load()
+    if rows.device.type != "cpu" or lib is None or not len(rows):
         values, places = rows.max(-1)
         return values.tolist(), places.tolist()
     assert rows.dtype == torch.float32
     rows, (count, width) = rows.contiguous(), rows.shape
     most, where = (c_float * count)(), (c_int64 * count)()
     address = c_void_p(rows.data_ptr())
-    library.quantkit_row_maximum(address, c_int64(count), c_int64(width), most, where, native.threads())
+    lib.quantkit_row_maximum(address, c_int64(count), c_int64(width), most, where, library.threads())
     return list(most), list(where)

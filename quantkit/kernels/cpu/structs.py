@@ -5,8 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from quantkit.kernels.layouts.quantized_kv import Cache
-from quantkit.kernels.layouts.quantized_kv import Store as QuantizedStore
+from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV
 
 _POINTER, _INT, _WORD, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -102,20 +101,20 @@ def store(cache: Cache) -> Store:
     """What the native kernels take. It borrows: the caller keeps the cache alive."""
     if isinstance(cache, Tensor):
         return Store(address(cache), None, None, None)
-    assert cache.open is None or cache.open.dtype == torch.bfloat16
-    return Store(*(address(tensor) for tensor in (cache.codes, cache.params, cache.lower, cache.open)))
+    assert cache.tail_pages is None or cache.tail_pages.dtype == torch.bfloat16
+    return Store(*(address(tensor) for tensor in (cache.codes, cache.params, cache.lower, cache.tail_pages)))
 
 
 def kind(cache: Cache) -> int:
     """The number of its type in vec.h."""
-    if isinstance(cache, QuantizedStore):
-        return _INT8 if cache.open is None else _INT4
+    if isinstance(cache, QuantizedKV):
+        return _INT8 if cache.tail_pages is None else _INT4
     return _FP8 if cache.dtype == torch.float8_e4m3fn else TYPES[cache.dtype]
 
 
-def open_pages(cache: Cache) -> int | None:
+def tail_page_ids(cache: Cache) -> int | None:
     """Address of the table of open pages; None (NULL) where there is none."""
-    return address(cache.open_pages) if isinstance(cache, QuantizedStore) else None
+    return address(cache.tail_page_ids) if isinstance(cache, QuantizedKV) else None
 
 
 def address(tensor: Tensor | None) -> int | None:

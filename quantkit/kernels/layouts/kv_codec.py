@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quantkit.kernels.layouts.quantized_kv import Cache, Store
+from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV
 
 #: Largest finite number of float8 e4m3; the cache saturates there.
 FP8_MAX = 448.0
@@ -32,23 +32,23 @@ def write(new: Tensor, cache: Cache, slots: Tensor) -> None:
             new = new.float().clamp(-FP8_MAX, FP8_MAX).to(cache.dtype).view(torch.uint8)
             cache = cache.view(torch.uint8)
         cache.flatten(0, 1)[slots] = new.to(cache.dtype)
-    elif cache.open is None:
+    elif cache.tail_pages is None:
         codes, scale, minimum = quantize(new, 255, -1)
         cache.codes.flatten(0, 1)[slots] = codes.to(torch.uint8)
         cache.params.flatten(0, 1)[slots] = torch.cat([scale, minimum], -1)
     else:
-        assert cache.open_pages is not None
-        block_size = cache.open.shape[1]
+        assert cache.tail_page_ids is not None
+        block_size = cache.tail_pages.shape[1]
         blocks, offsets = slots // block_size, slots % block_size
-        cache.open[cache.open_pages[blocks].long(), offsets] = new.to(cache.open.dtype)
+        cache.tail_pages[cache.tail_page_ids[blocks].long(), offsets] = new.to(cache.tail_pages.dtype)
         settle(cache, blocks[offsets == block_size - 1])
 
 
-def settle(store: Store, blocks: Tensor) -> None:
+def settle(store: QuantizedKV, blocks: Tensor) -> None:
     """Quantize full pages, int64 [n], from their open pages."""
-    assert store.open is not None
-    assert store.open_pages is not None
-    pages = store.open[store.open_pages[blocks].long()].float()
+    assert store.tail_pages is not None
+    assert store.tail_page_ids is not None
+    pages = store.tail_pages[store.tail_page_ids[blocks].long()].float()
     codes, scale, minimum = quantize(pages, 15, 1 if store.by_channel else -1)
     params = torch.stack([scale[:, 0], minimum[:, 0]], 2) if store.by_channel else torch.cat([scale, minimum], -1)
     store.codes[blocks], store.params[blocks] = _pack(codes), params
@@ -80,7 +80,7 @@ def stored(cache: Cache, blocks: Tensor, draft: bool = False) -> Tensor:
         return cache.view(torch.uint8)[blocks].view(cache.dtype) if cache.dtype == torch.float8_e4m3fn else cache[blocks]
     codes, params = cache.codes[blocks], cache.params[blocks].float()
     scale, minimum = params[:, None].unbind(3) if cache.by_channel else (params[..., :1], params[..., 1:])
-    if cache.open is None:
+    if cache.tail_pages is None:
         return scale * codes.float() + minimum
     if cache.lower is None or draft:
         return scale * _unpack(codes) + minimum

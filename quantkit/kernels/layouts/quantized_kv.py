@@ -27,7 +27,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Store:
+class QuantizedKV:
     """Keys or values of one layer.
 
     Attributes:
@@ -37,42 +37,42 @@ class Store:
             page's channels.
         by_channel: which of the two.
         lower: of 4+4 bit, the lower plane, laid out as `codes`.
-        open: of pages, 16-bit floating [open pages, block_size, H, D].
-        open_pages: of pages, int32 [num_blocks], the open page of each block that has one; arbitrary for others.
+        tail_pages: of pages, 16-bit floating [open pages, block_size, H, D].
+        tail_page_ids: of pages, int32 [num_blocks], the open page of each block that has one; arbitrary for others.
     """
 
     codes: Tensor
     params: Tensor
     by_channel: bool = False
     lower: Tensor | None = None
-    open: Tensor | None = None
-    open_pages: Tensor | None = None
+    tail_pages: Tensor | None = None
+    tail_page_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert (self.open is None) == (self.open_pages is None)
-        assert self.open is not None or not (self.by_channel or self.lower is not None)
+        assert (self.tail_pages is None) == (self.tail_page_ids is None)
+        assert self.tail_pages is not None or not (self.by_channel or self.lower is not None)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """num_blocks, block_size, H, D."""
         blocks, block_size, heads, bytes_ = self.codes.shape
-        return blocks, block_size, heads, bytes_ if self.open is None else 2 * bytes_
+        return blocks, block_size, heads, bytes_ if self.tail_pages is None else 2 * bytes_
 
     @property
-    def planes(self) -> tuple[Tensor, ...]:
+    def block_tensors(self) -> tuple[Tensor, ...]:
         """What is stored a block, the first dimension being the block."""
         return (self.codes, self.params) if self.lower is None else (self.codes, self.params, self.lower)
 
     @property
     def nbytes(self) -> int:
         """Size in bytes, open pages included."""
-        return sum(plane.nbytes for plane in self.planes) + (0 if self.open is None else self.open.nbytes)
+        return sum(plane.nbytes for plane in self.block_tensors) + (0 if self.tail_pages is None else self.tail_pages.nbytes)
 
 
 #: Keys or values of one layer: plain numbers [num_blocks, block_size, H, D], or quantized.
-Cache = Tensor | Store
+Cache = Tensor | QuantizedKV
 
 
-def planes(cache: Cache) -> tuple[Tensor, ...]:
+def block_tensors(cache: Cache) -> tuple[Tensor, ...]:
     """What is stored a block, of either kind."""
-    return cache.planes if isinstance(cache, Store) else (cache,)
+    return cache.block_tensors if isinstance(cache, QuantizedKV) else (cache,)

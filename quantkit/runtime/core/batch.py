@@ -13,7 +13,7 @@ from quantkit.runtime.core.sequence import Scheduled
 
 @dataclass(frozen=True)
 class Measured:
-    """O sequences of a batch whose attention is wanted, that of their last token (see `kernels.block_mass`).
+    """O sequences of a batch whose attention is wanted, that of their last token (see `kernels.attention_mass`).
 
     Attributes:
         sequences: int64 [O], which ones.

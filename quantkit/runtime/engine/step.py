@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from quantkit.errors import NumericsError
-from quantkit.kernels.cpu.row_max import row_maximum
+from quantkit.kernels.cpu.row_max import row_max
 from quantkit.runtime.core.model import Model
 from quantkit.runtime.core.sequence import Draft, Sample, Scheduled, Sequence
 from quantkit.runtime.engine.forward import forward
@@ -46,7 +46,7 @@ class Stepper:
         scheduled = self._speculation.propose(scheduled, lengths)
         drafted = time.perf_counter()
         logits = forward(self._model, self._kv, scheduled)
-        peaks, likeliest_ids = row_maximum(logits)
+        peaks, likeliest_ids = row_max(logits)
         flawed = flaws(peaks)
         failed = _failed(scheduled, flawed) if flawed else {}
         going = [entry for entry in scheduled if entry.sequence.request_id not in failed]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ResourceError
-from quantkit.kernels.layouts.quantized_kv import Cache, Store, planes
+from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV, block_tensors
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.dtypes import CacheFormat, LayerShape
 from quantkit.runtime.kv_cache.tail_pages import TailPages
@@ -55,7 +55,7 @@ class KVCache:
         self._planes = [
             plane.view(torch.uint8)  # Whatever its type, it can be indexed so.
             for cache in (*self.keys, *self.values)
-            for plane in planes(cache)
+            for plane in block_tensors(cache)
         ]
         self.block_bytes = sum(plane.nbytes for plane in self._planes) // num_blocks
 
@@ -94,9 +94,9 @@ class KVCache:
         pages = [] if self._open is None else self._open.copy(pairs)
         for cache in (*self.keys, *self.values):
             for old, new in pages:
-                assert isinstance(cache, Store)
-                assert cache.open is not None
-                cache.open[new] = cache.open[old]
+                assert isinstance(cache, QuantizedKV)
+                assert cache.tail_pages is not None
+                cache.tail_pages[new] = cache.tail_pages[old]
 
     def export_block(self, block: int) -> Tensor:
         """A copy of all bytes of a full block, uint8 [block_bytes], on the cache's device."""

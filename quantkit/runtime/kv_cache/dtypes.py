@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ResourceError
-from quantkit.kernels.layouts.quantized_kv import Cache, Store
+from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV
 
 #: Names of `--kv-dtype`. "auto" is the checkpoint's own type.
 KV_DTYPES = ("auto", "bf16", "fp8", "int8", "int4", "int4+4")
@@ -66,7 +66,7 @@ class CacheFormat:
             shape: of the layer.
             num_blocks, block_size: of the cache.
             device: where it lies; on the meta device only sizes are right.
-            open_pages: int32 [num_blocks], see `Store`; None without pages.
+            open_pages: int32 [num_blocks], see `QuantizedKV`; None without pages.
             pages: open pages.
         """
 
@@ -76,14 +76,14 @@ class CacheFormat:
 
             tokens = num_blocks, block_size, shape.heads
             if self.name == "int8":
-                return Store(empty(*tokens, width, dtype=torch.uint8), empty(*tokens, 2, dtype=torch.float16))
+                return QuantizedKV(empty(*tokens, width, dtype=torch.uint8), empty(*tokens, 2, dtype=torch.float16))
             if not self.paged:
                 return empty(*tokens, width, dtype=self.dtype)
             planes = [empty(*tokens, width // 2, dtype=torch.uint8) for _ in range(2 if self.name == "int4+4" else 1)]
             of_scales = (num_blocks, shape.heads, 2, width) if keys else (*tokens, 2)
             lower = planes[1] if len(planes) == 2 else None
             opened = empty(pages, block_size, shape.heads, width, dtype=self.dtype)
-            return Store(planes[0], empty(*of_scales, dtype=torch.float16), keys, lower, opened, open_pages)
+            return QuantizedKV(planes[0], empty(*of_scales, dtype=torch.float16), keys, lower, opened, open_pages)
 
         return store(shape.key_width, keys=True), store(shape.value_width, keys=False)
 

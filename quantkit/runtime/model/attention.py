@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from quantkit.kernels.attention_mass import attention_mass
 from quantkit.kernels.cpu import attention as cpu_attention
-from quantkit.kernels.gpu.attention.attention_mass import block_mass
 from quantkit.kernels.layouts.quantized_kv import Cache
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.cache import KVCache
@@ -75,10 +75,10 @@ def attend(
 
 
 def measure(batch: Batch, queries: Tensor, keys: Cache, **shape: Any) -> None:
-    """Add a layer's attention of the measured tokens, queries [O, Hq, D], to the batch's; `shape` as for `block_mass`."""
+    """Add a layer's attention of the measured tokens, queries [O, Hq, D], to the batch's; `shape` as for `attention_mass`."""
     assert batch.measured is not None
     which = batch.measured.sequences
-    batch.measured.mass.add_(block_mass(queries, keys, batch.block_table[which], batch.seq_lens[which], **shape))
+    batch.measured.mass.add_(attention_mass(queries, keys, batch.block_table[which], batch.seq_lens[which], **shape))
 
 
 def _kernels(device: str, max_query_len: int) -> tuple[Callable[..., None], Callable[..., Tensor]]:

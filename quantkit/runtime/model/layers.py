@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.kernels.cpu import hadamard as cpu_hadamard
-from quantkit.kernels.cpu import matmul as cpu
-from quantkit.kernels.cpu.w4a8 import rounded_matmul
+from quantkit.kernels.cpu import matmul as cpu_matmul
+from quantkit.kernels.cpu import w4a8 as cpu_w4a8
 from quantkit.kernels.layouts.planes import PlaneWeight, fits, to_planes
 from quantkit.methods.grid import QuantizedWeight
 
 #: A weight as its kernel wants it: native tiles or rows on a CPU, planes or a plain [N, K] tensor on a GPU.
-Weight = cpu.CpuWeight | PlaneWeight | Tensor
+Weight = cpu_matmul.CpuWeight | PlaneWeight | Tensor
 
 
 def pack_weight(weight: QuantizedWeight | Tensor, device: torch.device, dtype: torch.dtype) -> Weight:
@@ -28,11 +28,11 @@ def pack_weight(weight: QuantizedWeight | Tensor, device: torch.device, dtype: t
         dtype: of activations on a GPU; on a CPU activations are float32 whatever the weight is.
     """
     if isinstance(weight, Tensor):
-        return cpu.pack_dense(weight) if device.type == "cpu" else weight.to(device, dtype)
+        return cpu_matmul.pack_dense(weight) if device.type == "cpu" else weight.to(device, dtype)
     scheme, columns = weight.scheme, weight.codes.shape[1]
     parts = weight.codes, weight.scales, weight.zeros, scheme.bits, scheme.group_columns(columns)
     if device.type == "cpu":
-        return cpu.pack(*parts)
+        return cpu_matmul.pack(*parts)
     if not fits(columns, scheme.group_size):
         return weight.dequantize().to(device, dtype)
     codes, scales, zeros, bits, group_size = parts
@@ -41,7 +41,7 @@ def pack_weight(weight: QuantizedWeight | Tensor, device: torch.device, dtype: t
 
 def packed(weight: Weight) -> bool:
     """Whether the weight is quantized."""
-    return isinstance(weight, PlaneWeight) or (isinstance(weight, cpu.CpuWeight) and weight.layout != "dense")
+    return isinstance(weight, PlaneWeight) or (isinstance(weight, cpu_matmul.CpuWeight) and weight.layout != "dense")
 
 
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation_bits: int = 0) -> Tensor:
@@ -56,18 +56,18 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation_bits: in
     elif isinstance(weight, PlaneWeight):
         out = _multiply_planes(rows, weight, bias, activation_bits)
     elif activation_bits:
-        out = rounded_matmul(rows, weight, activation_bits, bias)
+        out = cpu_w4a8.w4a8_matmul(rows, weight, activation_bits, bias)
     else:
-        out = cpu.matmul(rows, weight, bias)
+        out = cpu_matmul.matmul(rows, weight, bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _multiply_planes(x: Tensor, weight: PlaneWeight, bias: Tensor | None, activation_bits: int) -> Tensor:
     """Triton is slow to import, and only Linux has it."""
     if activation_bits:
-        from quantkit.kernels.gpu.matmul import w4a8_gemm as rounded_gemm
+        from quantkit.kernels.gpu.matmul.w4a8_gemm import w4a8_matmul
 
-        return rounded_gemm.rounded_matmul(x, weight, activation_bits, bias)
+        return w4a8_matmul(x, weight, activation_bits, bias)
     from quantkit.kernels.gpu.matmul.dequant_matmul import dequant_matmul
 
     return dequant_matmul(x, weight, bias)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import RequestError, ResourceError
-from quantkit.kernels.cpu import matmul as cpu
+from quantkit.kernels.cpu import matmul as cpu_matmul
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.cache import KVCache, blocks_for, free_memory, require_free
 from quantkit.runtime.kv_cache.dtypes import CacheFormat, cache_format, check_name, default_block_size
@@ -117,8 +117,8 @@ class ModelRunner:
         if decoder is None:
             return lambda batch, draft: None
         weights = [linear.kernel_weight for linear in self.definition.linears()]
-        float32 = all(isinstance(weight, cpu.CpuWeight) and weight.is_float32 for weight in weights)
-        best = partial(cpu.native_is_best, float32=float32)
+        float32 = all(isinstance(weight, cpu_matmul.CpuWeight) and weight.is_float32 for weight in weights)
+        best = partial(cpu_matmul.native_is_best, float32=float32)
         return lambda batch, draft: decoder(batch, draft) if best(len(batch.token_ids)) else None
 
     @torch.inference_mode()

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantkit.kernels.cpu import library as native
-from quantkit.kernels.cpu import structs
+from quantkit.kernels.cpu import library, structs
 from quantkit.kernels.cpu.matmul import CpuWeight
 from quantkit.models.families import Norms
 from quantkit.runtime.core.batch import Batch
@@ -30,7 +29,7 @@ _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 
 def native_decoder(definition: Definition, cache: KVCache, activation_bits: int = 0) -> Callable[[Batch, bool], Tensor] | None:
     """The native decoder's forward for a model on the CPU, see `NativeDecoder`; None where there is none."""
-    if native.library() is None:
+    if library.load() is None:
         return None
     model = describe(definition)
     return None if model is None else NativeDecoder(model, cache.keys, cache.values, activation_bits).forward

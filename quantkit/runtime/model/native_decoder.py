@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.kernels.cpu import library as native
-from quantkit.kernels.cpu import structs
+from quantkit.kernels.cpu import library, structs
 from quantkit.kernels.cpu.matmul import CpuWeight
 from quantkit.kernels.layouts.quantized_kv import Cache
 from quantkit.runtime.core.batch import Batch
@@ -131,15 +130,15 @@ class NativeDecoder:
     ) -> None:
         """
         Args:
-            model: kept alive, as the caches are; needs native kernels (`native.library()` is not None).
+            model: kept alive, as the caches are; needs native kernels (`library.load()` is not None).
             key_caches, value_caches: per layer, [num_blocks, block_size, kv_heads, head_dim], plain or quantized.
             activation_bits: 4 or 8 rounds what packed weights multiply (see `linear.rounding`); 0 does not.
         """
-        library = native.library()
-        assert library is not None, "no native kernels"
+        lib = library.load()
+        assert lib is not None, "no native kernels"
         assert len(model.layers) == len(key_caches) == len(value_caches)
-        self._library, self._model, self._caches = library, model, (*key_caches, *value_caches)
-        self._block_size, self._open_pages = key_caches[0].shape[1], structs.open_pages(key_caches[0])
+        self._library, self._model, self._caches = lib, model, (*key_caches, *value_caches)
+        self._block_size, self._open_pages = key_caches[0].shape[1], structs.tail_page_ids(key_caches[0])
         pairs = zip(model.layers, zip(key_caches, value_caches, strict=True), strict=True)
         layers = [_layer(model, layer, keys, values, activation_bits) for layer, (keys, values) in pairs]
         self._layers = (structs.Layer * len(layers))(*layers)
@@ -170,7 +169,7 @@ class NativeDecoder:
         wanted = structs.address(measured), structs.address(queries), len(measured)
         call = structs.Batch(pages, *addresses, tokens, rows, *wanted)
         out = c_void_p(logits.data_ptr())
-        if self._library.quantkit_decoder_forward(byref(self._decoder), byref(call), out, native.threads()):
+        if self._library.quantkit_decoder_forward(byref(self._decoder), byref(call), out, library.threads()):
             raise MemoryError(f"no memory for a forward of {tokens} tokens")
         if batch.measured is not None:
             for layer, keys, of_layer in zip(model.layers, self._caches, queries, strict=False):  # keys come first

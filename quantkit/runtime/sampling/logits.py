@@ -13,7 +13,7 @@ from quantkit.runtime.sampling.top_k import largest
 
 
 def flaws(peaks: Sequence[float]) -> dict[int, str]:
-    """Rows of logits from which no token can be chosen, and what they are, by the largest of each (see `row_maximum`)."""
+    """Rows of logits from which no token can be chosen, and what they are, by the largest of each (see `row_max`)."""
     # The largest of NaN and anything is NaN; it is -Inf where all are.
     names = {"nan": "NaN", "inf": "Inf", "-inf": "-Inf for every token"}
     return {row: names[str(peak)] for row, peak in enumerate(peaks) if not isfinite(peak)}

@@ -8,7 +8,7 @@ a chunk left out has k values that are no smaller. Vocabularies that are no whol
 import torch
 from torch import Tensor
 
-from quantkit.kernels.cpu.row_max import row_maximum
+from quantkit.kernels.cpu.row_max import row_max
 
 #: Neighbouring logits that are reduced to their maximum first; the vocabularies of current models are multiples of it.
 _CHUNK = 32
@@ -16,7 +16,7 @@ _CHUNK = 32
 
 def argmax(logits: Tensor) -> list[int]:
     """The first of the largest values in every row of float32 [R, V], as `torch.argmax`."""
-    return row_maximum(logits)[1]
+    return row_max(logits)[1]
 
 
 def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from quantkit.kernels.cpu.row_max import row_maximum
+from quantkit.kernels.cpu.row_max import row_max
 from quantkit.runtime.core.sequence import Draft, Sequence
 from quantkit.runtime.sampling.logits import flaws
 from quantkit.runtime.sampling.sampler import apply_constraints, apply_penalties, distribution, draw, invert
@@ -39,7 +39,7 @@ def draft(lengths: Mapping[Sequence, int], logits: Tensor, extend: Extend) -> di
     left = list(lengths)
     states = {sequence: sequence.random.getstate() for sequence in lengths if sequence.params.seed is not None}
     while True:
-        if flawed := flaws(row_maximum(logits)[0]):
+        if flawed := flaws(row_max(logits)[0]):
             sound = [row for row in range(len(left)) if row not in flawed]
             logits, left = logits[sound], [left[row] for row in sound]
         _choose(logits, left, tokens, drawn)

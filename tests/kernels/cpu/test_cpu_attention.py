@@ -11,7 +11,7 @@ from helpers.native_cases import kernels, threads  # noqa: F401
 from helpers.paged_samples import Batch, Heads, assert_attends, make_batch
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import attention as cpu_attention
-from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import library
 
 SCALE = 0.3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -130,4 +130,4 @@ def test_floats_are_rounded_as_torch_rounds(kernels: str, dtype: torch.dtype) ->
 
 
 def test_native_kernels_are_what_is_tested(kernels: str) -> None:  # noqa: F811
-    assert (native.library() is not None) == (kernels == "native")
+    assert (library.load() is not None) == (kernels == "native")

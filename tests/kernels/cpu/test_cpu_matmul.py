@@ -10,8 +10,8 @@ from torch import Tensor
 
 from helpers.native_cases import kernels, narrow, threads  # noqa: F401
 from quantkit.kernels import reference
-from quantkit.kernels.cpu import library as native
-from quantkit.kernels.cpu import matmul as cpu
+from quantkit.kernels.cpu import library
+from quantkit.kernels.cpu import matmul as cpu_matmul
 
 FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -48,8 +48,8 @@ def _sample(rows: int, columns: int, group: int, bits: int = 4, symmetric: bool 
     return Weight(codes, scales, zeros.fill_(1 << (bits - 1)) if symmetric else zeros, bits, group)
 
 
-def _packed(weight: Weight) -> cpu.CpuWeight:
-    return cpu.pack(weight.codes, weight.scales, weight.zeros, weight.bits, weight.group)
+def _packed(weight: Weight) -> cpu_matmul.CpuWeight:
+    return cpu_matmul.pack(weight.codes, weight.scales, weight.zeros, weight.bits, weight.group)
 
 
 def _assert_close(found: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> None:
@@ -85,7 +85,7 @@ def test_packed_products(kernels: str, bits: int, shape: tuple[int, int, int]) -
     assert packed.layout == ("tiles" if kernels == "native" else "codes")
     for rows in ROWS:
         x = _rows(rows, shape[1])
-        _assert_close(cpu.matmul(x, packed), x, weight)
+        _assert_close(cpu_matmul.matmul(x, packed), x, weight)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
@@ -93,7 +93,7 @@ def test_types_of_activations_and_bias(kernels: str, dtype: torch.dtype) -> None
     weight = _sample(70, 128, 64, symmetric=True)
     x = _rows(3, 128, dtype)
     for bias in (None, torch.randn(70), torch.randn(70).to(FLOAT16)):
-        _assert_close(cpu.matmul(x, _packed(weight), bias), x, weight, bias)
+        _assert_close(cpu_matmul.matmul(x, _packed(weight), bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33])
@@ -101,20 +101,20 @@ def test_types_of_activations_and_bias(kernels: str, dtype: torch.dtype) -> None
 def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch, bits: int, rows: int) -> None:
     """With exact bfloat16 operands only torch's result, sum x (q - 8) s, is rounded: half of bfloat16's last place, and twice
     that is allowed for the sum behind it."""
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(library, "load", lambda: None)
     weight = _sample(64, 256, 64, bits)
     packed = _packed(weight)
     assert packed.layout == "int4"
     x = _rows(rows, 256, BFLOAT16).float()
     bound = 2.0**-7 * x.abs() @ (8 * weight.scales.repeat_interleave(64, 1)).T
-    assert bool(((cpu.matmul(x, packed) - x @ weight.dense.T).abs() <= bound).all())
-    assert bool(((cpu.dequantize(packed) - weight.dense).abs() <= 2.0**-7 * 8 * weight.scales.max()).all())
+    assert bool(((cpu_matmul.matmul(x, packed) - x @ weight.dense.T).abs() <= bound).all())
+    assert bool(((cpu_matmul.dequantize(packed) - weight.dense).abs() <= 2.0**-7 * 8 * weight.scales.max()).all())
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
 @pytest.mark.parametrize(("rows", "columns"), [(33, 64), (50, 101), (7, 13), (1, 1), (9, 48)])
 def test_dense_products_round_nothing(dtype: torch.dtype, rows: int, columns: int) -> None:
-    assert native.library() is not None
+    assert library.load() is not None
     # Subnormal halves among them.
     weight = (torch.randn(rows, columns) * 10.0 ** torch.randint(-7, 2, (rows, columns))).to(dtype)
     for count in ROWS:
@@ -122,15 +122,15 @@ def test_dense_products_round_nothing(dtype: torch.dtype, rows: int, columns: in
         wanted = x.double() @ weight.double().T
         # float32 sums: at most K roundings of 2^-24 of the sum of magnitudes.
         bound = columns * 2.0**-24 * (x.double().abs() @ weight.double().abs().T)
-        assert bool(((cpu.matmul(x, cpu.pack_dense(weight)).double() - wanted).abs() <= bound).all())
+        assert bool(((cpu_matmul.matmul(x, cpu_matmul.pack_dense(weight)).double() - wanted).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
 def test_dense_products_without_a_compiler(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(library, "load", lambda: None)
     weight, x = torch.randn(50, 101).to(dtype), _rows(3, 101, dtype)
     bias = torch.randn(50)
-    found = cpu.matmul(x, cpu.pack_dense(weight), bias)
+    found = cpu_matmul.matmul(x, cpu_matmul.pack_dense(weight), bias)
     wanted = x.double() @ weight.double().T + bias
     # Two roundings to the type, of the product and of the sum with the bias, and float32 sums before.
     bound = torch.finfo(dtype).eps * (wanted.abs() + bias.abs()) + 2.0**-17 * (x.double().abs() @ weight.double().abs().T)
@@ -144,18 +144,21 @@ def test_dense_weights_may_lie_anywhere(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"\0\0" + numbers.view(torch.uint8).numpy().tobytes())
     stored = torch.from_file(str(tmp_path / "weights"), shared=False, size=1 + 7 * 45, dtype=BFLOAT16)[1:].view(7, 45)
     x = _rows(2, 45)
-    assert torch.equal(cpu.matmul(x, cpu.pack_dense(stored)), cpu.matmul(x, cpu.pack_dense(numbers.view(7, 45).clone())))
-    assert cpu.pack_dense(stored).data.data_ptr() == stored.data_ptr()
+    assert torch.equal(
+        cpu_matmul.matmul(x, cpu_matmul.pack_dense(stored)),
+        cpu_matmul.matmul(x, cpu_matmul.pack_dense(numbers.view(7, 45).clone())),
+    )
+    assert cpu_matmul.pack_dense(stored).data.data_ptr() == stored.data_ptr()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 0])
 def test_a_row_depends_on_nothing_but_itself(bits: int, threads: int) -> None:  # noqa: F811
     """Greedy decoding must give the same text alone and in a batch, on one thread and on many."""
-    weight = _packed(_sample(100, 320, 64, bits)) if bits else cpu.pack_dense(torch.randn(100, 320).to(BFLOAT16))
+    weight = _packed(_sample(100, 320, 64, bits)) if bits else cpu_matmul.pack_dense(torch.randn(100, 320).to(BFLOAT16))
     x = _rows(200, 320)
-    found = [cpu.matmul(x[:rows], weight) for rows in ROWS]
+    found = [cpu_matmul.matmul(x[:rows], weight) for rows in ROWS]
     torch.set_num_threads(1)
-    alone = torch.cat([cpu.matmul(row[None], weight) for row in x])
+    alone = torch.cat([cpu_matmul.matmul(row[None], weight) for row in x])
     for rows, out in zip(ROWS, found, strict=True):
         assert torch.equal(out, alone[:rows])
 
@@ -165,9 +168,9 @@ def test_a_row_depends_on_nothing_but_itself(bits: int, threads: int) -> None:  
 def test_the_largest_sums_fit(zero: int, sign: int) -> None:
     """All codes, zero points and inputs at their ends, in groups long enough for every intermediate sum to be full."""
     codes, zeros = torch.full((32, 2048), 255 - zero, dtype=torch.uint8), torch.full((32, 2), zero, dtype=torch.uint8)
-    packed = cpu.pack(codes, torch.ones(32, 2), zeros, 8, 1024)
+    packed = cpu_matmul.pack(codes, torch.ones(32, 2), zeros, 8, 1024)
     for rows in ROWS:
-        found = cpu.matmul(torch.full((rows, 2048), 32767.0 * sign), packed)
+        found = cpu_matmul.matmul(torch.full((rows, 2048), 32767.0 * sign), packed)
         wanted = 32767.0 * sign * (255 - 2 * zero) * 2048
         # Eight runs are added up in float32.
         assert bool(((found - wanted).abs() <= 8 * 2.0**-24 * abs(wanted)).all())
@@ -184,10 +187,10 @@ def test_every_processor_computes_the_same(
     """Whatever its vectors' width, and with no instruction for products of 16-bit integers."""
     packed = _packed(_sample(*shape, bits))
     samples = [_rows(rows, shape[1]) for rows in ROWS]
-    found = [cpu.matmul(x, packed) for x in samples]
-    monkeypatch.setattr(native, "library", lambda: narrow)
+    found = [cpu_matmul.matmul(x, packed) for x in samples]
+    monkeypatch.setattr(library, "load", lambda: narrow)
     for x, wanted in zip(samples, found, strict=True):
-        assert torch.equal(cpu.matmul(x, packed), wanted)
+        assert torch.equal(cpu_matmul.matmul(x, packed), wanted)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -196,18 +199,18 @@ def test_what_is_not_finite_spoils_its_row_and_no_other(bits: int, value: float)
     packed = _packed(_sample(70, 520, -1, bits))
     for rows in ROWS:
         x = _rows(rows, 520)
-        wanted = cpu.matmul(x, packed)
+        wanted = cpu_matmul.matmul(x, packed)
         x[rows // 2, 300], wanted[rows // 2] = value, torch.nan
-        torch.testing.assert_close(cpu.matmul(x, packed), wanted, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(cpu_matmul.matmul(x, packed), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_inputs_of_any_size() -> None:
     """Each group has its own scale, and zeros none; what is too small for one counts as zero."""
     weight = _sample(70, 256, 64, 4)
     x = _rows(3, 256).view(3, 4, 64) * torch.tensor([1e-12, 1e-42, 1e30, 0.0])[:, None]
-    _assert_close(cpu.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
+    _assert_close(cpu_matmul.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
     x[:, 2] = 0
-    _assert_close(cpu.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
+    _assert_close(cpu_matmul.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -215,23 +218,23 @@ def test_inputs_of_any_size() -> None:
 def test_weights_come_back_exactly(kernels: str, bits: int, shape: tuple[int, int, int]) -> None:  # noqa: F811
     weight = _sample(*shape, bits)
     packed, dense = _packed(weight), weight.dense
-    assert torch.equal(cpu.dequantize(packed), dense)
+    assert torch.equal(cpu_matmul.dequantize(packed), dense)
     some = slice(shape[0] // 3, shape[0] - shape[0] // 4)
-    assert torch.equal(cpu.dequantize(packed, some.start, some.stop, BFLOAT16), dense[some].to(BFLOAT16))
+    assert torch.equal(cpu_matmul.dequantize(packed, some.start, some.stop, BFLOAT16), dense[some].to(BFLOAT16))
 
 
 def test_many_rows_where_the_processor_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels of dequantized rows, through torch; the last panel is short. Inputs, weights and result are rounded."""
-    monkeypatch.setattr(cpu, "_multiplies_bf16", lambda: True)
-    monkeypatch.setattr(cpu, "_PANEL_ROWS", 32)
+    monkeypatch.setattr(cpu_matmul, "_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(cpu_matmul, "_PANEL_ROWS", 32)
     weight = _sample(70, 128, 64)
     x = _rows(65, 128)
     wanted, size = x @ weight.dense.T, x.abs() @ weight.dense.abs().T
-    assert bool(((cpu.matmul(x, _packed(weight)) - wanted).abs() <= 2.0**-7 * size).all())
+    assert bool(((cpu_matmul.matmul(x, _packed(weight)) - wanted).abs() <= 2.0**-7 * size).all())
     # Too few rows are not worth the rounding.
-    _assert_close(cpu.matmul(x[:63], _packed(weight)), x[:63], weight)
+    _assert_close(cpu_matmul.matmul(x[:63], _packed(weight)), x[:63], weight)
     # Float32 weights are not rounded; they are added up in another order.
-    assert bool(((cpu.matmul(x, cpu.pack_dense(weight.dense)) - wanted).abs() <= 2.0**-20 * size).all())
+    assert bool(((cpu_matmul.matmul(x, cpu_matmul.pack_dense(weight.dense)) - wanted).abs() <= 2.0**-20 * size).all())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -251,17 +254,17 @@ def test_scales_of_any_float(bits: int, shape: tuple[int, int, int], symmetric: 
         assert packed.scales is not None
         assert packed.scales.dtype == kept
         assert (packed.zeros is None) == bool((weight.zeros == weight.zeros[0, 0]).all())
-        assert torch.equal(cpu.dequantize(packed), changed.dense)
+        assert torch.equal(cpu_matmul.dequantize(packed), changed.dense)
         for rows in (1, 7):
             x = _rows(rows, shape[1])
-            _assert_close(cpu.matmul(x, packed), x, changed)
+            _assert_close(cpu_matmul.matmul(x, packed), x, changed)
 
 
 def test_bytes_that_a_product_reads() -> None:
     # Half a byte a weight, a float16 scale and a byte of zero point a group, the latter in words of four.
     assert _packed(_sample(64, 128, 64)).nbytes == 64 * (128 // 2 + 2 * 2 + 4)
     assert _packed(_sample(64, 128, 64, symmetric=True)).nbytes == 64 * (128 // 2 + 2 * 2)
-    assert cpu.pack_dense(torch.zeros(3, 5)).nbytes == 60
+    assert cpu_matmul.pack_dense(torch.zeros(3, 5)).nbytes == 60
 
 
 @pytest.mark.parametrize("shape", [(70, 576, 64), (33, 100, 100), (40, 60, 20), (64, 520, -1)])
@@ -269,12 +272,12 @@ def test_bytes_that_a_product_reads() -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_columns_in_another_order(bits: int, activation_bits: int, shape: tuple[int, int, int]) -> None:
     """To the bit as if x had been put into the weight's order before."""
-    library = native.library()
-    assert library is not None
+    lib = library.load()
+    assert lib is not None
     packed, x = _packed(_sample(*shape, bits)), _rows(3, shape[1])
     order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(0)).int()
     matrix = ctypes.byref(packed.matrix(None, activation_bits, order))
-    prepared, out = torch.empty(3 * library.quantkit_prepared_floats(matrix)), torch.empty(3, shape[0])
+    prepared, out = torch.empty(3 * lib.quantkit_prepared_floats(matrix)), torch.empty(3, shape[0])
     values, *buffers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, prepared, out))
-    library.quantkit_matmul(matrix, values, ctypes.c_int64(3), *buffers, 2)
-    assert torch.equal(out, cpu.native_matmul(library, x[:, order], packed, None, activation_bits))
+    lib.quantkit_matmul(matrix, values, ctypes.c_int64(3), *buffers, 2)
+    assert torch.equal(out, cpu_matmul.native_matmul(lib, x[:, order], packed, None, activation_bits))

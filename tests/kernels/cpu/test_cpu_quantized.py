@@ -82,7 +82,7 @@ def test_writes_what_the_oracle_writes(scheme: str, heads: Heads, threads: int) 
         cpu_attention.kv_write(key, value, *found, where)
         reference.kv_write(key, value, *wanted, where)
     for one, other in zip(found, wanted, strict=True):
-        for name in ("codes", "params", "lower", "open"):
+        for name in ("codes", "params", "lower", "tail_pages"):
             left, right = getattr(one, name), getattr(other, name)
             assert left is right is None or torch.equal(left.view(torch.uint8), right.view(torch.uint8)), name
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import library
 
 
 @pytest.fixture(autouse=True)
 def _forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache, and nothing remembered from or for other tests."""
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
 
 
 def _fake(tmp_path: Path, script: str) -> str:
@@ -27,7 +27,7 @@ def _fake(tmp_path: Path, script: str) -> str:
 
 def _fails(caplog: pytest.LogCaptureFixture, reason: str) -> None:
     with caplog.at_level(logging.WARNING, "quantkit.kernels.cpu.library"):
-        assert native.library() is None
+        assert library.load() is None
     assert len(caplog.records) == 1
     assert reason in caplog.text
 
@@ -66,14 +66,14 @@ def test_compiled_once_and_again_for_another_compiler(monkeypatch: pytest.Monkey
     paths = []
     for version in ("gcc 1", "gcc 1", "clang 2"):
         monkeypatch.setenv("VERSION", version)
-        paths.append(native._built())
+        paths.append(library._built())
     assert paths[0] == paths[1] != paths[2]
     assert (tmp_path / "count").read_text().count("\n") == 2
 
 
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
     """Both load a whole file, and one file is left."""
-    code = "from quantkit.kernels import native; assert native.library() is not None"
+    code = "from quantkit.kernels.cpu import library; assert library.load() is not None"
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(timeout=300) for process in both] == [0, 0]
     assert [path.suffix for path in (tmp_path / "cache" / "native").iterdir()] == [".so"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from helpers import tiny
 from helpers.native_cases import threads  # noqa: F401
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.kernels.cpu import matmul as cpu
+from quantkit.kernels.cpu import matmul as cpu_matmul
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.kv_cache.dtypes import plain
@@ -148,11 +148,11 @@ def _quantized(model: DecoderModel, bits: int) -> DecoderModel:
     """The same model on packed weights, rounded to a grid of 16 columns a scale; the biases stay."""
 
     def pack(projection: Projection) -> Projection:
-        weight = cpu.dequantize(projection.weight)
+        weight = cpu_matmul.dequantize(projection.weight)
         scales = weight.unflatten(1, (-1, 16)).abs().amax(-1) / (2 ** (bits - 1) - 1)
         middle = 1 << (bits - 1)
         codes = ((weight / scales.repeat_interleave(16, 1)).round() + middle).to(torch.uint8)
-        return Projection(cpu.pack(codes, scales, torch.full_like(scales, middle).byte(), bits, 16), projection.bias)
+        return Projection(cpu_matmul.pack(codes, scales, torch.full_like(scales, middle).byte(), bits, 16), projection.bias)
 
     names = ("qkv", "out", "gate_up", "down")
     layers = [replace(layer, **{name: pack(getattr(layer, name)) for name in names}) for layer in model.layers]
@@ -166,7 +166,7 @@ def test_packed_weights(bits: int, load: Callable[[str], Any]) -> None:
     packed = _quantized(model, bits)
 
     def dense(projection: Projection) -> Projection:
-        return Projection(cpu.pack_dense(cpu.dequantize(projection.weight)), projection.bias)
+        return Projection(cpu_matmul.pack_dense(cpu_matmul.dequantize(projection.weight)), projection.bias)
 
     names = ("qkv", "out", "gate_up", "down")
     same = [replace(layer, **{name: dense(getattr(layer, name)) for name in names}) for layer in packed.layers]

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from helpers.native_cases import kernels, narrow, other_lanes, threads  # noqa: F401
-from quantkit.kernels.cpu.row_max import row_maximum
+from quantkit.kernels.cpu.row_max import row_max
 
 #: Around one vector, four of them, one piece and several.
 WIDTHS = [1, 7, 8, 31, 32, 33, 100, 511, 512, 513, 1025, 4999]
 
 
 def _assert_same(rows: Tensor) -> None:
-    values, places = row_maximum(rows)
+    values, places = row_max(rows)
     wanted_values, wanted_places = rows.max(-1)
     torch.testing.assert_close(torch.tensor(values), wanted_values, rtol=0, atol=0, equal_nan=True)
     assert places == wanted_places.tolist()

@@ -19,10 +19,13 @@ STEPS = {"decode": [1, 1], "verify": [3, 8], "prefill": [33, 9], "mixed": [21, 1
 
 def _float32(case: Quantized) -> Quantized:
     """Open pages in the query's type, as the kernels want them."""
-    if case.keys.open is None:
+    if case.keys.tail_pages is None:
         return case
-    assert case.values.open is not None
-    keys, values = replace(case.keys, open=case.keys.open.float()), replace(case.values, open=case.values.open.float())
+    assert case.values.tail_pages is not None
+    keys, values = (
+        replace(case.keys, tail_pages=case.keys.tail_pages.float()),
+        replace(case.values, tail_pages=case.values.tail_pages.float()),
+    )
     return replace(case, keys=keys, values=values)
 
 
@@ -98,7 +101,7 @@ def test_writes_what_the_oracle_writes(scheme: str, heads: Heads) -> None:
         reference.kv_write(key, value, *wanted, where)
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one.params.view(torch.int16), other.params.view(torch.int16))
-        for name in ("codes", "lower", "open"):
+        for name in ("codes", "lower", "tail_pages"):
             left, right = getattr(one, name), getattr(other, name)
             if DEVICE == "cpu":
                 assert left is right is None or torch.equal(left.view(torch.uint8), right.view(torch.uint8)), name

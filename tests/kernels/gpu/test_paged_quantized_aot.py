@@ -11,7 +11,7 @@ from quantkit.kernels.gpu.attention import paged_decode, paged_prefill
 from quantkit.kernels.gpu.attention.paged_launch import Call, Scores
 from quantkit.kernels.gpu.attention.paged_plan import Device, Problem, decode_configs, prefill_configs
 from quantkit.kernels.gpu.kv import kv_write_quantized as kv_write_stored
-from quantkit.kernels.layouts.quantized_kv import Cache, Store
+from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV
 
 A100, H100 = Device(80, 108, 166912), Device(90, 132, 232448)
 NAMES = {A100: "A100", H100: "H100"}
@@ -36,12 +36,12 @@ def _cache(form: str, *, keys: bool) -> Cache:
     if form == "fp8":
         return _empty(*tokens, DIM, dtype=torch.float8_e4m3fn)
     if form == "int8":
-        return Store(_empty(*tokens, DIM, dtype=torch.uint8), _empty(*tokens, 2))
+        return QuantizedKV(_empty(*tokens, DIM, dtype=torch.uint8), _empty(*tokens, 2))
     codes = _empty(*tokens, DIM // 2, dtype=torch.uint8)
     params = _empty(64, KV_HEADS, 2, DIM) if keys else _empty(*tokens, 2)
     lower = codes if form == "int4+4" else None
     opened = _empty(9, BLOCK_SIZE, KV_HEADS, DIM)
-    return Store(codes, params, keys, lower, opened, _empty(64, dtype=torch.int32))
+    return QuantizedKV(codes, params, keys, lower, opened, _empty(64, dtype=torch.int32))
 
 
 def _call(form: str, tokens: int) -> Call:

@@ -15,7 +15,7 @@ from helpers.weights import DEVICE, Sample, activations, sample
 from quantkit.kernels import reference
 from quantkit.kernels.gpu.matmul.gemm_plan import Steps
 from quantkit.kernels.gpu.matmul.quantize_rows import byte_fields, round_rows
-from quantkit.kernels.gpu.matmul.w4a8_gemm import field_assembly, parts, rounded_gemm, rounded_matmul
+from quantkit.kernels.gpu.matmul.w4a8_gemm import field_assembly, parts, rounded_gemm, w4a8_matmul
 from quantkit.kernels.layouts.planes import block_columns
 
 FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
@@ -112,11 +112,11 @@ def test_the_entry(dtype: torch.dtype) -> None:
     weight = sample(40, 600, 4, -1)
     wide = torch.full((3, 800), 1e4, device=DEVICE, dtype=dtype)
     wide[:2, 100:700] = activations(2, 600, dtype)
-    _assert_close(rounded_matmul(wide[:2, 100:700], weight.planes, 8), wide[:2, 100:700], weight, 8)
-    assert rounded_matmul(wide[:0, 100:700], weight.planes, 8).shape == (0, 40)
+    _assert_close(w4a8_matmul(wide[:2, 100:700], weight.planes, 8), wide[:2, 100:700], weight, 8)
+    assert w4a8_matmul(wide[:0, 100:700], weight.planes, 8).shape == (0, 40)
     for wrong in ((wide, 8), (wide[0, :600], 8), (wide[:, :600], 5)):
         with pytest.raises(AssertionError):
-            rounded_matmul(wrong[0], weight.planes, wrong[1])
+            w4a8_matmul(wrong[0], weight.planes, wrong[1])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from helpers.native_cases import kernels, narrow, other_lanes, threads  # noqa: F401
 from quantkit.kernels import reference
-from quantkit.kernels.cpu import library as native
-from quantkit.kernels.cpu import matmul as cpu
-from quantkit.kernels.cpu.w4a8 import rounded_matmul
+from quantkit.kernels.cpu import library
+from quantkit.kernels.cpu import matmul as cpu_matmul
+from quantkit.kernels.cpu.w4a8 import w4a8_matmul
 
 #: Rows of x on both sides of every change of kernel.
 ROWS = [1, 2, 3, 4, 5, 9]
@@ -76,33 +76,33 @@ def test_the_oracle_multiplies_what_was_rounded(activation_bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_products(kernels: str, bits: int, shape: tuple[int, int, int]) -> None:  # noqa: F811
     parts = _sample(*shape, bits)
-    packed = cpu.pack(*parts, bits, shape[2])
+    packed = cpu_matmul.pack(*parts, bits, shape[2])
     assert packed.layout == ("tiles" if kernels == "native" else "codes")
     for rows in ROWS:
         x = _rows(rows, shape[1])
         for activation_bits in (4, 8):
-            _assert_close(rounded_matmul(x, packed, activation_bits), x, parts, shape[2], activation_bits)
+            _assert_close(w4a8_matmul(x, packed, activation_bits), x, parts, shape[2], activation_bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_types_of_activations_and_bias(kernels: str, dtype: torch.dtype) -> None:  # noqa: F811
     parts, x = _sample(70, 128, 64, 4), _rows(3, 128).to(dtype)
-    packed = cpu.pack(*parts, 4, 64)
+    packed = cpu_matmul.pack(*parts, 4, 64)
     for bias in (None, torch.randn(70), torch.randn(70).to(torch.float16)):
-        _assert_close(rounded_matmul(x, packed, 8, bias), x, parts, 64, 8, bias)
+        _assert_close(w4a8_matmul(x, packed, 8, bias), x, parts, 64, 8, bias)
 
 
 def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Integers below 2^7 are exact in bfloat16; torch rounds its result to that: half a last place of the sum of codes times
     inputs, and twice that is allowed for the zero points' sum behind it."""
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(library, "load", lambda: None)
     parts, x = _sample(64, 256, 64, 4), _rows(3, 256)
-    packed = cpu.pack(parts[0], parts[1].to(torch.bfloat16).float(), parts[2], 4, 64)
+    packed = cpu_matmul.pack(parts[0], parts[1].to(torch.bfloat16).float(), parts[2], 4, 64)
     assert packed.layout == "int4"
     codes, scales = reference.quantize_rows(x, 8)
     wanted = reference.quantized_matmul(x, parts[0], parts[1].to(torch.bfloat16).float(), parts[2], 64, 8)
     bound = 2.0**-7 * (codes.float().abs() * scales[:, None]) @ (8.1 * parts[1].repeat_interleave(64, 1)).T
-    assert bool(((rounded_matmul(x, packed, 8) - wanted).abs() <= bound).all())
+    assert bool(((w4a8_matmul(x, packed, 8) - wanted).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -111,23 +111,23 @@ def test_the_largest_sums_fit(bits: int, sign: int) -> None:
     """All codes and inputs at their ends, in groups long enough for every intermediate sum to be full."""
     most = (1 << bits) - 1
     codes = torch.full((32, 2048), most, dtype=torch.uint8)
-    packed = cpu.pack(codes, torch.ones(32, 2), torch.zeros(32, 2, dtype=torch.uint8), bits, 1024)
+    packed = cpu_matmul.pack(codes, torch.ones(32, 2), torch.zeros(32, 2, dtype=torch.uint8), bits, 1024)
     for rows in ROWS:
-        found = rounded_matmul(torch.full((rows, 2048), 127.0 * sign), packed, 8)
+        found = w4a8_matmul(torch.full((rows, 2048), 127.0 * sign), packed, 8)
         assert torch.equal(found, torch.full((rows, 32), 127.0 * sign * most * 2048))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_row_depends_on_nothing_but_itself(bits: int, threads: int) -> None:  # noqa: F811
-    packed = cpu.pack(*_sample(100, 320, 64, bits), bits, 64)
+    packed = cpu_matmul.pack(*_sample(100, 320, 64, bits), bits, 64)
     x = _rows(12, 320)
-    found = rounded_matmul(x, packed, 8)
+    found = w4a8_matmul(x, packed, 8)
     torch.set_num_threads(1)
-    assert torch.equal(found, torch.cat([rounded_matmul(row[None], packed, 8) for row in x]))
+    assert torch.equal(found, torch.cat([w4a8_matmul(row[None], packed, 8) for row in x]))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_processor_without_byte_instructions(bits: int, other_lanes: None) -> None:  # noqa: F811
     parts, x = _sample(70, 576, 64, bits), _rows(5, 576)
     for activation_bits in (4, 8):
-        _assert_close(rounded_matmul(x, cpu.pack(*parts, bits, 64), activation_bits), x, parts, 64, activation_bits)
+        _assert_close(w4a8_matmul(x, cpu_matmul.pack(*parts, bits, 64), activation_bits), x, parts, 64, activation_bits)

@@ -7,9 +7,9 @@ from torch import Tensor
 from helpers.quantized_samples import make_store
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import attention as cpu_attention
-from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import library
 from quantkit.kernels.layouts import kv_codec
-from quantkit.kernels.layouts.quantized_kv import Store
+from quantkit.kernels.layouts.quantized_kv import QuantizedKV
 
 BLOCKS, SIZE, HEADS, DIM = 3, 8, 2, 12
 
@@ -109,9 +109,9 @@ def test_a_page_can_be_settled_again() -> None:
 
 def test_wrong_stores_are_refused() -> None:
     codes, params = torch.zeros(1, 2, 1, 4, dtype=torch.uint8), torch.zeros(1, 2, 1, 2, dtype=torch.float16)
-    for wrong in ({"lower": codes}, {"by_channel": True}, {"open": codes.bfloat16()}):
+    for wrong in ({"lower": codes}, {"by_channel": True}, {"tail_pages": codes.bfloat16()}):
         with pytest.raises(AssertionError):
-            Store(codes, params, **wrong)  # type: ignore[arg-type]
+            QuantizedKV(codes, params, **wrong)  # type: ignore[arg-type]
 
 
 def _every_float8() -> Tensor:
@@ -123,7 +123,7 @@ def _every_float8() -> Tensor:
 def test_float8_is_rounded_as_torch_rounds_and_saturates(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number of 8 bits, its neighbours, the points between two, and what is out of range."""
     if kernels == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(library, "load", lambda: None)
     every = _every_float8().sort().values
     between = (every[1:] + every[:-1]) / 2
     inside = torch.cat([every, between, between.nextafter(torch.tensor(1e9)), between.nextafter(torch.tensor(-1e9))])
@@ -140,7 +140,7 @@ def test_float8_is_rounded_as_torch_rounds_and_saturates(kernels: str, monkeypat
 def test_attention_reads_float8(kernels: str, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """All codes are read as torch reads them; sums differ by their order."""
     if kernels == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(library, "load", lambda: None)
     numbers = _every_float8() / 64
     generator = torch.Generator().manual_seed(2)
     picks = torch.randint(len(numbers), (2, 10, 16, 3, 20), generator=generator)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import tiny
 from helpers.greedy import GREEDY, PROMPTS
-from quantkit.kernels.cpu import matmul as cpu
+from quantkit.kernels.cpu import matmul as cpu_matmul
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
@@ -75,7 +75,7 @@ def test_where_the_processor_multiplies_bfloat16(
     folder: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights in float32 are multiplied in float32 all the same, in steps of 150 tokens as in those of 11."""
-    monkeypatch.setattr(cpu, "_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(cpu_matmul, "_multiplies_bf16", lambda: True)
     for config in (EngineConfig(max_batch=1), EngineConfig(max_batch=6), EngineConfig(max_batch=3, token_budget=11)):
         found = generated(engine(folder, config), [4, 0, 5, 2, 1, 3])
         assert [found[index] for index in range(len(PROMPTS))] == alone

@@ -11,7 +11,7 @@ from helpers.held_model import visible
 from helpers.masked import masked_forward
 from quantkit.errors import RequestError
 from quantkit.evaluation.paged import paged_logits, scored_text
-from quantkit.kernels.gpu.attention.attention_mass import block_mass
+from quantkit.kernels.attention_mass import attention_mass
 from quantkit.kernels.reference import paged_attention
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
@@ -140,7 +140,7 @@ def test_block_mass_is_attention_summed_over_heads_and_blocks(softcap: float, wi
     table, lengths = torch.tensor([[3, 1, 7, 2], [5, 6, 0, 0], [4, 0, 0, 0]], dtype=torch.int32), torch.tensor([15, 8, 1])
     sinks = torch.randn(6, generator=draw) if with_sinks else None
     options = {"scale": 0.3, "window": window, "softcap": softcap, "sinks": sinks}
-    found = block_mass(query, keys, table, lengths.int(), **options)  # type: ignore[arg-type]
+    found = attention_mass(query, keys, table, lengths.int(), **options)  # type: ignore[arg-type]
     for row, length in enumerate(lengths.tolist()):
         for head in range(6):
             rows = keys[table[row].long(), :, head // 3].reshape(-1, 8)[:length].double()

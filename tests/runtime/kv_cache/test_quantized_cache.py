@@ -8,7 +8,7 @@ import torch
 
 from helpers import tiny
 from quantkit.errors import ResourceError
-from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import library
 from quantkit.runtime.core.batch import lone_batch
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
@@ -98,7 +98,7 @@ def test_many_short_requests_never_run_out_of_open_pages(folder: Path, dtype: st
 def test_torchs_fall_back_gives_the_same_text(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     order = [2, 3, 1]
     fast = generated(engine(folder, dtype, EngineConfig(max_batch=2)), order)
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(library, "load", lambda: None)
     assert fast == generated(engine(folder, dtype, EngineConfig(max_batch=2)), order)
 
 

@@ -14,7 +14,7 @@ from helpers.paged_logits import TOKENS, paged_logits, reference_logits
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.cli import app
 from quantkit.errors import CheckpointError, ResourceError
-from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import library
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.scheme import Scheme
 from quantkit.runtime.kv_cache.eviction import Budget
@@ -91,7 +91,7 @@ def test_dynamic_act_order(tmp_path: Path, bits: int, shared: bool) -> None:
 
 def test_without_a_compiler_and_with_a_16_bit_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own kernels serve, on a cache of the type that the checkpoint declares."""
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(library, "load", lambda: None)
     folder = tiny.make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
     model = open_model(folder, CPU, CacheOptions(memory=1 << 24, block_size=4))
     assert model.cache.keys[0].dtype == torch.bfloat16

@@ -12,7 +12,7 @@ from helpers.paged_logits import TOKENS, paged_logits
 from helpers.rotated import HEAD, reference_logits
 from helpers.self_drafts import engine, generated, opened, speculation
 from quantkit.cli import app
-from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import library
 from quantkit.recipe import Rule
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import EngineConfig
@@ -43,7 +43,7 @@ def test_the_engine_computes_what_the_dequantized_weights_do(
 ) -> None:
     """In another order of sums. With 8 bits that is also near what the original computes."""
     if way == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(library, "load", lambda: None)
     if way == "definition":
         monkeypatch.setattr(model_runner, "native_decoder", lambda *_: None)
     model, out = made(family, **recipe)

@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers.exact import kept, probabilities
 from helpers.sequences import sequence
 from quantkit.errors import RequestError
-from quantkit.kernels.cpu.row_max import row_maximum
+from quantkit.kernels.cpu.row_max import row_max
 from quantkit.runtime.core.request import HOTTEST, SamplingParams
 from quantkit.runtime.core.token_history import History
 from quantkit.runtime.sampling.logits import Penalty, flaws, likeliest, penalise
@@ -205,8 +205,8 @@ def test_flaws_name_rows_from_which_nothing_can_be_chosen() -> None:
     logits = torch.zeros(6, 64)
     logits[1, 40], logits[2, 7], logits[3], logits[4, 9] = math.nan, math.inf, -math.inf, -math.inf
     logits[5, [1, 2]] = torch.tensor([math.inf, math.nan])
-    assert flaws(row_maximum(logits)[0]) == {1: "NaN", 2: "Inf", 3: "-Inf for every token", 5: "NaN"}
-    assert flaws(row_maximum(logits[[0, 4]])[0]) == flaws(row_maximum(logits[:0])[0]) == {}
+    assert flaws(row_max(logits)[0]) == {1: "NaN", 2: "Inf", 3: "-Inf for every token", 5: "NaN"}
+    assert flaws(row_max(logits[[0, 4]])[0]) == flaws(row_max(logits[:0])[0]) == {}
 
 
 def test_sample_penalises_only_whom_it_should_and_reports_unpenalised_logprobs() -> None:

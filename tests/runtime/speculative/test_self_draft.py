@@ -19,7 +19,7 @@ from helpers.sequences import numbered  # noqa: F401
 from quantkit.cli import app
 from quantkit.errors import RequestError
 from quantkit.kernels import reference
-from quantkit.kernels.cpu import library as native
+from quantkit.kernels.cpu import library
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
@@ -91,7 +91,7 @@ def test_the_draft_pass(
     all that follows is as far off as rounding itself moves it. Of 8 bits, whose steps are small, a few tokens meet no tie."""
     folder, tokens, pieces = artifact("llama", recipe), TOKENS[:count], [count - 3, 1, 2]
     if way == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(library, "load", lambda: None)
     if way == "definition":
         monkeypatch.setattr(model_runner, "native_decoder", lambda *_: None)
     model = opened(folder)

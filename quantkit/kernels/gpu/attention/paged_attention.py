@@ -36,8 +36,8 @@ def paged_attention(
     Args:
         query: [T, Hq, D] float16, bfloat16 or float32, on a CUDA device; rows and heads at any stride. Hq is a multiple of
             Hkv.
-        key_cache: [num_blocks, block_size, Hkv, D], contiguous, in query's dtype or float8 e4m3, or a `Store`; block_size is a
-            power of two.
+        key_cache: [num_blocks, block_size, Hkv, D], contiguous, in query's dtype or float8 e4m3; or a `QuantizedKV`.
+            block_size is a power of two.
         value_cache: [num_blocks, block_size, Hkv, Dv], likewise.
         block_table: int32 [S, max_blocks]; what lies beyond a sequence's length is not read.
         query_start: int32 [S + 1], first row of each sequence; the last entry is T.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.gpu.attention.paged_tile import LOG2E
-from quantkit.kernels.layouts.quantized_kv import Cache, Store, planes
+from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV, block_tensors
 
 #: A window that hides nothing; small enough that position - window does not overflow int32.
 NO_WINDOW = 1 << 30
@@ -67,8 +67,11 @@ class Call:
         assert self.key_cache.shape[:3] == self.value_cache.shape[:3], (self.key_cache.shape, self.value_cache.shape)
         assert block_size & (block_size - 1) == 0, block_size
         for cache in (self.key_cache, self.value_cache):
-            assert all(plane.is_contiguous() for plane in planes(cache))
-            assert isinstance(cache, Store) or cache.dtype in (query.dtype, torch.float8_e4m3fn), (query.dtype, cache.dtype)
+            assert all(plane.is_contiguous() for plane in block_tensors(cache))
+            assert isinstance(cache, QuantizedKV) or cache.dtype in (query.dtype, torch.float8_e4m3fn), (
+                query.dtype,
+                cache.dtype,
+            )
         numbers = self.block_table, self.query_start, self.seq_lens
         assert all(x.stride(-1) == 1 for x in (query, *numbers))
         assert (len(self.query_start), len(self.seq_lens)) == (sequences + 1, sequences)

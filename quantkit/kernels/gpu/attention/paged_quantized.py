@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.gpu.attention.paged_tile import soften
-from quantkit.kernels.layouts.quantized_kv import Cache, Store
+from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV
 
 #: Forms of a cache: numbers in the query's type, e4m3 bytes, codes with parameters a token, codes with parameters a page.
 PLAIN, FP8, INT8, PAGES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -26,17 +26,17 @@ def cache_arguments(key_cache: Cache, value_cache: Cache, draft: bool) -> tuple[
     def parts(cache: Cache) -> tuple[Tensor | None, ...]:
         if isinstance(cache, Tensor):
             return (cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache), None, None, None
-        return cache.codes, cache.params, None if draft else cache.lower, cache.open
+        return cache.codes, cache.params, None if draft else cache.lower, cache.tail_pages
 
     pairs = zip(parts(key_cache), parts(value_cache), strict=True)
-    table = key_cache.open_pages if isinstance(key_cache, Store) else None
+    table = key_cache.tail_page_ids if isinstance(key_cache, QuantizedKV) else None
     return (*(part for pair in pairs for part in pair), table)
 
 
 def form(cache: Cache) -> int:
     """Which form it has."""
-    if isinstance(cache, Store):
-        return int((INT8 if cache.open is None else PAGES).value)
+    if isinstance(cache, QuantizedKV):
+        return int((INT8 if cache.tail_pages is None else PAGES).value)
     return int((FP8 if cache.dtype == torch.float8_e4m3fn else PLAIN).value)
 
 

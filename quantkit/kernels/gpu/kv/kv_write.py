@@ -53,7 +53,7 @@ def kv_write(key: Tensor, value: Tensor, key_cache: Cache, value_cache: Cache, s
     Args:
         key: [T, Hkv, D], rows and heads at any stride (a slice of a fused projection).
         value: [T, Hkv, Dv], likewise.
-        key_cache: [num_blocks, block_size, Hkv, D], contiguous, in key's dtype or float8 e4m3; or a `Store`.
+        key_cache: [num_blocks, block_size, Hkv, D], contiguous, in key's dtype or float8 e4m3; or a `QuantizedKV`.
         value_cache: [num_blocks, block_size, Hkv, Dv], likewise.
         slot_mapping: int64 [T], block * block_size + offset of every token; -1 for padding.
     """

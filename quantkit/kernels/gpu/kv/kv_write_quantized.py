@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantkit.kernels.gpu.attention.paged_tile import interpreted
 from quantkit.kernels.gpu.matmul.quantize_rows import nearest
-from quantkit.kernels.layouts.quantized_kv import Cache, Store
+from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV
 
 
 @triton.jit
@@ -158,25 +158,27 @@ def settle_kernel(  # type: ignore[no-untyped-def]
 
 
 def write_stored(new: Tensor, cache: Cache, slot_mapping: Tensor) -> None:
-    """Keys or values [T, H, D] into a `Store`, or an e4m3 cache, as `reference.kv_write` does."""
+    """Keys or values [T, H, D] into a `QuantizedKV`, or an e4m3 cache, as `reference.kv_write` does."""
     tokens, heads, dim = new.shape
     strides, shape = (new.stride(0), new.stride(1)), {"HEADS": heads, "D": dim}
     pads = {"HEADS_PAD": triton.next_power_of_2(heads), "D_PAD": triton.next_power_of_2(dim)}
     if interpreted() and new.dtype == torch.bfloat16:
         new = new.float()  # The interpreter's bfloat16 is wrong.
-    if isinstance(cache, Tensor) or cache.open is None:
+    if isinstance(cache, Tensor) or cache.tail_pages is None:
         data, params = (cache.view(torch.uint8), None) if isinstance(cache, Tensor) else (cache.codes, cache.params)
         row_kernel[(tokens,)](new, data, params, slot_mapping, *strides, **shape, **pads)
         return
-    block_size = cache.open.shape[1]
+    block_size = cache.tail_pages.shape[1]
     assert block_size & (block_size - 1) == 0, block_size
-    open_kernel[(tokens,)](new, cache.open, cache.open_pages, slot_mapping, *strides, BLOCK_SIZE=block_size, **shape, **pads)
+    open_kernel[(tokens,)](
+        new, cache.tail_pages, cache.tail_page_ids, slot_mapping, *strides, BLOCK_SIZE=block_size, **shape, **pads
+    )
     settle_kernel[(tokens, heads)](
-        cache.codes, cache.params, cache.lower, cache.open, cache.open_pages, slot_mapping, BLOCK_SIZE=block_size,
+        cache.codes, cache.params, cache.lower, cache.tail_pages, cache.tail_page_ids, slot_mapping, BLOCK_SIZE=block_size,
         HALF_PAD=triton.next_power_of_2(dim // 2), BY_CHANNEL=cache.by_channel, num_warps=8, **shape,
     )  # fmt: skip
 
 
 def quantizes(cache: Cache) -> bool:
     """Whether `write_stored` is what writes to this cache."""
-    return isinstance(cache, Store) or cache.dtype == torch.float8_e4m3fn
+    return isinstance(cache, QuantizedKV) or cache.dtype == torch.float8_e4m3fn

@@ -195,7 +195,7 @@ def rounded_gemm(x: RoundedRows, weight: PlaneWeight, bias: Tensor | None, dtype
     return output.add_up(bias)
 
 
-def rounded_matmul(x: Tensor, weight: PlaneWeight, activation_bits: int, bias: Tensor | None = None) -> Tensor:
+def w4a8_matmul(x: Tensor, weight: PlaneWeight, activation_bits: int, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias with every row of x rounded to integers (see `reference.quantized_matmul`).
 
     Args:

@@ -13,7 +13,7 @@ from quantkit.kernels.layouts.kv_codec import stored
 from quantkit.kernels.layouts.quantized_kv import Cache
 
 
-def block_mass(
+def attention_mass(
     query: Tensor,
     key_cache: Cache,
     block_table: Tensor,
