@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint.locate import locate
-from quantkit.evaluation.run import EvalRequest, evaluate
+from quantkit.evaluation.run import EvalRequest, run_evaluation
 from quantkit.evaluation.speed import prompt_tokens
 from quantkit.runtime.core.batch import lone_batch
 from quantkit.runtime.kv_cache.dtypes import KV_DTYPES
@@ -54,7 +54,7 @@ def measure(folder: Path, dtype: str, contexts: list[int], windows: int) -> dict
     """Everything about one type."""
     rates = decode_rates(folder, dtype, contexts)
     request = EvalRequest(folder, folder, "builtin", windows, SEQ_LEN, CPU, dtype)
-    report = evaluate(request, lambda stage, done, total: None)
+    report = run_evaluation(request, lambda stage, done, total: None)
     metrics = report.model.metrics
     return {
         "bytes_per_token": report.kv_bytes_per_token,

@@ -1,11 +1,44 @@
-"""quantkit: make large language models small and fast, and prove that they still work."""
+"""quantkit: quantize language models, run them, and measure what quantization cost.
 
-import os
+From Python:
+
+    from quantkit import LLM, SamplingParams, evaluate, quantize
+
+    quantize("demo", "demo-w4", recipe="gptq-w4")
+    report = evaluate("demo-w4", baseline="demo")
+    print(report.model.metrics.kl_mean)
+    (output,) = LLM("demo-w4").generate("The capital of France is", SamplingParams(temperature=0))
+    print(output.text)
+
+`import quantkit` itself is cheap: each name below is imported when it is first used (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# OpenMP's threads (torch's) wait for their next piece of work in a loop of some milliseconds, and take that time from whoever
-# needs the core. A shorter one took 9% less CPU time and the same wall time over six blocks of the demo. Read once, when
-# torch is loaded.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+__all__ = ["LLM", "Recipe", "SamplingParams", "__version__", "evaluate", "quantize"]
+
+if TYPE_CHECKING:
+    from quantkit.api import LLM, evaluate, quantize
+    from quantkit.recipe import Recipe
+    from quantkit.runtime.core.request import SamplingParams
+else:
+    #: Public name -> module that defines it.
+    _LAZY = {
+        "LLM": "quantkit.api",
+        "Recipe": "quantkit.recipe",
+        "SamplingParams": "quantkit.runtime.core.request",
+        "evaluate": "quantkit.api",
+        "quantize": "quantkit.api",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -126,17 +126,17 @@ def builtin_recipes() -> dict[str, str]:
     return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in sorted(files, key=str) if f.name.endswith(".yaml")}
 
 
-def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
-    """A recipe by name or file, with options of the command line laid over it.
+def load_recipe(name: str | Recipe, overrides: dict[str, Any]) -> Recipe:
+    """A recipe with some of its fields replaced.
 
     Args:
-        name: a built-in's name, a YAML file, or an artifact's quantkit.json.
+        name: a built-in's name, a YAML file, an artifact's quantkit.json, or a recipe.
         overrides: field -> value; `calibration` may be a partial dict.
 
     Raises:
         RecipeError: not found, not YAML, or a field is wrong (which one, and what is allowed).
     """
-    fields = _fields(name)
+    fields, label = (resolved_json(name), "Recipe") if isinstance(name, Recipe) else (_fields(name), f"recipe '{name}'")
     calibration = fields.get("calibration")
     merged = (calibration if isinstance(calibration, dict) else {}) | overrides.get("calibration", {})
     fields |= overrides | ({"calibration": merged} if merged else {})
@@ -145,7 +145,7 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise RecipeError(f"recipe '{name}': {where}: {first['msg']} (got {first['input']!r:.100})") from None
+        raise RecipeError(f"{label}: {where}: {first['msg']} (got {first['input']!r:.100})") from None
 
 
 def recorded_computing(name: str) -> dict[str, Any]:

@@ -9,13 +9,11 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from quantkit.checkpoint.locate import locate
+from quantkit.api import LLM
 from quantkit.cli import options
 from quantkit.errors import RequestError
-from quantkit.runtime.engine.engine import EngineConfig
-from quantkit.runtime.kv_cache.eviction import FULL, Budget
+from quantkit.runtime.kv_cache.eviction import FULL
 from quantkit.runtime.kv_cache.offload import OffloadOptions
-from quantkit.runtime.model.model_runner import CacheOptions
 from quantkit.runtime.session import Session
 
 
@@ -55,21 +53,27 @@ class EngineOptions:
             QuantkitError: an option does not make sense, or the model cannot be run so.
         """
         memory = None if self.kv_memory is None else options.byte_size(self.kv_memory, "--kv-memory")
-        budget = Budget(self.kv_policy, self.kv_budget)
         draft_len = options.draft_length(self.draft_len)
         if self.spec is None and draft_len is not None:
             raise RequestError("--draft-len is about drafts and nothing drafts; add --spec, or leave it out")
         if self.spec != "qspec" and self.draft_act_bits is not None:
             raise RequestError("--draft-act-bits is about --spec qspec; add that, or leave it out")
-        return Session(
-            locate(model),
-            options.device(self.device),
-            CacheOptions(memory, self.max_model_len, self.max_batch, self.token_budget, dtype=self.kv_dtype, budget=budget),
-            EngineConfig(max_batch=self.max_batch, token_budget=self.token_budget, draft_len=draft_len),
-            self._offload(),
-            self.spec or "off",
-            8 if self.draft_act_bits is None else self.draft_act_bits,
+        llm = LLM(
+            model,
+            device=self.device,
+            kv_memory=memory,
+            kv_dtype=self.kv_dtype,
+            kv_policy=self.kv_policy,
+            kv_budget=self.kv_budget,
+            kv_offload=self._offload(),
+            max_model_len=self.max_model_len,
+            max_batch=self.max_batch,
+            token_budget=self.token_budget,
+            spec=self.spec or "off",
+            draft_len=draft_len,
+            draft_act_bits=8 if self.draft_act_bits is None else self.draft_act_bits,
         )
+        return llm.session
 
     def _offload(self) -> OffloadOptions | None:
         if self.kv_offload is not None:

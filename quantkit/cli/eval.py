@@ -12,10 +12,10 @@ from quantkit.cli import options, tables
 from quantkit.cli.engine_options import EngineOptions
 from quantkit.cli.eval_tasks import evaluate_tasks
 from quantkit.errors import RecipeError
-from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalReport, EvalRequest
-from quantkit.evaluation.run import evaluate as run
+from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalReport, EvalRequest, run_evaluation
 from quantkit.evaluation.speed import measure_apart
 from quantkit.runtime.kv_cache.eviction import FULL, Budget
+from quantkit.utils.device import resolve_device
 
 EXAMPLE = "Example: quantkit eval demo-w4 --baseline demo --max-ppl-increase 5% --max-kl 0.2   (exit status 1 if a gate fails)"
 
@@ -83,12 +83,12 @@ def evaluate(
         text=text,
         windows=windows,
         seq_len=seq_len,
-        device=options.device(device),
+        device=resolve_device(device),
         kv_dtype=kv_dtype,
         budget=Budget(kv_policy, kv_budget),
     )
     with tables.stage_bar(enabled=not quiet and sys.stderr.isatty()) as advance:
-        report = run(request, advance)
+        report = run_evaluation(request, advance)
     options.console(json_file, quiet=quiet).print(tables.eval_table(report, model, baseline))
     if report.kernel_difference is not None and not abs(report.kernel_difference) <= KERNEL_TOLERANCE:
         typer.echo(
@@ -111,7 +111,7 @@ def _speed(model: str, baseline: str | None, device: str, json_file: Path | None
     for name in names:
         if not quiet and sys.stderr.isatty():
             typer.echo(f"measuring {name} (about a minute) ...", err=True)
-        reports.append(measure_apart(locate(name), options.device(device)))
+        reports.append(measure_apart(locate(name), resolve_device(device)))
     options.console(json_file, quiet=quiet).print(tables.speed_table(reports))
     options.write_json(json_file, dict(zip(("baseline", "model")[-len(reports) :], map(asdict, reports), strict=True)))
 

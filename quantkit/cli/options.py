@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
@@ -26,23 +25,6 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no tabl
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on error.")]
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def device(name: str) -> torch.device:
-    """The torch device that `--device` names.
-
-    Raises:
-        RecipeError: there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()):
-        raise RecipeError(f"--device {name}: this machine has no such device; use cpu")
-    return chosen
 
 
 def byte_size(text: str, option: str, bare: str = "B") -> int:

@@ -12,6 +12,7 @@ from quantkit.quantization import run as job
 from quantkit.quantization.distributed import joined
 from quantkit.quantization.estimate import predict
 from quantkit.recipe import load_recipe, recorded_computing
+from quantkit.utils.device import resolve_device
 from quantkit.utils.resources import available_memory
 
 EXAMPLE = "Example: quantkit quantize demo -o demo-w4 --recipe awq+gptq-w4   (then: quantkit eval demo-w4 --baseline demo)"
@@ -68,7 +69,7 @@ def quantize(
             folder=locate(model),
             out=out,
             recipe=load_recipe(recipe, overrides),
-            device=team.place(options.device(device)),
+            device=team.place(resolve_device(device)),
             max_memory=available_memory() // 2 // team.size
             if max_memory is None
             else options.byte_size(max_memory, "--max-memory"),

@@ -108,7 +108,7 @@ class EvalReport:
         return asdict(self) | {"ppl_increase": self.ppl_increase}
 
 
-def evaluate(request: EvalRequest, advance: Callable[[str, int, int], None]) -> EvalReport:
+def run_evaluation(request: EvalRequest, advance: Callable[[str, int, int], None]) -> EvalReport:
     """Measure a model, and its distance from a baseline if one is named.
 
     Args:
@@ -174,7 +174,7 @@ def _kernel_difference(model: BlockModel, hidden: Tensor, tokens: Tensor, advanc
     Args:
         model: runs through the engine's kernels; hidden: its final hidden states.
         tokens: int64 [windows, T].
-        advance: as for `evaluate`.
+        advance: as for `run_evaluation`.
     """
     few = tokens[: max(1, _CHECKED_TOKENS // tokens.shape[1])]
     dense = open_model(model.checkpoint, model.device)

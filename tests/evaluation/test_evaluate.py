@@ -13,7 +13,7 @@ from helpers import tiny
 from quantkit.cli.progress import RunProgress
 from quantkit.errors import CheckpointError, CorpusError
 from quantkit.evaluation import stream
-from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalReport, EvalRequest, evaluate
+from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalReport, EvalRequest, run_evaluation
 from quantkit.quantization.run import Request, run
 from quantkit.recipe import load_recipe
 from quantkit.runtime.model.loader import load_outside
@@ -36,7 +36,7 @@ def _evaluate(model: Path, baseline: Path | None, windows: int = 3) -> tuple[Eva
     """A report, and which models had to be run for it."""
     walked: set[str] = set()
     request = EvalRequest(model, baseline, "builtin", windows=windows, seq_len=32, device=torch.device("cpu"))
-    return evaluate(request, lambda name, _done, _total: walked.add(name)), walked
+    return run_evaluation(request, lambda name, _done, _total: walked.add(name)), walked
 
 
 def test_without_a_baseline(llama: Path, cache: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_text_that_is_too_short_is_refused(llama: Path, tmp_path: Path) -> Non
     text.write_text("A few words.")
     request = EvalRequest(llama, None, str(text), windows=3, seq_len=32, device=torch.device("cpu"))
     with pytest.raises(CorpusError, match="gives 12 tokens"):
-        evaluate(request, lambda *_: None)
+        run_evaluation(request, lambda *_: None)
 
 
 def _quantized(model: Path, out: Path, bits: int) -> Path:

@@ -15,7 +15,7 @@ from helpers import tiny
 from helpers.quantized import Silent, loud_model
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.evaluation.metrics import Metrics, measure
-from quantkit.evaluation.run import EvalReport, EvalRequest, evaluate
+from quantkit.evaluation.run import EvalReport, EvalRequest, run_evaluation
 from quantkit.evaluation.stream import final_hidden, open_model
 from quantkit.models.families import FAMILIES
 from quantkit.models.streaming import BlockModel
@@ -51,7 +51,7 @@ def quantize(source: Path, out: Path, **recipe: Any) -> RunReport:
 
 def compare(model: Path, baseline: Path) -> EvalReport:
     """Evaluate on 4 windows of 64 tokens."""
-    return evaluate(EvalRequest(model, baseline, "builtin", windows=4, seq_len=64, device=CPU), lambda *_: None)
+    return run_evaluation(EvalRequest(model, baseline, "builtin", windows=4, seq_len=64, device=CPU), lambda *_: None)
 
 
 def _ignored(_done: int, _total: int) -> None: ...

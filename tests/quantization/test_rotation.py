@@ -16,7 +16,7 @@ from helpers.quantized import Silent
 from helpers.rotated import HEAD, quantized, reference_logits
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import FormatError, RecipeError
-from quantkit.evaluation.run import EvalRequest, evaluate
+from quantkit.evaluation.run import EvalRequest, run_evaluation
 from quantkit.formats.artifact import online_hadamard
 from quantkit.formats.convert import convert
 from quantkit.formats.rotated import OnlineHadamard, declare, declared
@@ -114,12 +114,12 @@ def test_what_is_written(made: Callable[..., tuple[Path, Path]]) -> None:
 
 def test_evaluation(made: Callable[..., tuple[Path, Path]]) -> None:
     model, out = made("llama", bits=8, rules=HEAD)
-    report = evaluate(EvalRequest(out, model, "builtin", 4, 64, CPU), lambda *_: None)
+    report = run_evaluation(EvalRequest(out, model, "builtin", 4, 64, CPU), lambda *_: None)
     assert report.model.metrics.kl_mean is not None
     assert report.model.metrics.kl_mean < 0.01
     assert report.kernel_difference is not None
     assert abs(report.kernel_difference) < 1e-4
-    cached = evaluate(EvalRequest(out, model, "builtin", 4, 64, CPU, kv_dtype="bf16"), lambda *_: None)
+    cached = run_evaluation(EvalRequest(out, model, "builtin", 4, 64, CPU, kv_dtype="bf16"), lambda *_: None)
     assert cached.model.metrics.kl_mean is not None
     assert cached.model.metrics.kl_mean < 0.01
 
