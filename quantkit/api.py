@@ -14,8 +14,7 @@ from quantkit.errors import RequestError
 from quantkit.evaluation.run import EvalReport, EvalRequest, run_evaluation
 from quantkit.quantization.pipeline import Progress
 from quantkit.quantization.report import MatrixReport, RunReport
-from quantkit.quantization.run import Request as QuantizeRequest
-from quantkit.quantization.run import run as run_quantization
+from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Recipe, load_recipe, recorded_computing
 from quantkit.runtime.core.request import SamplingParams
 from quantkit.runtime.core.sequence import Output
@@ -184,7 +183,7 @@ def quantize(
         overwrite=overwrite,
         computing={} if isinstance(recipe, Recipe) else recorded_computing(recipe),
     )
-    return run_quantization(request, progress or _Silent())
+    return quantize_model(request, progress or _Silent())
 
 
 def evaluate(

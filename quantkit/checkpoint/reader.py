@@ -53,7 +53,7 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def shown(name: str) -> str:
+def quoted(name: str) -> str:
     """A name out of a file, quoted and short, so that no message breaks over lines or fills the screen."""
     return f"{name!r:.120}"
 
@@ -104,9 +104,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             entry = shard.get_slice(name)
             dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
             if dtype not in DTYPES:
-                raise CheckpointError(f"{path}: tensor {shown(name)} has dtype {dtype}; only {', '.join(DTYPES)} can be read")
+                raise CheckpointError(f"{path}: tensor {quoted(name)} has dtype {dtype}; only {', '.join(DTYPES)} can be read")
             if max(shape, default=0) >= 1 << 63:
-                raise CheckpointError(f"{path}: tensor {shown(name)} has an impossible shape; fetch the file again")
+                raise CheckpointError(f"{path}: tensor {quoted(name)} has an impossible shape; fetch the file again")
             tensors[name] = TensorInfo(path, DTYPES[dtype], shape)
     return tensors
 
@@ -139,12 +139,12 @@ class Checkpoint:
             for name, info in read_header(file).items():
                 if name in self.tensors:
                     other = self.tensors[name].file.name
-                    raise CheckpointError(f"{file}: tensor {shown(name)} is also in {other}; fetch the model again")
+                    raise CheckpointError(f"{file}: tensor {quoted(name)} is also in {other}; fetch the model again")
                 self.tensors[name] = info
         for name, file in weight_map.items():
             if name not in self.tensors or self.tensors[name].file != file:
                 raise CheckpointError(
-                    f"{folder / _INDEX}: says {shown(name)} is in {file.name}, which does not hold it; fetch both again"
+                    f"{folder / _INDEX}: says {quoted(name)} is in {file.name}, which does not hold it; fetch both again"
                 )
 
     def _weight_map(self) -> dict[str, Path]:
@@ -157,9 +157,9 @@ class Checkpoint:
             present = {path.name for path in self.folder.iterdir()}
             for name in entries.values():
                 if Path(name).name != name or name in ("", ".", ".."):
-                    raise CheckpointError(f"{index}: names {shown(name)}, which is outside the model's folder; refused")
+                    raise CheckpointError(f"{index}: names {quoted(name)}, which is outside the model's folder; refused")
                 if name not in present:
-                    raise CheckpointError(f"{index}: names {shown(name)}, which is missing from {self.folder}; fetch it")
+                    raise CheckpointError(f"{index}: names {quoted(name)}, which is missing from {self.folder}; fetch it")
             self.files = [self.folder / name for name in sorted(set(entries.values()))]
             return {name: self.folder / file for name, file in entries.items()}
         if (self.folder / _SINGLE).is_file():
@@ -190,7 +190,7 @@ class Checkpoint:
                 tensors[name] = self._held.pop(name)
                 continue
             if name not in self.tensors:
-                raise CheckpointError(f"{self.folder}: tensor {shown(name)} is missing; fetch the model again")
+                raise CheckpointError(f"{self.folder}: tensor {quoted(name)} is missing; fetch the model again")
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, wanted in by_file.items():
             with _opened(file) as shard:
@@ -231,7 +231,7 @@ def _require_finite(tensor: Tensor, name: str, file: Path) -> None:
     # Minimum and maximum carry a NaN or Inf out without a mask as large as the tensor.
     low, high = tensor.aminmax()
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise NumericsError(f"{file}: tensor {shown(name)} holds NaN or Inf; the checkpoint is damaged, fetch it again")
+        raise NumericsError(f"{file}: tensor {quoted(name)} holds NaN or Inf; the checkpoint is damaged, fetch it again")
 
 
 def sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from quantkit.data.prompts import Located
+from quantkit.data.prompts import LocatedPrompt
 from quantkit.errors import QuantkitError
 from quantkit.runtime.core.model import Model
 from quantkit.runtime.core.request import Request
@@ -20,7 +20,7 @@ from quantkit.runtime.engine.postprocess import joined
 class Completions:
     """Requests in an engine and their outputs, sample by sample."""
 
-    def __init__(self, engine: Engine, prompts: Sequence[Located], requests: Sequence[Request]) -> None:
+    def __init__(self, engine: Engine, prompts: Sequence[LocatedPrompt], requests: Sequence[Request]) -> None:
         """
         Args:
             engine: has no other work.
@@ -31,7 +31,7 @@ class Completions:
             RequestError: one of them can never be served.
         """
         self._engine = engine
-        self._prompts: dict[int, Located] = {}
+        self._prompts: dict[int, LocatedPrompt] = {}
         self._parts: dict[tuple[int, int], list[Output]] = {}
         for prompt, request in zip(prompts, requests, strict=True):
             with prompt.located_errors():

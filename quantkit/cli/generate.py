@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from quantkit.cli import options, tables
 from quantkit.cli.completions import Completions, cut_short
 from quantkit.cli.engine_options import EngineOptions, with_engine
-from quantkit.data.prompts import Located, read_prompts
+from quantkit.data.prompts import LocatedPrompt, read_prompts
 from quantkit.errors import RequestError
 from quantkit.runtime.core.request import SamplingParams
 from quantkit.runtime.core.sequence import Output
@@ -76,7 +76,7 @@ def generate(
         logprobs=logprobs,
     )
     schema = None if json_schema is None else _read_schema(json_schema)
-    given = [Located(prompt)] if prompt is not None else read_prompts(prompts) if prompts is not None else []
+    given = [LocatedPrompt(prompt)] if prompt is not None else read_prompts(prompts) if prompts is not None else []
     session = engine.open(model)
     if not quiet:
         typer.echo(tables.kv_plan(session.model.cache, session.draft_cache), err=True)

@@ -8,9 +8,9 @@ import typer
 from quantkit.checkpoint.locate import locate
 from quantkit.cli import options, tables
 from quantkit.cli.progress import RunProgress
-from quantkit.quantization import run as job
-from quantkit.quantization.distributed import joined
-from quantkit.quantization.estimate import predict
+from quantkit.quantization.distributed import init_distributed
+from quantkit.quantization.estimate import estimate_run
+from quantkit.quantization.run import QuantizeRequest, join_as_worker, quantize_model
 from quantkit.recipe import load_recipe, recorded_computing
 from quantkit.utils.device import resolve_device
 from quantkit.utils.resources import available_memory
@@ -63,31 +63,31 @@ def quantize(
     calibration = {"source": calib, "samples": samples, "seq_len": seq_len}
     overrides = {name: value for name, value in given.items() if value is not None}
     overrides["calibration"] = {name: value for name, value in calibration.items() if value is not None}
-    with joined() as team:
+    with init_distributed() as process_group:
         options.require_writable(json_file)
-        request = job.Request(
+        request = QuantizeRequest(
             folder=locate(model),
             out=out,
             recipe=load_recipe(recipe, overrides),
-            device=team.place(resolve_device(device)),
-            max_memory=available_memory() // 2 // team.size
+            device=process_group.local_device(resolve_device(device)),
+            max_memory=available_memory() // 2 // process_group.size
             if max_memory is None
             else options.byte_size(max_memory, "--max-memory"),
             overwrite=overwrite,
             computing=recorded_computing(recipe),
         )
-        if team.rank:
+        if process_group.rank:
             if not plan:
-                job.assist(request, RunProgress(quiet=True, verbose=False), team)
+                join_as_worker(request, RunProgress(quiet=True, verbose=False), process_group)
             return
         console = options.console(json_file, quiet=quiet)
         if plan:
-            prediction = predict(request)
+            prediction = estimate_run(request)
             console.print(tables.plan_table(prediction))
             options.write_json(json_file, prediction.to_json())
             return
         with RunProgress(quiet=quiet, verbose=verbose) as progress:
-            report = job.run(request, progress, team)
+            report = quantize_model(request, progress, process_group)
     for table in tables.run_tables(report, out):
         console.print(table)
     options.write_json(json_file, report.to_json())

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from quantkit.evaluation.run import EvalReport, EvalRow
 from quantkit.evaluation.speed import SpeedReport
 from quantkit.formats import Engine
-from quantkit.quantization.estimate import PlanReport
+from quantkit.quantization.estimate import RunEstimate
 from quantkit.quantization.report import RunReport
 from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.session import Summary
@@ -82,7 +82,7 @@ def run_tables(report: RunReport, out: Path) -> list[Table]:
     return [pairs(f"written: {out}", rows), worst]
 
 
-def plan_table(plan: PlanReport) -> Table:
+def plan_table(plan: RunEstimate) -> Table:
     """`quantize --plan`."""
     schemes: dict[str, list[str]] = {}
     for name, scheme in plan.schemes.items():

@@ -12,7 +12,7 @@ from quantkit.errors import RequestError
 Prompt = str | Sequence[Mapping[str, str]]
 
 
-class Located(NamedTuple):
+class LocatedPrompt(NamedTuple):
     """A prompt and where it stands, as "p.txt, line 3"; nowhere when it comes from the command line."""
 
     prompt: Prompt
@@ -31,7 +31,7 @@ class Located(NamedTuple):
             raise RequestError(self.said(error)) from error
 
 
-def read_prompts(path: Path) -> list[Located]:
+def read_prompts(path: Path) -> list[LocatedPrompt]:
     """Prompts from a file: a line each, or, in a .jsonl, the `prompt` or the `messages` of each object. Blank lines are none.
 
     Raises:
@@ -47,13 +47,13 @@ def read_prompts(path: Path) -> list[Located]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise RequestError(f"{path}: cannot be read ({reason}); name a .txt or .jsonl file of prompts") from None
     found = [
-        Located(line.removesuffix("\r"), f"{path}, line {number}")
+        LocatedPrompt(line.removesuffix("\r"), f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
     if not found:
         raise RequestError(f"{path}: holds no prompt; write one a line")
-    return [Located(_from_json(str(line), where), where) for line, where in found] if kind == ".jsonl" else found
+    return [LocatedPrompt(_from_json(str(line), where), where) for line, where in found] if kind == ".jsonl" else found
 
 
 def _from_json(line: str, where: str) -> Prompt:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.models.streaming import BlockModel
+from quantkit.models.streaming import StreamedModel
 
 #: Predictions whose logits are alive at once.
 _CHUNK = 512
@@ -31,7 +31,9 @@ class Metrics:
     top1_agreement: float | None = None
 
 
-def measure(model: BlockModel, hidden: Tensor, tokens: Tensor, baseline: tuple[BlockModel, Tensor] | None = None) -> Metrics:
+def measure(
+    model: StreamedModel, hidden: Tensor, tokens: Tensor, baseline: tuple[StreamedModel, Tensor] | None = None
+) -> Metrics:
     """Metrics from final hidden states.
 
     Args:
@@ -51,7 +53,7 @@ def measure(model: BlockModel, hidden: Tensor, tokens: Tensor, baseline: tuple[B
 
 @torch.no_grad()
 def measure_logits(
-    chunks: Callable[[int], Iterable[Tensor]], tokens: Tensor, baseline: tuple[BlockModel, Tensor] | None = None
+    chunks: Callable[[int], Iterable[Tensor]], tokens: Tensor, baseline: tuple[StreamedModel, Tensor] | None = None
 ) -> Metrics:
     """Metrics from logits.
 
@@ -84,6 +86,6 @@ def measure_logits(
     return Metrics(perplexity, count, float(kl.mean()), float(kl.quantile(0.99)), agreed / count)
 
 
-def _logits(model: BlockModel, hidden: Tensor, window: int, start: int, stop: int) -> Tensor:
+def _logits(model: StreamedModel, hidden: Tensor, window: int, start: int, stop: int) -> Tensor:
     """Behind some tokens of a window, [stop - start, V]."""
     return model.logits(hidden[window : window + 1, start:stop].to(model.device, model.dtype))[0]

@@ -21,10 +21,10 @@ from quantkit.data.corpus import evaluation_rows, tokens_sha256
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.evaluation.metrics import Metrics, measure, measure_logits
 from quantkit.evaluation.paged import bounded_logits, open_bounded
-from quantkit.evaluation.stream import CachedBlockModel, PackedBlockModel, final_hidden, open_cached, open_model
+from quantkit.evaluation.stream import CachedStreamedModel, PackedStreamedModel, final_hidden, open_cached, open_model
 from quantkit.formats.artifact import bits_per_weight
 from quantkit.models.skeleton import read_config
-from quantkit.models.streaming import BlockModel
+from quantkit.models.streaming import StreamedModel
 from quantkit.runtime.kv_cache.eviction import Budget
 from quantkit.runtime.model.model_runner import ModelRunner
 from quantkit.utils.cache_dir import cache_dir
@@ -121,7 +121,7 @@ def run_evaluation(request: EvalRequest, advance: Callable[[str, int, int], None
     checkpoint = Checkpoint(request.model)
     tokens = evaluation_rows(request.text, request.windows, request.seq_len, load_tokenizer(checkpoint))
     model = _open(request, checkpoint)
-    reference: tuple[BlockModel, Tensor] | None = None
+    reference: tuple[StreamedModel, Tensor] | None = None
     baseline: EvalRow | None = None
     if request.baseline is not None:
         source = Checkpoint(request.baseline)
@@ -140,7 +140,7 @@ def run_evaluation(request: EvalRequest, advance: Callable[[str, int, int], None
     else:
         hidden = final_hidden(model, tokens, partial(advance, "model"))
         metrics = measure(model, hidden, tokens, reference)
-        if type(model) is PackedBlockModel:
+        if type(model) is PackedStreamedModel:
             difference = _kernel_difference(model, hidden, tokens, advance)
     return EvalReport(
         text=request.text,
@@ -153,13 +153,13 @@ def run_evaluation(request: EvalRequest, advance: Callable[[str, int, int], None
         kv_dtype=request.kv_dtype,
         kv_policy=request.budget.policy,
         kv_budget=request.budget.tokens,
-        kv_bytes_per_token=model.cache.bytes_per_token if isinstance(model, ModelRunner | CachedBlockModel) else None,
+        kv_bytes_per_token=model.cache.bytes_per_token if isinstance(model, ModelRunner | CachedStreamedModel) else None,
         cpu_seconds=cpu_seconds(),
         peak_memory_bytes=peak_memory(),
     )
 
 
-def _open(request: EvalRequest, checkpoint: Checkpoint) -> BlockModel | ModelRunner:
+def _open(request: EvalRequest, checkpoint: Checkpoint) -> StreamedModel | ModelRunner:
     """The model as it is to be measured."""
     if request.budget.tokens is not None:
         return open_bounded(request.model, request.device, request.kv_dtype or "auto", request.seq_len, request.budget)
@@ -168,7 +168,9 @@ def _open(request: EvalRequest, checkpoint: Checkpoint) -> BlockModel | ModelRun
     return open_model(checkpoint, request.device, packed="quantization_config" in checkpoint.config)
 
 
-def _kernel_difference(model: BlockModel, hidden: Tensor, tokens: Tensor, advance: Callable[[str, int, int], None]) -> float:
+def _kernel_difference(
+    model: StreamedModel, hidden: Tensor, tokens: Tensor, advance: Callable[[str, int, int], None]
+) -> float:
     """Relative difference of the packed model's perplexity from that of its dequantized weights, over the first windows.
 
     Args:
@@ -187,7 +189,7 @@ def _row(checkpoint: Checkpoint, metrics: Metrics) -> EvalRow:
     return EvalRow(str(checkpoint.folder), metrics, bits_per_weight(checkpoint), size)
 
 
-def _cached_hidden(model: BlockModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
+def _cached_hidden(model: StreamedModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
     """The baseline's final hidden states, which every evaluation against it needs again, from the user's cache."""
     files = (model.checkpoint.folder / "config.json", *model.checkpoint.files)
     versions = torch.__version__, transformers.__version__, quantkit.__version__

@@ -11,37 +11,37 @@ from torch import Tensor, nn
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import NumericsError
 from quantkit.formats.artifact import dense_source, online_hadamard
-from quantkit.models.skeleton import read_config, realise_buffers
-from quantkit.models.streaming import BlockModel
+from quantkit.models.skeleton import materialize_buffers, read_config
+from quantkit.models.streaming import StreamedModel
 from quantkit.runtime.core.batch import lone_batch
 from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.kv_cache.dtypes import LayerShape, cache_format
 from quantkit.runtime.model import attention
-from quantkit.runtime.model.loader import load_block, load_outside
+from quantkit.runtime.model.loader import load_block, load_non_block_weights
 from quantkit.runtime.model.weights import Source
 
 #: Tokens that run through a block at once.
 _BATCH_TOKENS = 4096
 
 
-class PackedBlockModel(BlockModel):
+class PackedStreamedModel(StreamedModel):
     """A block model whose matrices, the head's too, stay packed and run through the engine's kernels."""
 
-    def load_outside(self) -> None:
+    def load_non_block_weights(self) -> None:
         """Read embeddings, final norm and head, as the engine does; nothing is widened. To be called once."""
-        load_outside(self._model, Source(self.checkpoint), self.device, self.dtype)
-        self._load(self._model, "", [name for name, _ in self._model.named_parameters() if name in self._outside])
+        load_non_block_weights(self._model, Source(self.checkpoint), self.device, self.dtype)
+        self._load(self._model, "", [name for name, _ in self._model.named_parameters() if name in self._non_block_names])
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with kernel-ready weights; they are released when the context ends."""
         module = copy.deepcopy(self._blocks[index])
-        realise_buffers(self._model, module, self.device)
+        materialize_buffers(self._model, module, self.device)
         load_block(module, self.prefix(index), self.family, Source(self.checkpoint), self.device, self.dtype)
         yield module
 
 
-class CachedBlockModel(PackedBlockModel):
+class CachedStreamedModel(PackedStreamedModel):
     """A packed block model whose attention reads keys and values from the engine's paged cache, through its kernels.
 
     A window is one sequence, whose prompt is computed in one step. What a token sees depends on positions only, not on how a
@@ -77,19 +77,19 @@ class CachedBlockModel(PackedBlockModel):
         return hidden, [each | {"paged": self._paged} for each in kwargs]
 
 
-def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, length: int) -> CachedBlockModel:
+def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, length: int) -> CachedStreamedModel:
     """A model to be evaluated with a KV cache of the type that `--kv-dtype` names, over windows of `length` tokens.
 
     Raises:
         QuantkitError: it cannot be read, or cannot have such a cache.
     """
     dtype = torch.float32 if device.type == "cpu" else read_config(checkpoint).dtype or torch.bfloat16
-    model = CachedBlockModel(checkpoint, dense_source(checkpoint), dtype, device, online_hadamard(checkpoint))
+    model = CachedStreamedModel(checkpoint, dense_source(checkpoint), dtype, device, online_hadamard(checkpoint))
     model.use_cache(kv_dtype, length)
     return model
 
 
-def open_model(checkpoint: Checkpoint, device: torch.device, *, packed: bool = False) -> BlockModel:
+def open_model(checkpoint: Checkpoint, device: torch.device, *, packed: bool = False) -> StreamedModel:
     """A model to be evaluated without a KV cache.
 
     Args:
@@ -101,13 +101,13 @@ def open_model(checkpoint: Checkpoint, device: torch.device, *, packed: bool = F
     Raises:
         CheckpointError, FormatError: it cannot be read.
     """
-    kind = PackedBlockModel if packed else BlockModel
+    kind = PackedStreamedModel if packed else StreamedModel
     dtype = torch.bfloat16 if packed and device.type == "cuda" else torch.float32
     return kind(checkpoint, dense_source(checkpoint), dtype, device, online_hadamard(checkpoint))
 
 
 @torch.no_grad()
-def final_hidden(model: BlockModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
+def final_hidden(model: StreamedModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
     """Output of the last block, float32 [windows, T, D] on the CPU.
 
     Args:
@@ -118,7 +118,7 @@ def final_hidden(model: BlockModel, tokens: Tensor, advance: Callable[[int, int]
     Raises:
         NumericsError: the model overflows.
     """
-    rows = 1 if isinstance(model, CachedBlockModel) else max(1, _BATCH_TOKENS // tokens.shape[1])
+    rows = 1 if isinstance(model, CachedStreamedModel) else max(1, _BATCH_TOKENS // tokens.shape[1])
     hidden = torch.empty(*tokens.shape, model.config.hidden_size)
     kwargs = {}
     for batch, target in zip(tokens.split(rows), hidden.split(rows), strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.files import disk_errors, write_json
-from quantkit.checkpoint.reader import Checkpoint, shown
+from quantkit.checkpoint.reader import Checkpoint, quoted
 from quantkit.errors import FormatError
 from quantkit.formats import FORMATS, Engine, Format, Plan, format_of, sort_groups
 from quantkit.formats.rotated import OnlineHadamard, declare, declared, refusals
@@ -76,7 +76,7 @@ class PackedReader:
         for module in self.modules:
             info = checkpoint.tensors[module + marker]
             if info.dtype != torch.int32 or len(info.shape) != 2 or 0 in info.shape:
-                raise FormatError(f"{info.file}: {shown(module + marker)} is not an int32 matrix, so it cannot be read")
+                raise FormatError(f"{info.file}: {quoted(module + marker)} is not an int32 matrix, so it cannot be read")
 
     def scheme(self, module: str) -> Scheme:
         """How a packed matrix is quantized.
@@ -87,7 +87,7 @@ class PackedReader:
         scheme = self._schemes[module]
         if scheme is None:
             where = self._checkpoint.folder / "config.json"
-            raise FormatError(f"{where}: says {shown(module)} is not quantized, but it is packed; fetch the model again")
+            raise FormatError(f"{where}: says {quoted(module)} is not quantized, but it is packed; fetch the model again")
         return scheme
 
     def engines(self) -> list[Engine]:
@@ -118,7 +118,7 @@ class PackedReader:
         try:
             tensors, order = sort_groups(self._stored(module), scheme)
         except FormatError as error:
-            raise FormatError(f"{self._checkpoint.folder}: {shown(module)}: {error}") from None
+            raise FormatError(f"{self._checkpoint.folder}: {quoted(module)}: {error}") from None
         return self._decoded(module, tensors), order
 
     def dense(self, module: str) -> Tensor:
@@ -141,9 +141,9 @@ class PackedReader:
         try:
             return self.form.decode(tensors, scheme, self._config)
         except KeyError as error:
-            raise FormatError(f"{self._checkpoint.folder}: {shown(module)} lacks {error}; fetch the model again") from None
+            raise FormatError(f"{self._checkpoint.folder}: {quoted(module)} lacks {error}; fetch the model again") from None
         except FormatError as error:
-            raise FormatError(f"{self._checkpoint.folder}: {shown(module)}: {error}") from None
+            raise FormatError(f"{self._checkpoint.folder}: {quoted(module)}: {error}") from None
 
 
 def dense_source(checkpoint: Checkpoint) -> Callable[[list[str]], dict[str, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.files import write_json, write_tensors
-from quantkit.checkpoint.reader import Checkpoint, read_json, sha256, shown
+from quantkit.checkpoint.reader import Checkpoint, quoted, read_json, sha256
 from quantkit.checkpoint.storage_dtype import storage_dtype
 from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import CheckpointError, FormatError
@@ -120,6 +120,6 @@ def _converted(checkpoint: Checkpoint, packed: PackedReader, file: Path, form: s
         module = owners.get(name)
         if module is None or not name.endswith("." + packed.form.suffixes[0]):
             continue
-        encoded = encode(form, packed.read(module), dtype, f"{file}: {shown(module)}")
+        encoded = encode(form, packed.read(module), dtype, f"{file}: {quoted(module)}")
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in encoded.items()}
     return tensors

@@ -1,6 +1,6 @@
 """Model families as data: where the decoder blocks are, which matrices read which input, and what can absorb a scale.
 
-A `Group` is the unit of work: matrices that read one input. The groups of a block are listed in the order in which the
+A `MatrixGroup` is the unit of work: matrices that read one input. The groups of a block are listed in the order in which the
 block runs them. Adding a family is adding a row to FAMILIES.
 """
 
@@ -28,7 +28,7 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Group:
+class MatrixGroup:
     """Matrices inside a block that read the same input.
 
     Attributes:
@@ -43,10 +43,10 @@ class Group:
 class Norms(NamedTuple):
     """A block's norms over the hidden size, by place; None where the family has none there."""
 
-    before_attention: str | None = "input_layernorm"
-    behind_attention: str | None = None
-    before_mlp: str | None = "post_attention_layernorm"
-    behind_mlp: str | None = None
+    pre_attention_norm: str | None = "input_layernorm"
+    post_attention_norm: str | None = None
+    pre_mlp_norm: str | None = "post_attention_layernorm"
+    post_mlp_norm: str | None = None
 
 
 _BEFORE = Norms()
@@ -65,7 +65,7 @@ class Family:
         out, down: the last matrices of attention and of the MLP.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[MatrixGroup, ...]
     soft_cap: bool = False
     blocks: str = "model.layers"
     norms: Norms = _BEFORE
@@ -81,7 +81,7 @@ class Family:
     @property
     def rotatable(self) -> bool:
         """Whether the residual stream may be rotated: nothing but matrices writes to it."""
-        return self.norms.behind_attention is self.norms.behind_mlp is None
+        return self.norms.post_attention_norm is self.norms.post_mlp_norm is None
 
     @property
     def readers(self) -> dict[str, str]:
@@ -106,31 +106,33 @@ class Family:
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_OUT = Group(("self_attn.o_proj",), Fold("self_attn.v_proj", heads=True))
-_DOWN = Group(("mlp.down_proj",), Fold("mlp.up_proj"))
+_OUT = MatrixGroup(("self_attn.o_proj",), Fold("self_attn.v_proj", heads=True))
+_DOWN = MatrixGroup(("mlp.down_proj",), Fold("mlp.up_proj"))
 
-LLAMA = Family((Group(_QKV, Fold("input_layernorm")), _OUT, Group(_GATE_UP, Fold("post_attention_layernorm")), _DOWN))
+LLAMA = Family(
+    (MatrixGroup(_QKV, Fold("input_layernorm")), _OUT, MatrixGroup(_GATE_UP, Fold("post_attention_layernorm")), _DOWN)
+)
 GEMMA = Family(
     (
-        Group(_QKV, Fold("input_layernorm", offset=1.0)),
+        MatrixGroup(_QKV, Fold("input_layernorm", offset=1.0)),
         _OUT,
-        Group(_GATE_UP, Fold("pre_feedforward_layernorm", offset=1.0)),
+        MatrixGroup(_GATE_UP, Fold("pre_feedforward_layernorm", offset=1.0)),
         _DOWN,
     ),
     norms=Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
 PHI3 = Family(
     (
-        Group(("self_attn.qkv_proj",), Fold("input_layernorm")),
-        Group(("self_attn.o_proj",), Fold("self_attn.qkv_proj", heads=True)),
-        Group(("mlp.gate_up_proj",), Fold("post_attention_layernorm")),
-        Group(("mlp.down_proj",), Fold("mlp.gate_up_proj")),
+        MatrixGroup(("self_attn.qkv_proj",), Fold("input_layernorm")),
+        MatrixGroup(("self_attn.o_proj",), Fold("self_attn.qkv_proj", heads=True)),
+        MatrixGroup(("mlp.gate_up_proj",), Fold("post_attention_layernorm")),
+        MatrixGroup(("mlp.down_proj",), Fold("mlp.gate_up_proj")),
     ),
     values="self_attn.qkv_proj",
 )
 # OLMo 2 normalises the outputs of attention and MLP: their inputs are the residual stream, which nothing can absorb.
 OLMO2 = Family(
-    (Group(_QKV, None), _OUT, Group(_GATE_UP, None), _DOWN),
+    (MatrixGroup(_QKV, None), _OUT, MatrixGroup(_GATE_UP, None), _DOWN),
     norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
 )
 

@@ -41,7 +41,7 @@ def _seconds(dtype: torch.dtype) -> float:
 @contextmanager
 def multiplying_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> Iterator[None]:
     """Hold the weights of linear layers in `dtype` and multiply in it; what comes out has the dtype of what goes in."""
-    changed, scratch = list(layers), Scratch(dtype)
+    changed, scratch = list(layers), MatmulBuffers(dtype)
     for layer in changed:
         assert isinstance(layer, nn.Linear)
         layer.weight.data = layer.weight.data.to(dtype)
@@ -53,7 +53,7 @@ def multiplying_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> Iterator[
             del layer.forward
 
 
-class Scratch:
+class MatmulBuffers:
     """Two buffers that all layers share, for operand and product in another dtype than the stored one.
 
     They are the largest tensors of a forward; taken anew each time, they would leave holes among what is held.
@@ -71,7 +71,7 @@ class Scratch:
         return buffer[:size].view(rows, columns)
 
 
-def _forward(layer: nn.Linear, scratch: Scratch, inputs: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, scratch: MatmulBuffers, inputs: Tensor) -> Tensor:
     """x W^T + b, from x [..., K]."""
     weight, bias = layer.weight, layer.bias
     if inputs.dtype == weight.dtype:

@@ -49,7 +49,7 @@ def skeleton(config: PreTrainedConfig, attention: str, dtype: torch.dtype) -> An
     return model.eval()
 
 
-def realise_buffers(model: Any, root: nn.Module, device: torch.device, apart: nn.Module | None = None) -> None:
+def materialize_buffers(model: Any, root: nn.Module, device: torch.device, apart: nn.Module | None = None) -> None:
     """Compute the buffers below `root` that no checkpoint stores (inverse frequencies, embedding scales).
 
     Args:

@@ -20,13 +20,13 @@ from quantkit.kernels import reference
 from quantkit.models import causal_attention as causal
 from quantkit.models.families import family_of
 from quantkit.models.matmul_dtype import multiplying_in
-from quantkit.models.skeleton import read_config, realise_buffers, skeleton
+from quantkit.models.skeleton import materialize_buffers, read_config, skeleton
 
 #: Reads tensors by name; a quantized checkpoint's reader hands out dense weights.
-Source = Callable[[list[str]], dict[str, Tensor]]
+TensorReader = Callable[[list[str]], dict[str, Tensor]]
 
 
-class BlockModel:
+class StreamedModel:
     """A causal language model of which embeddings, final norm and head are real, and blocks come and go.
 
     Attributes:
@@ -41,7 +41,7 @@ class BlockModel:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        source: Source,
+        source: TensorReader,
         dtype: torch.dtype,
         device: torch.device,
         online: OnlineHadamard | None = None,
@@ -65,9 +65,9 @@ class BlockModel:
         self.count = len(self._blocks)
         if online:
             self._rotate_inputs(online)
-        realise_buffers(self._model, self._model, device, apart=self._blocks)
-        self._outside = [name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks)]
-        self.load_outside()
+        materialize_buffers(self._model, self._model, device, apart=self._blocks)
+        self._non_block_names = [name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks)]
+        self.load_non_block_weights()
 
     def _rotate_inputs(self, online: OnlineHadamard) -> None:
         """These hooks are the first of their modules: whoever hooks a module later sees its inputs rotated."""
@@ -76,14 +76,14 @@ class BlockModel:
                 if size := online.block_of(self.prefix(index) + name):
                     block.get_submodule(name).register_forward_pre_hook(partial(_rotate_input, size))
 
-    def load_outside(self) -> None:
+    def load_non_block_weights(self) -> None:
         """Read embeddings, final norm and head."""
-        self._load(self._model, "", self._outside)
+        self._load(self._model, "", self._non_block_names)
         self._model.tie_weights()
 
-    def release_outside(self) -> None:
-        """Give the memory of embeddings, final norm and head back: until `load_outside` only `block` can be called."""
-        empty = {name: p.detach().to("meta") for name, p in self._model.named_parameters() if name in self._outside}
+    def release_non_block_weights(self) -> None:
+        """Free embeddings, final norm and head. Until `load_non_block_weights`, only `block` can be called."""
+        empty = {name: p.detach().to("meta") for name, p in self._model.named_parameters() if name in self._non_block_names}
         self._model.load_state_dict(empty, strict=False, assign=True)
         self._model.tie_weights()
 
@@ -114,7 +114,7 @@ class BlockModel:
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights, matrices in `matmul_dtype`; they are released when the context ends."""
         module, prefix = self._blocks[index], self.prefix(index)
-        realise_buffers(self._model, module, self.device)
+        materialize_buffers(self._model, module, self.device)
         self._load(module, prefix, [name for name, _ in module.named_parameters()])
         try:
             with multiplying_in(self.matmul_dtype, map(module.get_submodule, self.family.matrices)):
@@ -198,7 +198,7 @@ def _rotate_input(block: int, _module: nn.Module, args: tuple[Tensor, ...]) -> t
     return (reference.hadamard(args[0], block),)
 
 
-def check_tensors(checkpoint: Checkpoint, model: BlockModel) -> None:
+def check_tensors(checkpoint: Checkpoint, model: StreamedModel) -> None:
     """Compare every tensor's shape and dtype with what config.json promises, before any is read.
 
     Norms and other vectors may be kept in another floating dtype, matrices may not.

@@ -15,20 +15,20 @@ from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.hessian import PARTS, Hessian
 from quantkit.methods.scheme import Scheme
 from quantkit.methods.solve import Moments, Settings, solve
-from quantkit.models.families import Group
-from quantkit.quantization.calibration import Stream, Walk
-from quantkit.quantization.distributed import ALONE, Team
-from quantkit.quantization.fold_scales import Written, fold_into, foldable, tied_channels
+from quantkit.models.families import MatrixGroup
+from quantkit.quantization.calibration import ActivationStream, LockstepForward
+from quantkit.quantization.distributed import SINGLE_PROCESS, ProcessGroup
+from quantkit.quantization.fold_scales import QuantizedBlock, effective_scale, find_channel_groups, fold_scale
 from quantkit.quantization.report import MatrixReport
 from quantkit.utils.resources import trim_memory
 
 #: Matrices are solved stacked on one another up to this many rows. On a CPU the loop over the columns costs as much as 560
 #: rows: what more than this would gain is less than sharing them out does. On a GPU the loop is nearly all that it takes.
-_STACKED = {"cpu": 4096, "cuda": 65536}
+_MAX_STACKED_ROWS = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass
-class BlockJob:
+class BlockQuantizer:
     """One block at work.
 
     Attributes:
@@ -47,9 +47,9 @@ class BlockJob:
     schemes: Mapping[str, Scheme]
     config: PreTrainedConfig
     settings: Settings
-    announce: Callable[[MatrixReport], None]
-    written: Written = field(default_factory=lambda: Written({}, {}))
-    team: Team = ALONE
+    on_report: Callable[[MatrixReport], None]
+    written: QuantizedBlock = field(default_factory=lambda: QuantizedBlock({}, {}))
+    process_group: ProcessGroup = SINGLE_PROCESS
 
     def weight(self, name: str) -> Tensor:
         """A matrix of the block, float32 [N, K]; not to be modified."""
@@ -60,24 +60,24 @@ class BlockJob:
         assert isinstance(weight, Tensor)
         return weight
 
-    def active(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    def groups_to_quantize(self, groups: tuple[MatrixGroup, ...]) -> tuple[MatrixGroup, ...]:
         """The groups of which at least one matrix is quantized."""
         return tuple(group for group in groups if any(name in self.schemes for name in group.names))
 
-    def run(self, groups: tuple[Group, ...], walk: Walk | None, streams: list[Stream]) -> None:
+    def run(self, groups: tuple[MatrixGroup, ...], lockstep: LockstepForward | None, streams: list[ActivationStream]) -> None:
         """Quantize `groups` (active ones); with a walk, from measured inputs, each group seeing the ones before quantized."""
         for stream in streams:
             stream.weights |= {name: self._parameter(name).detach() for group in groups for name in group.names}
         for number, group in enumerate(groups):
             started = time.monotonic()
             weights = {name: self.weight(name) for name in group.names}
-            if walk is None:
+            if lockstep is None:
                 self._solve(group, weights, None, None, "", started)
                 continue
-            moments, ratio, note = self._measure(walk, number, next(iter(weights.values())).shape[1]), None, ""
+            moments, ratio, note = self._measure(lockstep, number, next(iter(weights.values())).shape[1]), None, ""
             trim_memory()
             if self.settings.scales_channels:
-                moments, ratio, note = self._scale(walk, number, weights, moments)
+                moments, ratio, note = self._scale(lockstep, number, weights, moments)
                 for stream in streams:
                     stream.weights |= {name: weight.to(self._parameter(name).dtype) for name, weight in weights.items()}
             self._solve(group, weights, moments, ratio, note, started)
@@ -89,46 +89,46 @@ class BlockJob:
             # Forward and solver take tensors of other sizes than one another.
             trim_memory()
 
-    def _measure(self, walk: Walk, number: int, columns: int) -> Moments:
+    def _measure(self, lockstep: LockstepForward, number: int, columns: int) -> Moments:
         """The moments of group `number`'s inputs.
 
         Raises:
             NumericsError: an activation is NaN or Inf.
         """
-        sums = measured(walk.inputs(number), columns, next(self.block.parameters()).device, self.team)
+        sums = accumulate_hessian(lockstep.inputs(number), columns, next(self.block.parameters()).device, self.process_group)
         hessian, drift = sums.mean(), sums.drift()
         # A NaN or Inf in either stream reaches these sums.
         strayed = 0.0 if drift is None else float(drift.cross.sum())
         if not math.isfinite(float(hessian.diagonal().sum()) + strayed):
             raise NumericsError(
-                f"{self.prefix}{walk.groups[number].names[0]}: its calibration inputs hold NaN or Inf; the model overflows "
-                "in its own dtype, or the checkpoint is damaged"
+                f"{self.prefix}{lockstep.groups[number].names[0]}: its calibration inputs hold NaN or Inf; the model "
+                "overflows in its own dtype, or the checkpoint is damaged"
             )
         return Moments(hessian, drift, self.settings)
 
     def _scale(
-        self, walk: Walk, number: int, weights: dict[str, Tensor], moments: Moments
+        self, lockstep: LockstepForward, number: int, weights: dict[str, Tensor], moments: Moments
     ) -> tuple[Moments, float | None, str]:
         """Search and fold AWQ's channel scale: multiplies `weights` in place, returns moments of the divided input."""
-        fold = walk.groups[number].fold
+        fold = lockstep.groups[number].fold
         if fold is None:
             return moments, None, "AWQ scale not folded: nothing before it can absorb one"
         hessian, cost = moments.hessian, None if moments.inverse is None else moments.inverse.cost
-        tie = tied_channels(fold, hessian.shape[0], self.config).to(hessian.device)
+        channel_groups = find_channel_groups(fold, hessian.shape[0], self.config).to(hessian.device)
         parts = [(weight, self.schemes[name]) for name, weight in weights.items() if name in self.schemes]
-        found = search_channel_scale(parts, hessian, self.settings.dtype, tie, cost, self.team.map)
-        scale = foldable(fold, self.block, found.scale, self.settings.dtype)
-        fold_into(fold, self.block, scale, tie, self.written, self.settings.dtype)
+        found = search_channel_scale(parts, hessian, self.settings.dtype, channel_groups, cost, self.process_group.map)
+        scale = effective_scale(fold, self.block, found.scale, self.settings.dtype)
+        fold_scale(fold, self.block, scale, channel_groups, self.written, self.settings.dtype)
         for name, weight in weights.items():
             weights[name] = weight * scale
             if name not in self.schemes:
-                self.written.plain[f"{name}.weight"] = weights[name].to(self.settings.dtype)
-        walk.divide(number, scale)
+                self.written.unquantized[f"{name}.weight"] = weights[name].to(self.settings.dtype)
+        lockstep.divide_input(number, scale)
         return moments.divided(scale), found.ratio, ""
 
     def _solve(
         self,
-        group: Group,
+        group: MatrixGroup,
         weights: dict[str, Tensor],
         moments: Moments | None,
         ratio: float | None,
@@ -139,13 +139,13 @@ class BlockJob:
         names = [name for name in group.names if name in self.schemes]
         rows = {name: weights[name].shape[0] for name in names}
         before, device = time.monotonic() - started, weights[names[0]].device
-        batches = stacks(self.schemes, rows, _STACKED[device.type])
-        owners = self.team.owners([sum(rows[name] for name in batch) for batch in batches])
+        batches = stack_matrices(self.schemes, rows, _MAX_STACKED_ROWS[device.type])
+        owners = self.process_group.assign_owners([sum(rows[name] for name in batch) for batch in batches])
         owner_of = {name: owner for batch, owner in zip(batches, owners, strict=True) for name in batch}
         solved: dict[str, tuple[QuantizedWeight, MatrixReport | None]] = {
             name: (QuantizedWeight.empty(weights[name].shape, self.schemes[name], device), None) for name in names
         }
-        own = [batch for batch, owner in zip(batches, owners, strict=True) if owner == self.team.rank]
+        own = [batch for batch, owner in zip(batches, owners, strict=True) if owner == self.process_group.rank]
         stacked = (torch.cat([weights[name] for name in batch]) for batch in own)
         targets = stacked if moments is None else moments.take_targets(stacked)
         for batch, target in zip(own, targets, strict=True):
@@ -154,11 +154,11 @@ class BlockJob:
         for name in names:
             quantized, report = solved[name]
             for tensor in (quantized.codes, quantized.scales, quantized.zeros):
-                self.team.broadcast(tensor, owner_of[name])
-            report = self.team.share(report, owner_of[name])
+                self.process_group.broadcast(tensor, owner_of[name])
+            report = self.process_group.broadcast_object(report, owner_of[name])
             assert report is not None
             self.written.quantized[name] = quantized
-            self.announce(replace(report, seconds=report.seconds + before * rows[name] / sum(rows.values())))
+            self.on_report(replace(report, seconds=report.seconds + before * rows[name] / sum(rows.values())))
 
     def _solve_stacked(
         self, target: Tensor, parts: Mapping[str, Tensor], moments: Moments | None, ratio: float | None, note: str
@@ -176,7 +176,7 @@ class BlockJob:
         return solved
 
 
-def stacks(schemes: Mapping[str, Scheme], rows: Mapping[str, int], limit: int) -> list[list[str]]:
+def stack_matrices(schemes: Mapping[str, Scheme], rows: Mapping[str, int], limit: int) -> list[list[str]]:
     """Which matrices (name -> rows) are solved stacked: those of one scheme, up to `limit` rows or one that has more.
 
     It decides the last bits, so it does not depend on how many processes share them out.
@@ -193,15 +193,17 @@ def stacks(schemes: Mapping[str, Scheme], rows: Mapping[str, int], limit: int) -
     return found
 
 
-def measured(inputs: Iterable[tuple[Tensor, ...]], columns: int, device: torch.device, team: Team) -> Hessian:
+def accumulate_hessian(
+    inputs: Iterable[tuple[Tensor, ...]], columns: int, device: torch.device, process_group: ProcessGroup
+) -> Hessian:
     """The sums over all inputs: every process of the team sums its share of the columns, and all get all of them."""
-    owners = team.owners(PARTS)
-    sums = Hessian(columns, device, [part for part, owner in enumerate(owners) if owner == team.rank])
+    owners = process_group.assign_owners(PARTS)
+    sums = Hessian(columns, device, [part for part, owner in enumerate(owners) if owner == process_group.rank])
     for values in inputs:
         sums.add(*values)
     for part, owner in enumerate(owners):
         for tensor in sums.part(part):
-            team.broadcast(tensor, owner)
+            process_group.broadcast(tensor, owner)
     return sums
 
 

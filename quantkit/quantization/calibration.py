@@ -4,7 +4,7 @@ GPTQ wants each group's inputs to come from the already quantized groups before 
 pays for with one partial forward a group. Here every micro-batch runs the block's own forward in a greenlet that pauses at
 the group's first matrix; when all have arrived the group is quantized, and all go on with the new weights. So one block
 costs one forward, whatever its structure. Where the paused tensors would not fit, each stop runs the block again from its
-start (`hold=False`): slower, but only one micro-batch is alive at a time.
+start (`keep_paused=False`): slower, but only one micro-batch is alive at a time.
 
 Two streams walk side by side: what the quantized model sees, and (where the method asks for it) what the original model
 sees at the same places. The second one walks for a share of the rows only: it costs as much time and memory as the first.
@@ -21,15 +21,15 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from quantkit.models.families import Group
-from quantkit.quantization.distributed import ALONE, Team
+from quantkit.models.families import MatrixGroup
+from quantkit.quantization.distributed import SINGLE_PROCESS, ProcessGroup
 
 #: Tokens that run through a block at once. Fixed, because the order of sums decides the last bits of the result.
 MICRO_BATCH_TOKENS = 1024
 
 
 @dataclass
-class Stream:
+class ActivationStream:
     """One version of the model walking through a block.
 
     Attributes:
@@ -41,7 +41,7 @@ class Stream:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Walk:
+class LockstepForward:
     """One block's walk. For each group in order: read `inputs`, change the streams' weights; at the end read `outputs`.
 
     Attributes:
@@ -51,12 +51,12 @@ class Walk:
     def __init__(
         self,
         block: nn.Module,
-        groups: tuple[Group, ...],
-        streams: Sequence[Stream],
+        groups: tuple[MatrixGroup, ...],
+        streams: Sequence[ActivationStream],
         kwargs: Callable[[int], dict[str, Any]],
         *,
-        hold: bool,
-        team: Team = ALONE,
+        keep_paused: bool,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         """
         Args:
@@ -67,15 +67,15 @@ class Walk:
             hold: pause between stops; otherwise run again from the start for each. The results are the same to the bit.
             team: who shares the micro-batches out; all of its processes read all inputs.
         """
-        self._block, self._streams, self._kwargs, self._hold = block, streams, kwargs, hold
-        self.groups, self._team = groups, team
+        self._block, self._streams, self._kwargs, self._keep_paused = block, streams, kwargs, keep_paused
+        self.groups, self._process_group = groups, process_group
         self._modules = {name: _layer(block, name) for group in groups for name in group.names}
         self._divisors: dict[int, Tensor] = {}
         self._paused: dict[tuple[int, int], greenlet] = {}
-        self._parked: dict[tuple[int, int], Tensor] = {}
-        self._home = getcurrent()
+        self._storage: dict[tuple[int, int], Tensor] = {}
+        self._caller = getcurrent()
 
-    def __enter__(self) -> "Walk":
+    def __enter__(self) -> "LockstepForward":
         self._hooks = [
             self._modules[group.names[0]].register_forward_pre_hook(partial(self._pause, number))
             for number, group in enumerate(self.groups)
@@ -88,23 +88,23 @@ class Walk:
         for runner in self._paused.values():
             runner.throw(GreenletExit)
         self._paused.clear()
-        self._parked.clear()
+        self._storage.clear()
 
     def inputs(self, number: int) -> Iterator[tuple[Tensor, ...]]:
         """Per micro-batch, what group `number` reads, [B, T, K], in every stream that has the micro-batch.
 
-        Groups are taken in order, each once. The tensor is what the group will read, so `divide` will change it later: do
-        not keep it.
+        Call it once per group, in run order. The tensors are the ones that the group will read; `divide_input`
+        changes them later, so do not keep them.
         """
-        count, team = len(self._streams[0].hidden), self._team
-        for first in range(0, count, team.size):
-            own = first + team.rank
+        count, process_group = len(self._streams[0].hidden), self._process_group
+        for first in range(0, count, process_group.size):
+            own = first + process_group.rank
             # Before anyone waits for another's: a round's micro-batches run at the same time.
-            mine = tuple(self._advance(stream, own, number) for stream in self._present(own))
-            for owner, index in enumerate(range(first, min(first + team.size, count))):
-                values = mine if index == own else self._blank(index, number)
+            mine = tuple(self._advance(stream, own, number) for stream in self._streams_with(own))
+            for owner, index in enumerate(range(first, min(first + process_group.size, count))):
+                values = mine if index == own else self._receive_buffers(index, number)
                 for value in values:
-                    team.broadcast(value, owner)
+                    process_group.broadcast(value, owner)
                 yield values
             del mine, values  # no round outlives the next one's start
 
@@ -112,18 +112,18 @@ class Walk:
         """Per micro-batch, the block's output [B, T, D] in every stream that has it, after the last group."""
         return self.inputs(len(self.groups))
 
-    def divide(self, number: int, scale: Tensor) -> None:
+    def divide_input(self, number: int, scale: Tensor) -> None:
         """From now on divide what group `number` reads by `scale` [K], in every stream."""
         self._divisors[number] = scale
 
-    def _present(self, index: int) -> list[int]:
+    def _streams_with(self, index: int) -> list[int]:
         """The streams that have micro-batch `index`."""
         return [k for k, stream in enumerate(self._streams) if index < len(stream.hidden)]
 
-    def _blank(self, index: int, number: int) -> tuple[Tensor, ...]:
+    def _receive_buffers(self, index: int, number: int) -> tuple[Tensor, ...]:
         """Room for what group `number` reads in a micro-batch that another process walks."""
         device = next(self._block.parameters()).device
-        shapes = [self._streams[k].hidden[index].shape for k in self._present(index)]
+        shapes = [self._streams[k].hidden[index].shape for k in self._streams_with(index)]
         dtype = self._streams[0].hidden[0].dtype
         widths = [
             self._modules[self.groups[number].names[0]].in_features if number < len(self.groups) else s[-1] for s in shapes
@@ -131,7 +131,7 @@ class Walk:
         return tuple(torch.empty(*s[:-1], k, dtype=dtype, device=device) for s, k in zip(shapes, widths, strict=True))
 
     def _pause(self, number: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._home.switch(args[0])
+        self._caller.switch(args[0])
         if number in self._divisors:
             args[0].div_(self._divisors[number].to(args[0].dtype))
 
@@ -147,15 +147,15 @@ class Walk:
             value = runner.switch(self._streams[stream].hidden[index])
             for _ in range(number):
                 value = runner.switch()
-        if self._hold and not runner.dead:
+        if self._keep_paused and not runner.dead:
             self._paused[stream, index] = runner
-            self._park(stream, index, number, value)
+            self._compact(stream, index, number, value)
         elif not runner.dead:
             runner.throw(GreenletExit)
         assert isinstance(value, Tensor)
         return value
 
-    def _park(self, stream: int, index: int, number: int, value: Tensor) -> None:
+    def _compact(self, stream: int, index: int, number: int, value: Tensor) -> None:
         """Move what group `number` reads to the micro-batch's own place in one large tensor.
 
         Left where it is, it would lie among the forward's short-lived tensors, and those of the next micro-batches fit into
@@ -164,14 +164,14 @@ class Walk:
         """
         if self.groups[number].fold is None:
             return
-        if not self._parked:
+        if not self._storage:
             widest = max(module.in_features for module in self._modules.values())
-            mine = slice(self._team.rank, None, self._team.size)
+            mine = slice(self._process_group.rank, None, self._process_group.size)
             tokens = [hidden.shape[0] * hidden.shape[1] for s in self._streams for hidden in s.hidden[mine]]
             places = torch.empty(sum(tokens), widest, dtype=value.dtype, device=value.device).split(tokens)
             keys = [(k, i) for k, s in enumerate(self._streams) for i in range(len(s.hidden))[mine]]
-            self._parked = dict(zip(keys, places, strict=True))
-        place = self._parked[stream, index].view(-1)[: value.numel()].view(value.shape)
+            self._storage = dict(zip(keys, places, strict=True))
+        place = self._storage[stream, index].view(-1)[: value.numel()].view(value.shape)
         value.data = place.copy_(value)
 
     def _forward(self, hidden: Tensor) -> Tensor:

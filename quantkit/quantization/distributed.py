@@ -28,17 +28,17 @@ from quantkit.errors import PeerError, QuantkitError, RecipeError
 T = TypeVar("T")
 
 #: How long a process waits for another, which may be solving a large matrix. One that died is noticed at once.
-_PATIENCE = timedelta(minutes=30)
+_TIMEOUT = timedelta(minutes=30)
 
 #: How long a process that fails leaves the first one time to clean up, and to say why in its place.
-_COURTESY = timedelta(seconds=10)
+_ERROR_GRACE_PERIOD = timedelta(seconds=10)
 
 #: What a launcher sets for every process that it starts.
-_LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
-class Team:
-    """A process alone; `joined` gives one with its peers.
+class ProcessGroup:
+    """A process alone; `init_distributed` gives one with its peers.
 
     Attributes:
         rank: this process's number.
@@ -47,7 +47,7 @@ class Team:
 
     rank, size = 0, 1
 
-    def owners(self, costs: Sequence[float]) -> list[int]:
+    def assign_owners(self, costs: Sequence[float]) -> list[int]:
         """The rank that does each job, the dearest ones shared out first; the same answer in every process."""
         loads, owners = [0.0] * self.size, [0] * len(costs)
         for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
@@ -55,7 +55,7 @@ class Team:
             loads[owners[job]] += costs[job]
         return owners
 
-    def place(self, device: torch.device) -> torch.device:
+    def local_device(self, device: torch.device) -> torch.device:
         """`device` for this process: of several GPUs, each takes its own.
 
         Raises:
@@ -67,10 +67,10 @@ class Team:
         """Fill `tensor` in place with what it holds in process `owner`; shape and dtype are the same everywhere.
 
         Raises:
-            PeerError: a process is gone. So do `share` and `map`.
+            PeerError: a process is gone. So do `broadcast_object` and `map`.
         """
 
-    def share(self, value: T, owner: int = 0) -> T:
+    def broadcast_object(self, value: T, owner: int = 0) -> T:
         """`value` as it is in process `owner`; it must be possible to pickle it."""
         return value
 
@@ -80,17 +80,17 @@ class Team:
 
 
 #: The team of whoever has no peers.
-ALONE = Team()
+SINGLE_PROCESS = ProcessGroup()
 
 
-class Processes(Team):
+class DistributedProcessGroup(ProcessGroup):
     """Several processes, connected by a torch process group."""
 
     def __init__(self, rank: int, size: int, store: Store) -> None:
         self.rank, self.size, self._store = rank, size, store
 
-    def place(self, device: torch.device) -> torch.device:
-        """As in `Team`."""
+    def local_device(self, device: torch.device) -> torch.device:
+        """As in `ProcessGroup`."""
         if device.type != "cuda":
             return device
         local, count = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
@@ -102,36 +102,36 @@ class Processes(Team):
         return torch.device("cuda", local)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """As in `Team`."""
+        """As in `ProcessGroup`."""
         if not tensor.numel():
             return
         whole = tensor.contiguous()
-        with self._answering():
+        with self._peer_errors():
             # As bytes: not every backend knows every dtype.
             dist.broadcast(whole.view(-1).view(torch.uint8), owner)
         if whole is not tensor and owner != self.rank:
             tensor.copy_(whole)
 
-    def share(self, value: T, owner: int = 0) -> T:
-        """As in `Team`."""
+    def broadcast_object(self, value: T, owner: int = 0) -> T:
+        """As in `ProcessGroup`."""
         box = [value if owner == self.rank else None]
-        with self._answering():
+        with self._peer_errors():
             dist.broadcast_object_list(box, owner, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]
 
     def map(self, function: Callable[[float], float], items: Sequence[float]) -> list[float]:
-        """As in `Team`."""
+        """As in `ProcessGroup`."""
         mine = range(self.rank, len(items), self.size)
         values = torch.zeros(len(items), dtype=torch.float64)
         for job in mine:
             values[job] = function(items[job])
-        with self._answering():
+        with self._peer_errors():
             dist.all_reduce(values)  # one value and zeros: exact in any order
         found: list[float] = values.tolist()
         return found
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def _peer_errors(self) -> Iterator[None]:
         """Turn the failure of a connection into what made the peer end, if it said so."""
         try:
             yield
@@ -160,7 +160,7 @@ class Processes(Team):
             dist.destroy_process_group()  # whoever waits for this process finds the connection closed
             if self.rank and self._store.check(["error"]):
                 with suppress(RuntimeError):
-                    self._store.wait(["said"], _COURTESY)
+                    self._store.wait(["said"], _ERROR_GRACE_PERIOD)
             first = self._store.add("said", 1) == 1
         except RuntimeError:  # the store went with the process that kept it
             first = True
@@ -169,7 +169,7 @@ class Processes(Team):
 
 
 @contextmanager
-def joined() -> Iterator[Team]:
+def init_distributed() -> Iterator[ProcessGroup]:
     """The team of this process: its peers if a launcher such as torchrun started several, else itself alone.
 
     Whatever goes wrong in any process ends all of them, and one says why.
@@ -178,20 +178,20 @@ def joined() -> Iterator[Team]:
         PeerError: the others did not come.
         SystemExit: another process says why the run ends.
     """
-    if not os.environ.keys() >= _LAUNCHED or os.environ["WORLD_SIZE"] == "1":
-        yield ALONE
+    if not os.environ.keys() >= _LAUNCHER_VARIABLES or os.environ["WORLD_SIZE"] == "1":
+        yield SINGLE_PROCESS
         return
     try:
-        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+        store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PeerError(f"the processes do not find one another ({reason}); start them with torchrun") from None
-    team = Processes(rank, size, store)
+    process_group = DistributedProcessGroup(rank, size, store)
     try:
-        yield team
+        yield process_group
     except (Exception, KeyboardInterrupt) as error:
-        team.end(error)
+        process_group.end(error)
         raise
     dist.destroy_process_group()

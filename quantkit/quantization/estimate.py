@@ -18,13 +18,13 @@ from quantkit.formats import Engine
 from quantkit.formats.packing import words
 from quantkit.methods.scheme import Scheme
 from quantkit.models.matmul_dtype import fastest_matmul
-from quantkit.quantization.block import BlockJob
-from quantkit.quantization.calibration import Stream, Walk
-from quantkit.quantization.distributed import ALONE
-from quantkit.quantization.memory import memory_plan
-from quantkit.quantization.prepare import Prepared, prepare_run
+from quantkit.quantization.block import BlockQuantizer
+from quantkit.quantization.calibration import ActivationStream, LockstepForward
+from quantkit.quantization.distributed import SINGLE_PROCESS
+from quantkit.quantization.memory import plan_memory
+from quantkit.quantization.prepare import QuantizationJob, prepare_job
 from quantkit.quantization.report import MatrixReport
-from quantkit.quantization.run import Request
+from quantkit.quantization.run import QuantizeRequest
 from quantkit.utils.resources import peak_memory
 
 #: Micro-batches with which the first block is timed; the difference between the two gives the time a row takes.
@@ -32,7 +32,7 @@ _TIMED = (1, 2)
 
 
 @dataclass(frozen=True)
-class PlanReport:
+class RunEstimate:
     """A prediction.
 
     Attributes:
@@ -61,17 +61,17 @@ class PlanReport:
         return asdict(self)
 
 
-def predict(request: Request) -> PlanReport:
+def estimate_run(request: QuantizeRequest) -> RunEstimate:
     """Predict a run.
 
     Raises:
         QuantkitError: the run would be refused.
     """
     Workspace.require_free(request.out, request.folder, overwrite=request.overwrite)
-    job = prepare_run(request.folder, request.recipe, request.device)
+    job = prepare_job(request.folder, request.recipe, request.device)
     job.model.matmul_dtype = fastest_matmul(job.model.dtype, request.device)
     block_seconds = _time_block(job)
-    memory = memory_plan(job, request.max_memory, ALONE)
+    memory = plan_memory(job, request.max_memory, SINGLE_PROCESS)
     states, paused = job.activation_bytes() if job.tokens is not None else (0, 0)
 
     outside = sum(map(job.stored_bytes, job.outside))
@@ -80,9 +80,9 @@ def predict(request: Request) -> PlanReport:
     widened = job.model.matmul_dtype.itemsize / job.model.dtype.itemsize
     working = int((1 + 2 * widened) * block) + _solver_bytes(job)
     artifact = outside + sum(_stored_bytes(job, index) for index in range(job.model.count)) + _head_bytes(job)
-    on_device = working + (paused if memory.hold else 0) + outside
+    on_device = working + (paused if memory.keep_paused else 0) + outside
     cuda = request.device.type == "cuda"
-    return PlanReport(
+    return RunEstimate(
         host_bytes=peak_memory() + (2 * block if cuda else on_device) + (states if memory.in_memory else 0),
         device_bytes=on_device if cuda else 0,
         disk_bytes=artifact,
@@ -102,7 +102,7 @@ def _existing(path: Path) -> Path:
     return path if path.is_dir() else _existing(path.parent)
 
 
-def _solver_bytes(job: Prepared) -> int:
+def _solver_bytes(job: QuantizationJob) -> int:
     """Scratch of the largest group: its weights in float32 some eight times over, its moments some six times."""
     if job.tokens is None:
         return 0
@@ -110,7 +110,7 @@ def _solver_bytes(job: Prepared) -> int:
     return max(32 * sum(n * k for n, k in group) + 24 * group[0][1] ** 2 for group in shapes)
 
 
-def _stored_bytes(job: Prepared, index: int) -> int:
+def _stored_bytes(job: QuantizationJob, index: int) -> int:
     """Bytes of block `index` in the artifact, headers aside."""
     prefix = job.model.prefix(index)
     total = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.under(prefix))
@@ -120,7 +120,7 @@ def _stored_bytes(job: Prepared, index: int) -> int:
     return total
 
 
-def _head_bytes(job: Prepared) -> int:
+def _head_bytes(job: QuantizationJob) -> int:
     """Bytes of the output head in the artifact, if a rule quantizes it."""
     scheme = job.plan["lm_head"]
     if scheme is None:
@@ -129,7 +129,7 @@ def _head_bytes(job: Prepared) -> int:
     return _packed_bytes(rows, columns, scheme, job)
 
 
-def _packed_bytes(rows: int, columns: int, scheme: Scheme, job: Prepared) -> int:
+def _packed_bytes(rows: int, columns: int, scheme: Scheme, job: QuantizationJob) -> int:
     """Codes, scales, zero points and what the format adds, each packed into whole words."""
     form, groups = job.recipe.format, scheme.groups(columns)
     codes = rows * words(columns, scheme.bits) if form == "compressed-tensors" else columns * words(rows, scheme.bits)
@@ -139,7 +139,7 @@ def _packed_bytes(rows: int, columns: int, scheme: Scheme, job: Prepared) -> int
     return 4 * (codes + zeros) + scales + extra
 
 
-def _time_block(job: Prepared) -> float:
+def _time_block(job: QuantizationJob) -> float:
     """Seconds that one block takes with all rows: measured on few, extrapolated linearly in rows."""
     if job.tokens is None:
         return _seconds(job, None)
@@ -152,7 +152,7 @@ def _time_block(job: Prepared) -> float:
 
 
 @torch.no_grad()
-def _seconds(job: Prepared, rows: Tensor | None) -> float:
+def _seconds(job: QuantizationJob, rows: Tensor | None) -> float:
     """Wall time of quantizing the first block that is quantized at all, from `rows` rows, nothing written."""
 
     def ignore(_report: MatrixReport) -> None:
@@ -160,19 +160,21 @@ def _seconds(job: Prepared, rows: Tensor | None) -> float:
 
     timed = replace(job, tokens=rows)
     index = next((index for index in range(job.model.count) if job.schemes_of(index)), 0)
-    streams: list[Stream] = []
+    streams: list[ActivationStream] = []
     if rows is not None:
         hidden = [timed.model.embed(batch)[0] for batch in timed.token_batches()]
-        streams = [Stream(hidden[: -(-count // timed.rows_per_batch)]) for count in timed.stream_rows]
+        streams = [ActivationStream(hidden[: -(-count // timed.rows_per_batch)]) for count in timed.stream_rows]
     started = time.monotonic()
     with timed.model.block(index) as block:
-        task = BlockJob(block, timed.model.prefix(index), timed.schemes_of(index), timed.model.config, timed.settings, ignore)
-        groups = task.active(timed.model.family.groups)
+        quantizer = BlockQuantizer(
+            block, timed.model.prefix(index), timed.schemes_of(index), timed.model.config, timed.settings, ignore
+        )
+        groups = quantizer.groups_to_quantize(timed.model.family.groups)
         if rows is None:
-            task.run(groups, None, [])
+            quantizer.run(groups, None, [])
         else:
-            with Walk(block, groups, streams, timed.block_kwargs(index), hold=True) as walk:
-                task.run(groups, walk, streams)
-                for _ in walk.outputs():
+            with LockstepForward(block, groups, streams, timed.block_kwargs(index), keep_paused=True) as lockstep:
+                quantizer.run(groups, lockstep, streams)
+                for _ in lockstep.outputs():
                     pass
     return time.monotonic() - started

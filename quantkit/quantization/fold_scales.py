@@ -15,7 +15,7 @@ from quantkit.models.families import Fold
 
 
 @dataclass
-class Written:
+class QuantizedBlock:
     """What one block will be written as.
 
     Attributes:
@@ -24,10 +24,10 @@ class Written:
     """
 
     quantized: dict[str, QuantizedWeight]
-    plain: dict[str, Tensor]
+    unquantized: dict[str, Tensor]
 
 
-def tied_channels(fold: Fold, columns: int, config: PreTrainedConfig) -> Tensor:
+def find_channel_groups(fold: Fold, columns: int, config: PreTrainedConfig) -> Tensor:
     """int64 [K]: which of the producer's last channels feeds each input channel, from 0.
 
     With grouped-query attention every value row is repeated for several query heads, which must then share a scale.
@@ -42,7 +42,7 @@ def tied_channels(fold: Fold, columns: int, config: PreTrainedConfig) -> Tensor:
     return tied
 
 
-def foldable(fold: Fold, block: nn.Module, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def effective_scale(fold: Fold, block: nn.Module, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` [K] as it will really act, once a norm's new weight is rounded to 16 bit.
 
     A matrix divides by `scale` itself, up to half a unit in the last place of each stored grid scale or weight.
@@ -63,25 +63,27 @@ def _folded_norm(weight: Tensor, fold: Fold, scale: Tensor, dtype: torch.dtype) 
     return ((weight.float() + fold.offset) / scale - fold.offset).to(dtype)
 
 
-def fold_into(fold: Fold, block: nn.Module, scale: Tensor, tie: Tensor, written: Written, dtype: torch.dtype) -> None:
-    """Divide the producer's output by `scale` (from `foldable`, [K]) in what will be written."""
+def fold_scale(
+    fold: Fold, block: nn.Module, scale: Tensor, channel_groups: Tensor, written: QuantizedBlock, dtype: torch.dtype
+) -> None:
+    """Divide the producer's output by `scale` (from `effective_scale`, [K]) in what will be written."""
     producer = block.get_submodule(fold.producer)
     weight = producer.weight
     assert isinstance(weight, Tensor)
     rows = weight.shape[0]
     if weight.dim() == 1:
-        # (old + offset) / scale was rounded by `foldable`; dividing again by the acting scale reproduces it.
-        written.plain[f"{fold.producer}.weight"] = _folded_norm(weight, fold, scale, dtype)
+        # (old + offset) / scale was rounded by `effective_scale`; dividing again by the acting scale reproduces it.
+        written.unquantized[f"{fold.producer}.weight"] = _folded_norm(weight, fold, scale, dtype)
         return
     divisor = torch.ones(rows, device=scale.device)
-    channels = int(tie.max()) + 1
-    divisor[rows - channels :][tie] = scale
+    channels = int(channel_groups.max()) + 1
+    divisor[rows - channels :][channel_groups] = scale
     name = f"{fold.producer}.bias"
-    if name in written.plain:
-        written.plain[name] = (written.plain[name].float() / divisor).to(dtype)
+    if name in written.unquantized:
+        written.unquantized[name] = (written.unquantized[name].float() / divisor).to(dtype)
     if fold.producer in written.quantized:
         quantized = written.quantized[fold.producer]
         written.quantized[fold.producer] = quantized.scale_rows(divisor.reciprocal(), dtype)
     else:
         name = f"{fold.producer}.weight"
-        written.plain[name] = (written.plain[name].float() / divisor[:, None]).to(dtype)
+        written.unquantized[name] = (written.unquantized[name].float() / divisor[:, None]).to(dtype)

@@ -7,16 +7,18 @@ from torch import Tensor
 
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.solve import Moments, solve
-from quantkit.quantization.block import matrix_report, measured
-from quantkit.quantization.distributed import Team
-from quantkit.quantization.prepare import Prepared
+from quantkit.quantization.block import accumulate_hessian, matrix_report
+from quantkit.quantization.distributed import ProcessGroup
+from quantkit.quantization.prepare import QuantizationJob
 from quantkit.quantization.report import MatrixReport
 
 #: Rows of the head that are solved at once; rows are independent, and a vocabulary's worth would not fit.
 _ROWS = 8192
 
 
-def quantize_head(job: Prepared, streams: list[list[Tensor]], team: Team) -> tuple[QuantizedWeight, MatrixReport]:
+def quantize_head(
+    job: QuantizationJob, streams: list[list[Tensor]], process_group: ProcessGroup
+) -> tuple[QuantizedWeight, MatrixReport]:
     """Solve the head for the last block's outputs, micro-batches of every stream; none for data-free rounding.
 
     Every process of the team reads all outputs, sums its columns and solves its pieces.
@@ -30,21 +32,21 @@ def quantize_head(job: Prepared, streams: list[list[Tensor]], team: Team) -> tup
             tuple(job.model.head_input(stream[index].to(job.model.device)) for stream in streams if index < len(stream))
             for index in range(len(streams[0]))
         )
-        sums = measured(inputs, job.model.config.hidden_size, job.model.device, team)
+        sums = accumulate_hessian(inputs, job.model.config.hidden_size, job.model.device, process_group)
         moments = Moments(sums.mean(), sums.drift(), job.settings)
     pieces = job.model.head_weight.split(_ROWS)
-    owners = team.owners([len(rows) for rows in pieces])
+    owners = process_group.assign_owners([len(rows) for rows in pieces])
     widened = (rows.float() for rows in pieces)
     targets = list(widened) if moments is None else moments.take_targets(widened)
     parts = [
         solve(target, moments, scheme, job.settings)
-        if owner == team.rank
+        if owner == process_group.rank
         else QuantizedWeight.empty(target.shape, scheme, target.device)
         for target, owner in zip(targets, owners, strict=True)
     ]
     for part, owner in zip(parts, owners, strict=True):
         for tensor in (part.codes, part.scales, part.zeros):
-            team.broadcast(tensor, owner)
+            process_group.broadcast(tensor, owner)
     whole = QuantizedWeight(
         torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), torch.cat([p.zeros for p in parts]), scheme
     )

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quantkit.quantization.distributed import Team
-from quantkit.quantization.prepare import Prepared
+from quantkit.quantization.distributed import ProcessGroup
+from quantkit.quantization.prepare import QuantizationJob
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryPlan:
     """How the calibration activations are kept.
 
     Attributes:
@@ -18,21 +18,21 @@ class Memory:
     """
 
     in_memory: bool
-    hold: bool
+    keep_paused: bool
 
-    def less(self) -> "Memory | None":
+    def smaller(self) -> "MemoryPlan | None":
         """The next way that takes less memory and gives the same result; None when there is none."""
-        if self.hold:
-            return replace(self, hold=False)
+        if self.keep_paused:
+            return replace(self, keep_paused=False)
         return replace(self, in_memory=False) if self.in_memory else None
 
 
-def memory_plan(job: Prepared, limit: int, team: Team) -> Memory:
+def plan_memory(job: QuantizationJob, limit: int, process_group: ProcessGroup) -> MemoryPlan:
     """What fits into `limit` bytes of this process's memory (and, on a GPU, into half of what is free there)."""
     if job.tokens is None:
-        return Memory(in_memory=True, hold=True)
+        return MemoryPlan(in_memory=True, keep_paused=True)
     states, paused = job.activation_bytes()
-    paused = -(-paused // team.size)
+    paused = -(-paused // process_group.size)
     if job.model.device.type == "cuda":
-        return Memory(states <= limit, paused <= torch.cuda.mem_get_info(job.model.device)[0] // 2)
-    return Memory(in_memory=states <= limit, hold=states + paused <= limit)
+        return MemoryPlan(states <= limit, paused <= torch.cuda.mem_get_info(job.model.device)[0] // 2)
+    return MemoryPlan(in_memory=states <= limit, keep_paused=states + paused <= limit)

@@ -22,7 +22,7 @@ from quantkit.formats import FORMATS, Engine
 from quantkit.formats.rotated import OnlineHadamard, refusals
 from quantkit.methods.scheme import Scheme
 from quantkit.methods.solve import Settings
-from quantkit.models.streaming import BlockModel, Source, check_tensors
+from quantkit.models.streaming import StreamedModel, TensorReader, check_tensors
 from quantkit.quantization.calibration import MICRO_BATCH_TOKENS
 from quantkit.quantization.rotation import Rotation
 from quantkit.recipe import Recipe, resolved_json
@@ -36,7 +36,7 @@ _GROUP_SIZES = (128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class QuantizationJob:
     """A run that can start.
 
     Attributes:
@@ -50,9 +50,9 @@ class Prepared:
     """
 
     checkpoint: Checkpoint
-    read: Source
+    read: TensorReader
     online: OnlineHadamard | None
-    model: BlockModel
+    model: StreamedModel
     recipe: Recipe
     plan: Mapping[str, Scheme | None]
     tokens: Tensor | None
@@ -162,7 +162,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def prepare_run(folder: Path, recipe: Recipe, device: torch.device) -> Prepared:
+def prepare_job(folder: Path, recipe: Recipe, device: torch.device) -> QuantizationJob:
     """Check the source and settle the recipe.
 
     Raises:
@@ -170,16 +170,16 @@ def prepare_run(folder: Path, recipe: Recipe, device: torch.device) -> Prepared:
     """
     checkpoint = Checkpoint(folder)
     checkpoint.refuse_quantized()
-    model = BlockModel(checkpoint, checkpoint.read, storage_dtype(checkpoint), device)
+    model = StreamedModel(checkpoint, checkpoint.read, storage_dtype(checkpoint), device)
     check_tensors(checkpoint, model)
     read, online = checkpoint.read, None
     if recipe.rotate:
         if recipe.format != "compressed-tensors":
             raise RecipeError(f"rotate: the {recipe.format} format has no field for it; use --format compressed-tensors")
-        model.release_outside()
+        model.release_non_block_weights()
         read = Rotation(checkpoint, model.family, model.config)
         online = read.online
-        model = BlockModel(checkpoint, read, model.dtype, device, online)
+        model = StreamedModel(checkpoint, read, model.dtype, device, online)
     recipe = _with_group_size(recipe, model)
     plan = _plan(recipe, model)
     tokens = None
@@ -190,10 +190,10 @@ def prepare_run(folder: Path, recipe: Recipe, device: torch.device) -> Prepared:
         longest = getattr(model.config, "max_position_embeddings", math.inf)
         if tokens.shape[1] > longest:
             raise RecipeError(f"--seq-len {tokens.shape[1]} is longer than the model's context of {longest}")
-    return Prepared(checkpoint, read, online, model, recipe, plan, tokens)
+    return QuantizationJob(checkpoint, read, online, model, recipe, plan, tokens)
 
 
-def _with_group_size(recipe: Recipe, model: BlockModel) -> Recipe:
+def _with_group_size(recipe: Recipe, model: StreamedModel) -> Recipe:
     """`recipe` with every "auto" replaced by the largest common size that divides all matrices."""
     columns = {model.shape(0, name)[1] for name in model.family.matrices}
     auto = next((size for size in _GROUP_SIZES if all(k % size == 0 for k in columns)), -1)
@@ -202,7 +202,7 @@ def _with_group_size(recipe: Recipe, model: BlockModel) -> Recipe:
     return recipe.model_copy(update={"group_size": size, "rules": rules})
 
 
-def _plan(recipe: Recipe, model: BlockModel) -> dict[str, Scheme | None]:
+def _plan(recipe: Recipe, model: StreamedModel) -> dict[str, Scheme | None]:
     """Every matrix's scheme, checked against the format.
 
     Raises:

@@ -29,7 +29,7 @@ _LARGEST_BLOCK = 4096
 
 
 class Rotation:
-    """A checkpoint's tensors as the rotated model has them; a `blocks.Source`.
+    """A checkpoint's tensors as the rotated model has them; a `blocks.TensorReader`.
 
     Attributes:
         online: what is left for the runtime to do.

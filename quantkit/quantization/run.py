@@ -14,17 +14,17 @@ from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import CheckpointError
 from quantkit.formats.artifact import bits_per_weight, write_metadata
 from quantkit.models.matmul_dtype import fastest_matmul
-from quantkit.quantization.distributed import ALONE, Team
-from quantkit.quantization.memory import memory_plan
-from quantkit.quantization.pipeline import Follower, Progress, quantize_blocks
-from quantkit.quantization.prepare import Prepared, prepare_run
+from quantkit.quantization.distributed import SINGLE_PROCESS, ProcessGroup
+from quantkit.quantization.memory import plan_memory
+from quantkit.quantization.pipeline import Progress, WorkerWorkspace, quantize_blocks
+from quantkit.quantization.prepare import QuantizationJob, prepare_job
 from quantkit.quantization.report import MatrixReport, RunReport, Totals, worst_five
 from quantkit.recipe import Recipe
 from quantkit.utils.resources import cpu_seconds, peak_memory
 
 
 @dataclass(frozen=True)
-class Request:
+class QuantizeRequest:
     """What the user asked for.
 
     Attributes:
@@ -47,10 +47,10 @@ class Request:
     computing: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(request: Request, progress: Progress, team: Team = ALONE) -> RunReport:
+def quantize_model(request: QuantizeRequest, progress: Progress, process_group: ProcessGroup = SINGLE_PROCESS) -> RunReport:
     """Quantize a model folder into an artifact at `request.out`, which appears complete or not at all.
 
-    The others of the team call `assist` meanwhile.
+    The others of the team call `join_as_worker` meanwhile.
 
     Raises:
         QuantkitError: anything the user can mend, in one line.
@@ -59,12 +59,12 @@ def run(request: Request, progress: Progress, team: Team = ALONE) -> RunReport:
     left_over = request.out.is_dir() and Workspace.folder_of(request.out).is_dir()
     if not left_over:
         Workspace.require_free(request.out, request.folder, overwrite=request.overwrite)
-    job = prepare_run(request.folder, request.recipe, request.device)
+    job = prepare_job(request.folder, request.recipe, request.device)
     if left_over:
         complete = _complete(request.out, job)
         if complete is not None:
             Workspace.delete_leftovers(request.out)
-            team.share(None)
+            process_group.broadcast_object(None)
             progress.note(f"{request.out} was complete already; deleted what a killed run had left beside it")
             return complete
     matmul = fastest_matmul(job.model.dtype, request.device)
@@ -77,40 +77,46 @@ def run(request: Request, progress: Progress, team: Team = ALONE) -> RunReport:
         if settings != best:
             how = f"{settings['threads']} threads, products in {settings['matmul']}"
             progress.note(f"computing with {how}, as the run did that this one goes on with or repeats")
-        team.share((settings, workspace.finished))
+        process_group.broadcast_object((settings, workspace.finished))
         _compute_with(job, settings)
-        return _make(request, job, workspace, progress, team, started, cpu)
+        return _make(request, job, workspace, progress, process_group, started, cpu)
 
 
-def assist(request: Request, progress: Progress, team: Team) -> None:
+def join_as_worker(request: QuantizeRequest, progress: Progress, process_group: ProcessGroup) -> None:
     """Do this process's share of the run that the first one leads; writes nothing.
 
     Raises:
-        QuantkitError: as `run`.
+        QuantkitError: as `quantize_model`.
     """
-    job = prepare_run(request.folder, request.recipe, request.device)
-    started: tuple[dict[str, Any], list[dict[str, Any]]] | None = team.share(None)
+    job = prepare_job(request.folder, request.recipe, request.device)
+    started: tuple[dict[str, Any], list[dict[str, Any]]] | None = process_group.broadcast_object(None)
     if started is not None:
         settings, finished = started
         _compute_with(job, settings)
-        seen = Follower(Workspace.folder_of(request.out), finished)
-        quantize_blocks(job, seen, memory_plan(job, request.max_memory, team), progress, team)
+        seen = WorkerWorkspace(Workspace.folder_of(request.out), finished)
+        quantize_blocks(job, seen, plan_memory(job, request.max_memory, process_group), progress, process_group)
 
 
-def _compute_with(job: Prepared, settings: Mapping[str, Any]) -> None:
+def _compute_with(job: QuantizationJob, settings: Mapping[str, Any]) -> None:
     """Set what decides the last bits."""
     torch.set_num_threads(settings["threads"])
     job.model.matmul_dtype = getattr(torch, settings["matmul"])
 
 
 def _make(
-    request: Request, job: Prepared, workspace: Workspace, progress: Progress, team: Team, started: float, cpu: float
+    request: QuantizeRequest,
+    job: QuantizationJob,
+    workspace: Workspace,
+    progress: Progress,
+    process_group: ProcessGroup,
+    started: float,
+    cpu: float,
 ) -> RunReport:
     """From an open workspace to the published artifact."""
     resumed = min(max(len(workspace.finished) - 1, 0), job.model.count)
     if resumed:
         progress.note(f"going on after block {resumed} of {job.model.count} of an interrupted run")
-    reports = quantize_blocks(job, workspace, memory_plan(job, request.max_memory, team), progress, team)
+    reports = quantize_blocks(job, workspace, plan_memory(job, request.max_memory, process_group), progress, process_group)
     folder, shards = workspace.join()
     write_metadata(job.checkpoint, folder, job.recipe.format, job.plan, job.online)
     written = Checkpoint(folder)
@@ -124,7 +130,7 @@ def _make(
         wall_seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory(),
         resumed_blocks=resumed,
-        processes=team.size,
+        processes=process_group.size,
     )
     identity = job.identity()
     report = RunReport(
@@ -144,7 +150,7 @@ def _make(
     return report
 
 
-def _complete(out: Path, job: Prepared) -> RunReport | None:
+def _complete(out: Path, job: QuantizationJob) -> RunReport | None:
     """The report of a finished artifact at `out` if it is what `job` would make, to the last byte."""
     identity = job.identity()
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.data.prompts import Located, read_prompts
+from quantkit.data.prompts import LocatedPrompt, read_prompts
 from quantkit.errors import RequestError
 
 #: Line breaks for str.splitlines, which JSON and prompts may hold as they are.
@@ -15,7 +15,7 @@ ODD = "a\u2028b\u0085c\x0bd\x0ce\x1cf\rg"
 def test_only_newlines_end_lines_and_blank_ones_count(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes(f"\ufeff{ODD}\r\n\n  \nlast ".encode())
-    assert read_prompts(path) == [Located(ODD, f"{path}, line 1"), Located("last ", f"{path}, line 4")]
+    assert read_prompts(path) == [LocatedPrompt(ODD, f"{path}, line 1"), LocatedPrompt("last ", f"{path}, line 4")]
 
 
 def test_rows_of_json(tmp_path: Path) -> None:
@@ -23,9 +23,9 @@ def test_rows_of_json(tmp_path: Path) -> None:
     rows = [{"prompt": ODD, "messages": None}, {"messages": messages, "id": 3}, {"prompt": messages}]
     path.write_bytes(b"\xef\xbb\xbf\n" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
     assert read_prompts(path) == [
-        Located(ODD, f"{path}, line 2"),
-        Located(messages, f"{path}, line 3"),
-        Located(messages, f"{path}, line 4"),
+        LocatedPrompt(ODD, f"{path}, line 2"),
+        LocatedPrompt(messages, f"{path}, line 3"),
+        LocatedPrompt(messages, f"{path}, line 4"),
     ]
 
 

@@ -14,9 +14,9 @@ from quantkit.cli.progress import RunProgress
 from quantkit.errors import CheckpointError, CorpusError
 from quantkit.evaluation import stream
 from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalReport, EvalRequest, run_evaluation
-from quantkit.quantization.run import Request, run
+from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import load_recipe
-from quantkit.runtime.model.loader import load_outside
+from quantkit.runtime.model.loader import load_non_block_weights
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_a_text_that_is_too_short_is_refused(llama: Path, tmp_path: Path) -> Non
 def _quantized(model: Path, out: Path, bits: int) -> Path:
     """A model of which everything is packed, the head in 8 bits."""
     recipe = load_recipe("rtn-w4", {"bits": bits, "group_size": 16, "rules": [{"match": "lm_head", "bits": 8}]})
-    run(Request(model, out, recipe, torch.device("cpu"), 1 << 30, overwrite=False), RunProgress(quiet=True, verbose=False))
+    quantize_model(QuantizeRequest(model, out, recipe, torch.device("cpu"), 1 << 30, overwrite=False), RunProgress(quiet=True, verbose=False))
     return out
 
 
@@ -169,10 +169,10 @@ def test_an_error_of_the_head_is_seen(llama: Path, tmp_path: Path, monkeypatch: 
     """The engine's head has doubled scales; that of the dequantized weights does not."""
 
     def doubled(model: Any, *how: Any) -> None:
-        load_outside(model, *how)
+        load_non_block_weights(model, *how)
         model.get_output_embeddings().kernel_weight.scales.mul_(2)
 
-    monkeypatch.setattr(stream, "load_outside", doubled)
+    monkeypatch.setattr(stream, "load_non_block_weights", doubled)
     report, _ = _evaluate(_quantized(llama, tmp_path / "out", 4), None)
     assert report.kernel_difference is not None
     assert abs(report.kernel_difference) > 10 * KERNEL_TOLERANCE

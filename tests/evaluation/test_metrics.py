@@ -12,14 +12,14 @@ from quantkit.errors import NumericsError
 from quantkit.evaluation import metrics, stream
 from quantkit.evaluation.metrics import measure
 from quantkit.evaluation.stream import final_hidden, open_model
-from quantkit.models.streaming import BlockModel
+from quantkit.models.streaming import StreamedModel
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(tiny.VOCAB, (5, 64), generator=torch.Generator().manual_seed(0))
 # log_softmax over 256 logits in float32 is good to about 1e-6 a prediction; a divergence here is about 0.5.
 CLOSE = {"rel": 1e-5}
 
-Pair = tuple[BlockModel, Tensor]
+Pair = tuple[StreamedModel, Tensor]
 
 
 def _ignored(_done: int, _total: int) -> None: ...
@@ -121,6 +121,6 @@ def test_a_model_that_overflows_is_named(tmp_path: Path) -> None:
         tensors = checkpoint.read(names)
         return {name: t * 1e30 if "layers.1.mlp." in name else t for name, t in tensors.items()}
 
-    model = BlockModel(checkpoint, huge, torch.float32, CPU)
+    model = StreamedModel(checkpoint, huge, torch.float32, CPU)
     with pytest.raises(NumericsError, match=r"model\.layers\.1 gives NaN or Inf"):
         final_hidden(model, TOKENS, _ignored)

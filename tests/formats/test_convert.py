@@ -23,7 +23,7 @@ from quantkit.formats import convert as conversion
 from quantkit.formats.artifact import PackedReader, bits_per_weight
 from quantkit.formats.convert import convert
 from quantkit.methods.scheme import Scheme
-from quantkit.quantization.run import Request, run
+from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Recipe, Rule
 
 CT, GPTQ, AWQ = FORMATS
@@ -63,7 +63,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         out = root / f"{grid} {form}".replace(" ", "-")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "SHARD_BYTES", 40_000)
-            run(Request(model, out, recipe, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock())
+            quantize_model(
+                QuantizeRequest(model, out, recipe, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock()
+            )
         return out
 
     return made
@@ -359,7 +361,9 @@ def test_a_bfloat16_model_keeps_its_scales(tmp_path: Path) -> None:
     """Scales of bfloat16 models are exact in float16 too, so nothing is lost on the way through gptq."""
     model = tiny.make_model(tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=1)
     recipe = Recipe(method="rtn", group_size=32, symmetric=False)
-    run(Request(model, tmp_path / "ct", recipe, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock())
+    quantize_model(
+        QuantizeRequest(model, tmp_path / "ct", recipe, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock()
+    )
     convert(tmp_path / "ct", tmp_path / "gptq", GPTQ, overwrite=False)
     convert(tmp_path / "gptq", tmp_path / "back", CT, overwrite=False)
     assert_identical(stored(tmp_path / "back"), stored(tmp_path / "ct"))

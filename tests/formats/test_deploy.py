@@ -17,7 +17,7 @@ from quantkit.cli import deploy as verb
 from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.convert import convert
 from quantkit.formats.deploy import Deployment, deployment
-from quantkit.quantization.run import Request, run
+from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Recipe, Rule
 
 #: Name -> recipe.
@@ -48,7 +48,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
             return model
         out = root / name.replace(" ", "-")
         recipe = Recipe(method="rtn", **ARTIFACTS[name])
-        run(Request(model, out, recipe, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock())
+        quantize_model(QuantizeRequest(model, out, recipe, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock())
         return out
 
     return made
@@ -153,7 +153,9 @@ def test_heads_of_keys_and_values(tmp_path: Path) -> None:
 def test_a_rotated_artifact_is_ours_alone(tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "model", num_hidden_layers=1)
     recipe = Recipe(method="rtn", bits=4, group_size=16, rotate=True)
-    run(Request(model, tmp_path / "out", recipe, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock())
+    quantize_model(
+        QuantizeRequest(model, tmp_path / "out", recipe, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock()
+    )
     with pytest.raises(FormatError, match=r"rotated.*`quantkit serve"):
         _deploy(tmp_path / "out", "vllm")
 

@@ -19,7 +19,7 @@ from quantkit.formats.artifact import dense_source
 from quantkit.formats.rotated import OnlineHadamard, declare
 from quantkit.kernels import reference
 from quantkit.methods.scheme import Scheme
-from quantkit.quantization.run import Request, run
+from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Calibration, Recipe, Rule
 
 pytestmark = [
@@ -52,7 +52,7 @@ def quantized(folder: Path, family: str, dtype: torch.dtype, recipe: dict[str, A
     """A tiny model and what `recipe` makes of it."""
     model, out = tiny.make_model(folder / "model", family, dtype=dtype), folder / "out"
     chosen = Recipe(calibration=Calibration(samples=8, seq_len=64), **recipe)
-    run(Request(model, out, chosen, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock())
+    quantize_model(QuantizeRequest(model, out, chosen, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock())
     return model, out
 
 

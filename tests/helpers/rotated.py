@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers.quantized import Silent, loud_model
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.evaluation.stream import final_hidden, open_model
-from quantkit.quantization.run import Request, run
+from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Calibration, Recipe, Rule
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ HEAD = (Rule(match="^lm_head$", bits=8),)
 
 def quantized(folder: Path, out: Path, **recipe: Any) -> Path:
     chosen = Recipe(**{"rotate": True, "calibration": Calibration(samples=8, seq_len=64), **recipe})
-    run(Request(folder, out, chosen, CPU, max_memory=1 << 30, overwrite=False), Silent())
+    quantize_model(QuantizeRequest(folder, out, chosen, CPU, max_memory=1 << 30, overwrite=False), Silent())
     return out
 
 

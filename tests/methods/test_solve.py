@@ -15,9 +15,9 @@ from quantkit.methods.hessian import Hessian
 from quantkit.methods.rtn import rtn
 from quantkit.methods.scheme import Scheme
 from quantkit.methods.solve import Moments, Settings, matched, solve
-from quantkit.models.families import Fold, Group
-from quantkit.quantization.block import BlockJob
-from quantkit.quantization.calibration import Stream, Walk
+from quantkit.models.families import Fold, MatrixGroup
+from quantkit.quantization.block import BlockQuantizer
+from quantkit.quantization.calibration import ActivationStream, LockstepForward
 from quantkit.quantization.report import MatrixReport
 
 METHODS = ["rtn", "awq", "gptq", "awq+gptq"]
@@ -127,21 +127,21 @@ class _Block(nn.Module):
         return hidden + torch.cat([self.first(normed), self.second(normed)], -1)
 
 
-GROUPS = (Group(("first", "second"), Fold("norm")),)
+GROUPS = (MatrixGroup(("first", "second"), Fold("norm")),)
 
 
-def _run_job(method: str, hidden: Tensor) -> tuple[BlockJob, list[MatrixReport]]:
+def _run_job(method: str, hidden: Tensor) -> tuple[BlockQuantizer, list[MatrixReport]]:
     torch.manual_seed(0)
     reports: list[MatrixReport] = []
     schemes = {"first": Scheme(4, 16, True), "second": Scheme(3, 16, True)}
     settings = replace(SETTINGS, method=method, drift=0.0)
     block = _Block()
-    job = BlockJob(block, "layers.0.", schemes, PreTrainedConfig(), settings, reports.append)
-    job.written.plain["norm.weight"] = block.norm.weight.detach()
-    streams = [Stream([hidden])]
-    with torch.no_grad(), Walk(block, GROUPS, streams, lambda _rows: {}, hold=True) as walk:
-        job.run(GROUPS, walk, streams)
-        list(walk.outputs())
+    job = BlockQuantizer(block, "layers.0.", schemes, PreTrainedConfig(), settings, reports.append)
+    job.written.unquantized["norm.weight"] = block.norm.weight.detach()
+    streams = [ActivationStream([hidden])]
+    with torch.no_grad(), LockstepForward(block, GROUPS, streams, lambda _rows: {}, keep_paused=True) as lockstep:
+        job.run(GROUPS, lockstep, streams)
+        list(lockstep.outputs())
     return job, reports
 
 

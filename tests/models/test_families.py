@@ -18,9 +18,9 @@ from quantkit.evaluation.metrics import Metrics, measure
 from quantkit.evaluation.run import EvalReport, EvalRequest, run_evaluation
 from quantkit.evaluation.stream import final_hidden, open_model
 from quantkit.models.families import FAMILIES
-from quantkit.models.streaming import BlockModel
+from quantkit.models.streaming import StreamedModel
 from quantkit.quantization.report import RunReport
-from quantkit.quantization.run import Request, run
+from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Calibration, Recipe, Rule
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def quantize(source: Path, out: Path, **recipe: Any) -> RunReport:
     """Quantize with 8 rows of 64 tokens."""
     chosen = Recipe(calibration=Calibration(samples=8, seq_len=64), **recipe)
-    return run(Request(source, out, chosen, CPU, max_memory=1 << 30, overwrite=False), Silent())
+    return quantize_model(QuantizeRequest(source, out, chosen, CPU, max_memory=1 << 30, overwrite=False), Silent())
 
 
 def compare(model: Path, baseline: Path) -> EvalReport:
@@ -67,7 +67,7 @@ def _without_blocks(folder: Path) -> Metrics:
         tensors = checkpoint.read(names)
         return {name: t.zero_() if name.endswith("_proj.weight") else t for name, t in tensors.items()}
 
-    ablated = BlockModel(checkpoint, zeroed, torch.float32, CPU)
+    ablated = StreamedModel(checkpoint, zeroed, torch.float32, CPU)
     hidden = [final_hidden(model, TOKENS, _ignored) for model in (ablated, dense)]
     return measure(ablated, hidden[0], TOKENS, (dense, hidden[1]))
 

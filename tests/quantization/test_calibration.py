@@ -16,14 +16,14 @@ from helpers import tiny
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.methods.scheme import Scheme
 from quantkit.methods.solve import Settings
-from quantkit.models.families import Group
-from quantkit.models.streaming import BlockModel
-from quantkit.quantization.block import BlockJob
-from quantkit.quantization.calibration import Stream, Walk
+from quantkit.models.families import MatrixGroup
+from quantkit.models.streaming import StreamedModel
+from quantkit.quantization.block import BlockQuantizer
+from quantkit.quantization.calibration import ActivationStream, LockstepForward
 from quantkit.quantization.report import MatrixReport
 
 FAMILIES = list(tiny.FAMILIES)
-HOLD = pytest.mark.parametrize("hold", [True, False], ids=["hold", "again"])
+KEEP_PAUSED = pytest.mark.parametrize("keep_paused", [True, False], ids=["paused", "again"])
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ class Scene:
     """Block 1 of a tiny model, its matrices' weights, and what enters it: three micro-batches, the last one smaller."""
 
     block: nn.Module
-    groups: tuple[Group, ...]
+    groups: tuple[MatrixGroup, ...]
     hidden: list[Tensor]
     kwargs: Callable[[int], dict[str, Any]]
     originals: dict[str, Tensor]
@@ -53,14 +53,14 @@ class Scene:
         for name, weight in weights.items():
             self.block.get_submodule(name).weight.data = weight
 
-    def walk(self, *streams: Stream, hold: bool) -> Walk:
+    def lockstep(self, *streams: ActivationStream, keep_paused: bool) -> LockstepForward:
         """A walk through the block."""
-        return Walk(self.block, self.groups, streams, self.kwargs, hold=hold)
+        return LockstepForward(self.block, self.groups, streams, self.kwargs, keep_paused=keep_paused)
 
 
 def _scene(folder: Path, family: str) -> Iterator[Scene]:
     checkpoint = Checkpoint(tiny.make_model(folder, family))
-    model = BlockModel(checkpoint, checkpoint.read, torch.float32, torch.device("cpu"))
+    model = StreamedModel(checkpoint, checkpoint.read, torch.float32, torch.device("cpu"))
     # 48 tokens are longer than the sliding windows of the families that have them.
     tokens = torch.randint(tiny.VOCAB, (5, 48), generator=torch.Generator().manual_seed(0))
     hidden, _ = model.embed(tokens)
@@ -87,19 +87,19 @@ def _noisy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: w + 0.1 * torch.randn(w.shape, generator=generator) * w.std() for name, w in weights.items()}
 
 
-@HOLD
-def test_unchanged_weights_give_the_plain_forward(scene: Scene, hold: bool) -> None:
+@KEEP_PAUSED
+def test_unchanged_weights_give_the_plain_forward(scene: Scene, keep_paused: bool) -> None:
     expected = [scene.forward(hidden) for hidden in scene.hidden]
-    with scene.walk(Stream(scene.hidden), hold=hold) as walk:
+    with scene.lockstep(ActivationStream(scene.hidden), keep_paused=keep_paused) as lockstep:
         for number in range(len(scene.groups)):
-            assert len(list(walk.inputs(number))) == 3
-        found = [output for (output,) in walk.outputs()]
+            assert len(list(lockstep.inputs(number))) == 3
+        found = [output for (output,) in lockstep.outputs()]
     assert all(map(torch.equal, found, expected))
     assert len(found) == 3
 
 
-@HOLD
-def test_stops_see_what_a_plain_hook_sees_in_run_order(scene: Scene, hold: bool) -> None:
+@KEEP_PAUSED
+def test_stops_see_what_a_plain_hook_sees_in_run_order(scene: Scene, keep_paused: bool) -> None:
     seen: list[tuple[str, Tensor]] = []
     names = [name for group in scene.groups for name in group.names]
 
@@ -112,42 +112,45 @@ def test_stops_see_what_a_plain_hook_sees_in_run_order(scene: Scene, hold: bool)
         hook.remove()
     assert [name for name, _ in seen] == names
     inputs = dict(seen)
-    with scene.walk(Stream(scene.hidden[:1]), hold=hold) as walk:
+    with scene.lockstep(ActivationStream(scene.hidden[:1]), keep_paused=keep_paused) as lockstep:
         for number, group in enumerate(scene.groups):
-            ((stopped,),) = walk.inputs(number)
+            ((stopped,),) = lockstep.inputs(number)
             # Every matrix of a group reads the very same input: one stop and one Hessian stand for all of them.
             assert all(torch.equal(stopped, inputs[name]) for name in group.names)
 
 
-def _changing_walk(scene: Scene, hold: bool) -> tuple[list[Tensor], list[Tensor]]:
+def _changing_walk(scene: Scene, keep_paused: bool) -> tuple[list[Tensor], list[Tensor]]:
     """All inputs and outputs of a walk that replaces every group's weights, and divides inputs where a fold allows it."""
-    stream, second = Stream(scene.hidden), Stream(scene.hidden[:2])
+    stream, second = ActivationStream(scene.hidden), ActivationStream(scene.hidden[:2])
     changed = _noisy(scene.originals)
     seen = []
-    with scene.walk(stream, second, hold=hold) as walk:
+    with scene.lockstep(stream, second, keep_paused=keep_paused) as lockstep:
         stream.weights, second.weights = dict(scene.originals), dict(scene.originals)
         for number, group in enumerate(scene.groups):
-            seen += [value.clone() for values in walk.inputs(number) for value in values]
+            seen += [value.clone() for values in lockstep.inputs(number) for value in values]
             scale = torch.ones(())
             if group.fold is not None:
                 scale = torch.linspace(0.5, 2, seen[-1].shape[-1])
-                walk.divide(number, scale)
+                lockstep.divide_input(number, scale)
             stream.weights |= {name: changed[name] * scale for name in group.names}
             second.weights |= {name: scene.originals[name] * scale for name in group.names}
-        outputs = [value for values in walk.outputs() for value in values]
+        outputs = [value for values in lockstep.outputs() for value in values]
     return seen, outputs
 
 
 def test_holding_and_running_again_agree_to_the_bit(scene: Scene) -> None:
-    (held_inputs, held_outputs), (inputs, outputs) = _changing_walk(scene, hold=True), _changing_walk(scene, hold=False)
+    (held_inputs, held_outputs), (inputs, outputs) = (
+        _changing_walk(scene, keep_paused=True),
+        _changing_walk(scene, keep_paused=False),
+    )
     assert len(inputs) == 5 * len(scene.groups)
     assert all(map(torch.equal, held_inputs, inputs))
     assert all(map(torch.equal, held_outputs, outputs))
 
 
-@HOLD
-def test_two_streams_keep_their_own_weights(scene: Scene, hold: bool) -> None:
-    _, outputs = _changing_walk(scene, hold)
+@KEEP_PAUSED
+def test_two_streams_keep_their_own_weights(scene: Scene, keep_paused: bool) -> None:
+    _, outputs = _changing_walk(scene, keep_paused)
     first, second = [outputs[0], outputs[2], outputs[4]], [outputs[1], outputs[3]]
     for weights, found in ((_noisy(scene.originals), first), (scene.originals, second)):
         scene.set_weights(weights)
@@ -157,15 +160,15 @@ def test_two_streams_keep_their_own_weights(scene: Scene, hold: bool) -> None:
     assert not torch.allclose(first[0], second[0], rtol=1e-2, atol=1e-2)
 
 
-@HOLD
-def test_a_group_sees_the_groups_before_it_changed(llama_scene: Scene, hold: bool) -> None:
-    scene, stream = llama_scene, Stream(llama_scene.hidden)
-    with scene.walk(stream, hold=hold) as walk:
-        list(walk.inputs(0))
+@KEEP_PAUSED
+def test_a_group_sees_the_groups_before_it_changed(llama_scene: Scene, keep_paused: bool) -> None:
+    scene, stream = llama_scene, ActivationStream(llama_scene.hidden)
+    with scene.lockstep(stream, keep_paused=keep_paused) as lockstep:
+        list(lockstep.inputs(0))
         stream.weights["self_attn.v_proj"] = torch.zeros_like(scene.originals["self_attn.v_proj"])
-        assert all(not value.any() for (value,) in walk.inputs(1))
+        assert all(not value.any() for (value,) in lockstep.inputs(1))
         # An attention of zeros leaves the residual stream alone.
-        for (value,), hidden in zip(walk.inputs(2), scene.hidden, strict=True):
+        for (value,), hidden in zip(lockstep.inputs(2), scene.hidden, strict=True):
             assert torch.equal(value, scene.block.post_attention_layernorm(hidden))
 
 
@@ -173,15 +176,15 @@ def _hooks(block: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in block.modules())
 
 
-@HOLD
+@KEEP_PAUSED
 @pytest.mark.parametrize("stops", [0, 1, 3])
-def test_leaving_early_leaves_nothing_behind(llama_scene: Scene, hold: bool, stops: int) -> None:
+def test_leaving_early_leaves_nothing_behind(llama_scene: Scene, keep_paused: bool, stops: int) -> None:
     scene, seen = llama_scene, []
     expected = scene.forward(scene.hidden[0])
-    with scene.walk(Stream(scene.hidden), hold=hold) as walk:
+    with scene.lockstep(ActivationStream(scene.hidden), keep_paused=keep_paused) as lockstep:
         for number in range(stops):
             # Only the first micro-batch gets there: the others have not even started.
-            (value,) = next(walk.inputs(number))
+            (value,) = next(lockstep.inputs(number))
             seen.append(weakref.ref(value))
             del value
     assert _hooks(scene.block) == 0
@@ -190,13 +193,13 @@ def test_leaving_early_leaves_nothing_behind(llama_scene: Scene, hold: bool, sto
     assert torch.equal(scene.forward(scene.hidden[0]), expected)
 
 
-@HOLD
-def test_an_error_inside_the_walk_leaves_nothing_behind(llama_scene: Scene, hold: bool) -> None:
+@KEEP_PAUSED
+def test_an_error_inside_the_walk_leaves_nothing_behind(llama_scene: Scene, keep_paused: bool) -> None:
     scene = llama_scene
 
     def fail() -> None:
-        with scene.walk(Stream(scene.hidden), hold=hold) as walk:
-            list(walk.inputs(0))
+        with scene.lockstep(ActivationStream(scene.hidden), keep_paused=keep_paused) as lockstep:
+            list(lockstep.inputs(0))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -204,11 +207,14 @@ def test_an_error_inside_the_walk_leaves_nothing_behind(llama_scene: Scene, hold
     assert _hooks(scene.block) == 0
 
 
-@HOLD
-def test_an_error_inside_the_block_reaches_the_caller(llama_scene: Scene, hold: bool) -> None:
+@KEEP_PAUSED
+def test_an_error_inside_the_block_reaches_the_caller(llama_scene: Scene, keep_paused: bool) -> None:
     scene = llama_scene
-    with scene.walk(Stream([torch.ones(1, 48, 7)]), hold=hold) as walk, pytest.raises(RuntimeError, match="size of tensor"):
-        list(walk.inputs(0))
+    with (
+        scene.lockstep(ActivationStream([torch.ones(1, 48, 7)]), keep_paused=keep_paused) as lockstep,
+        pytest.raises(RuntimeError, match="size of tensor"),
+    ):
+        list(lockstep.inputs(0))
     assert _hooks(scene.block) == 0
 
 
@@ -216,42 +222,43 @@ def test_only_active_groups_stop(llama_scene: Scene) -> None:
     scene = llama_scene
     expected = [scene.forward(hidden) for hidden in scene.hidden]
     last = scene.groups[-1:]
-    with Walk(scene.block, last, [Stream(scene.hidden)], scene.kwargs, hold=True) as walk:
-        assert [value.shape[-1] for (value,) in walk.inputs(0)] == [128] * 3
-        assert all(map(torch.equal, (output for (output,) in walk.outputs()), expected))
+    with LockstepForward(scene.block, last, [ActivationStream(scene.hidden)], scene.kwargs, keep_paused=True) as lockstep:
+        assert [value.shape[-1] for (value,) in lockstep.inputs(0)] == [128] * 3
+        assert all(map(torch.equal, (output for (output,) in lockstep.outputs()), expected))
 
 
 def test_what_waits_lies_in_one_place(llama_scene: Scene) -> None:
     scene = llama_scene
-    with scene.walk(Stream(scene.hidden), Stream(scene.hidden[:2]), hold=True) as walk:
+    with scene.lockstep(ActivationStream(scene.hidden), ActivationStream(scene.hidden[:2]), keep_paused=True) as lockstep:
         lies = [
-            [value.untyped_storage().data_ptr() for values in walk.inputs(number) for value in values] for number in range(4)
+            [value.untyped_storage().data_ptr() for values in lockstep.inputs(number) for value in values]
+            for number in range(4)
         ]
-        (outputs, *_) = zip(*walk.outputs(), strict=False)
+        (outputs, *_) = zip(*lockstep.outputs(), strict=False)
     assert len({pointer for group in lies for pointer in group}) == 1
     assert outputs[0].untyped_storage().data_ptr() != lies[0][0]
 
 
 def test_hidden_states_are_not_modified(scene: Scene) -> None:
     before = [hidden.clone() for hidden in scene.hidden]
-    _changing_walk(scene, hold=True)
+    _changing_walk(scene, keep_paused=True)
     assert all(map(torch.equal, scene.hidden, before))
 
 
-def _job(scene: Scene, method: str, bits: int, hold: bool) -> tuple[BlockJob, list[Tensor], list[MatrixReport]]:
+def _job(scene: Scene, method: str, bits: int, keep_paused: bool) -> tuple[BlockQuantizer, list[Tensor], list[MatrixReport]]:
     """Quantize the block; what was written, and the outputs that the next block would have been calibrated with."""
     reports: list[MatrixReport] = []
     settings = Settings(method, act_order=True, damping=0.01, drift=0.5, sweeps=1, dtype=torch.float32)
     schemes = {name: Scheme(bits, 16, True) for name in scene.originals}
-    job = BlockJob(scene.block, "model.layers.1.", schemes, scene.config, settings, reports.append)
+    job = BlockQuantizer(scene.block, "model.layers.1.", schemes, scene.config, settings, reports.append)
     plain = {name: value for name, value in scene.block.named_parameters() if name.removesuffix(".weight") not in schemes}
-    job.written.plain |= {name: value.detach().clone() for name, value in plain.items()}
+    job.written.unquantized |= {name: value.detach().clone() for name, value in plain.items()}
     # Some channels far larger than others, so that AWQ finds something to scale.
     loud = torch.randn(64, generator=torch.Generator().manual_seed(0)).exp()
-    streams = [Stream([hidden * loud for hidden in scene.hidden])]
-    with scene.walk(*streams, hold=hold) as walk:
-        job.run(scene.groups, walk, streams)
-        outputs = [output for (output,) in walk.outputs()]
+    streams = [ActivationStream([hidden * loud for hidden in scene.hidden])]
+    with scene.lockstep(*streams, keep_paused=keep_paused) as lockstep:
+        job.run(scene.groups, lockstep, streams)
+        outputs = [output for (output,) in lockstep.outputs()]
     scene.hidden = list(streams[0].hidden)
     return job, outputs, reports
 
@@ -260,16 +267,16 @@ def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
     return float(sum((a - b).square().sum() for a, b in zip(found, expected, strict=True)))
 
 
-@HOLD
+@KEEP_PAUSED
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
-def test_the_walk_goes_on_with_what_is_written(scene: Scene, method: str, hold: bool) -> None:
-    job, outputs, reports = _job(scene, method, 3, hold)
+def test_the_walk_goes_on_with_what_is_written(scene: Scene, method: str, keep_paused: bool) -> None:
+    job, outputs, reports = _job(scene, method, 3, keep_paused)
     assert [report.name for report in reports] == [f"model.layers.1.{name}" for name in scene.originals]
     assert method == "gptq" or any(report.scale_ratio for report in reports)
     scene.set_weights(scene.originals)
     before = [scene.forward(hidden) for hidden in scene.hidden]
     written = {f"{name}.weight": weight.dequantize() for name, weight in job.written.quantized.items()}
-    scene.block.load_state_dict(job.written.plain | written, assign=True)
+    scene.block.load_state_dict(job.written.unquantized | written, assign=True)
     after = [scene.forward(hidden) for hidden in scene.hidden]
     if method == "gptq":
         assert all(map(torch.equal, outputs, after))
@@ -283,9 +290,9 @@ def test_what_a_job_reports_is_what_the_outputs_lose(llama_scene: Scene, method:
     # Queries and keys: they are first, so their inputs are the original model's, and no later fold changes them.
     scene = llama_scene
     norm = scene.block.input_layernorm
-    job, _, reports = _job(scene, method, 4, hold=True)
+    job, _, reports = _job(scene, method, 4, keep_paused=True)
     old = torch.cat([norm(hidden) for hidden in scene.hidden]).flatten(0, 1).double()
-    new = old / norm.weight.double() * job.written.plain["input_layernorm.weight"].double()
+    new = old / norm.weight.double() * job.written.unquantized["input_layernorm.weight"].double()
     for name, report in zip(("self_attn.q_proj", "self_attn.k_proj"), reports, strict=False):
         wanted = old @ scene.originals[name].double().T
         lost = new @ job.written.quantized[name].dequantize().double().T - wanted

@@ -21,8 +21,8 @@ from quantkit.errors import NumericsError
 from quantkit.methods.hessian import PARTS, Hessian
 from quantkit.methods.scheme import Scheme
 from quantkit.quantization import block as block_job
-from quantkit.quantization.block import stacks
-from quantkit.quantization.distributed import Team
+from quantkit.quantization.block import stack_matrices
+from quantkit.quantization.distributed import ProcessGroup
 
 #: 81 rows of 64 tokens: six micro-batches, of which the last has one row, and two that the original model walks too.
 ROWS = ("--samples", "81", "--seq-len", "64")
@@ -111,16 +111,16 @@ def test_started_by_torchrun(source: Path, tmp_path: Path) -> None:
 
 def _at_measurement(number: int, act: Fault) -> None:
     """From here on this process does `act` when it measures a group's inputs for the `number`th time."""
-    original, seen = block_job.measured, 0
+    original, seen = block_job.accumulate_hessian, 0
 
-    def measured(*args: Any) -> Hessian:
+    def accumulate_hessian(*args: Any) -> Hessian:
         nonlocal seen
         seen += 1
         if seen == number:
             act()
         return original(*args)
 
-    block_job.measured = measured
+    block_job.accumulate_hessian = accumulate_hessian
 
 
 def _die() -> None:
@@ -182,7 +182,7 @@ def test_a_finished_artifact_needs_nobody(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
-class _Of(Team):
+class _Of(ProcessGroup):
     """One of several, without a connection."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -191,8 +191,8 @@ class _Of(Team):
 
 @given(st.lists(st.integers(1, 1000), max_size=30), st.integers(1, 12))
 def test_jobs_are_shared_out_evenly(costs: list[int], size: int) -> None:
-    owners = _Of(0, size).owners(costs)
-    assert owners == _Of(size - 1, size).owners(costs)
+    owners = _Of(0, size).assign_owners(costs)
+    assert owners == _Of(size - 1, size).assign_owners(costs)
     loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
     # Nobody is given more while another has less to do: without its last and least job, the busiest is no busier than any.
     busiest = loads.index(max(loads))
@@ -206,7 +206,7 @@ def test_sums_of_shares_are_the_whole_sums(columns: int, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(2, 7, columns, generator=generator) for _ in range(6)]
     inputs = [(batches[0], batches[4]), (batches[1], batches[5]), (batches[2],), (batches[3],)]
-    owners = _Of(0, size).owners(PARTS)
+    owners = _Of(0, size).assign_owners(PARTS)
     whole = Hessian(columns, torch.device("cpu"))
     shares = [
         Hessian(columns, torch.device("cpu"), [part for part, owner in enumerate(owners) if owner == rank])
@@ -231,5 +231,5 @@ def test_sums_of_shares_are_the_whole_sums(columns: int, size: int) -> None:
 def test_matrices_are_stacked_up_to_a_limit() -> None:
     schemes = dict.fromkeys("abde", Scheme(4, 16, True)) | {"c": Scheme(8, 16, True)}
     rows = {"a": 3, "b": 4, "c": 5, "d": 9, "e": 1}
-    assert stacks(schemes, rows, 8) == [["a", "b"], ["d"], ["e"], ["c"]]
-    assert stacks(schemes, rows, 100) == [["a", "b", "d", "e"], ["c"]]
+    assert stack_matrices(schemes, rows, 8) == [["a", "b"], ["d"], ["e"], ["c"]]
+    assert stack_matrices(schemes, rows, 100) == [["a", "b", "d", "e"], ["c"]]

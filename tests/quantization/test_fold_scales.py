@@ -12,9 +12,9 @@ from helpers import tiny
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.methods.rtn import rtn
 from quantkit.methods.scheme import Scheme
-from quantkit.models.families import FAMILIES, Group
-from quantkit.models.streaming import BlockModel
-from quantkit.quantization.fold_scales import Written, fold_into, foldable, tied_channels
+from quantkit.models.families import FAMILIES, MatrixGroup
+from quantkit.models.streaming import StreamedModel
+from quantkit.quantization.fold_scales import QuantizedBlock, effective_scale, find_channel_groups, fold_scale
 
 #: Name -> (family, what differs): every family, and the shapes that a fold could get wrong.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,10 +54,10 @@ def _no_grad() -> Iterator[None]:
 class Scene:
     """Block 1 of a model and hidden states that enter it."""
 
-    def __init__(self, folder: Path, group: Group) -> None:
+    def __init__(self, folder: Path, group: MatrixGroup) -> None:
         checkpoint = Checkpoint(folder)
         self.group, self.fold = group, group.fold
-        self.model = BlockModel(checkpoint, checkpoint.read, torch.float32, torch.device("cpu"))
+        self.model = StreamedModel(checkpoint, checkpoint.read, torch.float32, torch.device("cpu"))
         tokens = torch.randint(tiny.VOCAB, (2, 48), generator=torch.Generator().manual_seed(0))
         self.hidden, kwargs = self.model.embed(tokens)
         self.kwargs = kwargs[1]
@@ -74,20 +74,22 @@ class Scene:
     def scale(self, spread: float) -> tuple[Tensor, Tensor]:
         """A random scale of the group's input, and which of its channels share theirs."""
         columns = self.state[f"{self.group.names[0]}.weight"].shape[1]
-        tie = tied_channels(self.fold, columns, self.model.config)
+        channel_groups = find_channel_groups(self.fold, columns, self.model.config)
         free = torch.randn(columns, generator=torch.Generator().manual_seed(1)).mul_(spread).exp_()
-        return free[tie], tie
+        return free[channel_groups], channel_groups
 
-    def folded(self, scale: Tensor, tie: Tensor, dtype: torch.dtype, quantize: Scheme | None = None) -> dict[str, Tensor]:
+    def folded(
+        self, scale: Tensor, channel_groups: Tensor, dtype: torch.dtype, quantize: Scheme | None = None
+    ) -> dict[str, Tensor]:
         """The parameters that change when the fold is written: the producer's, and the group's matrices."""
         producer = f"{self.fold.producer}.weight"
-        written = Written({}, {name: value.to(dtype) for name, value in self.state.items()})
+        written = QuantizedBlock({}, {name: value.to(dtype) for name, value in self.state.items()})
         if quantize is not None:
-            written.quantized[self.fold.producer] = rtn(written.plain.pop(producer).float(), quantize, dtype)
+            written.quantized[self.fold.producer] = rtn(written.unquantized.pop(producer).float(), quantize, dtype)
         with self.model.block(1) as block:
-            acting = foldable(self.fold, block, scale, dtype)
-            fold_into(self.fold, block, acting, tie, written, dtype)
-        changes = {name: value.float() for name, value in written.plain.items() if name.startswith(self.fold.producer)}
+            acting = effective_scale(self.fold, block, scale, dtype)
+            fold_scale(self.fold, block, acting, channel_groups, written, dtype)
+        changes = {name: value.float() for name, value in written.unquantized.items() if name.startswith(self.fold.producer)}
         if quantize is not None:
             changes[producer] = written.quantized[self.fold.producer].dequantize()
         return changes | {f"{name}.weight": self.state[f"{name}.weight"] * acting for name in self.group.names}
@@ -101,10 +103,10 @@ def _assert_same(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("name", "group"), FOLDS)
-def test_a_fold_changes_nothing(folders: dict[str, Path], name: str, group: Group) -> None:
+def test_a_fold_changes_nothing(folders: dict[str, Path], name: str, group: MatrixGroup) -> None:
     scene = Scene(folders[name], group)
-    scale, tie = scene.scale(spread=0.7)
-    changes = scene.folded(scale, tie, torch.float32)
+    scale, channel_groups = scene.scale(spread=0.7)
+    changes = scene.folded(scale, channel_groups, torch.float32)
     _assert_same(scene.output(changes), scene.output({}))
     # Half a fold is a different model: the scale is no trifle, and both sides carry it.
     for side in (scene.fold.producer, group.names[0]):
@@ -113,26 +115,26 @@ def test_a_fold_changes_nothing(folders: dict[str, Path], name: str, group: Grou
 
 
 @pytest.mark.parametrize(("name", "group"), QUANTIZED_PRODUCERS)
-def test_a_fold_into_grid_scales_changes_nothing(folders: dict[str, Path], name: str, group: Group) -> None:
+def test_a_fold_into_grid_scales_changes_nothing(folders: dict[str, Path], name: str, group: MatrixGroup) -> None:
     scene, scheme = Scene(folders[name], group), Scheme(4, 16, False)
-    _, tie = scene.scale(spread=0.7)
+    _, channel_groups = scene.scale(spread=0.7)
     # Powers of two, so that the stored grid scales stay exact.
-    scale = 2.0 ** torch.randint(-2, 3, (len(tie),), generator=torch.Generator().manual_seed(2))[tie]
+    scale = 2.0 ** torch.randint(-2, 3, (len(channel_groups),), generator=torch.Generator().manual_seed(2))[channel_groups]
     producer = f"{scene.fold.producer}.weight"
     expected = scene.output({producer: rtn(scene.state[producer], scheme, torch.float32).dequantize()})
-    _assert_same(scene.output(scene.folded(scale, tie, torch.float32, scheme)), expected)
+    _assert_same(scene.output(scene.folded(scale, channel_groups, torch.float32, scheme)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("name", "group"), [param for param in QUANTIZED_PRODUCERS if param in KINDS])
-def test_grid_scales_are_rounded_once(folders: dict[str, Path], name: str, group: Group, dtype: torch.dtype) -> None:
+def test_grid_scales_are_rounded_once(folders: dict[str, Path], name: str, group: MatrixGroup, dtype: torch.dtype) -> None:
     scene, scheme = Scene(folders[name], group), Scheme(4, 16, False)
-    scale, tie = scene.scale(spread=0.7)
+    scale, channel_groups = scene.scale(spread=0.7)
     producer = f"{scene.fold.producer}.weight"
     before = rtn(scene.state[producer].to(dtype).float(), scheme, dtype).dequantize()
-    after = scene.folded(scale, tie, dtype, scheme)[producer]
+    after = scene.folded(scale, channel_groups, dtype, scheme)[producer]
     divisor = torch.ones(len(before))
-    divisor[len(before) - int(tie.max()) - 1 :][tie] = scale
+    divisor[len(before) - int(channel_groups.max()) - 1 :][channel_groups] = scale
     # Half a unit in the last place of bfloat16, or of float16.
     limit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
     torch.testing.assert_close(after * divisor[:, None], before, rtol=limit, atol=0)
@@ -141,20 +143,20 @@ def test_grid_scales_are_rounded_once(folders: dict[str, Path], name: str, group
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("name", "group"), [param for param in FOLDS if "norm" in param.values[1].fold.producer])
 def test_a_norm_in_16_bit_divides_by_the_acting_scale(
-    folders: dict[str, Path], name: str, group: Group, dtype: torch.dtype
+    folders: dict[str, Path], name: str, group: MatrixGroup, dtype: torch.dtype
 ) -> None:
     # The norm's new weight is rounded to 16 bit; the scale that the matrices are multiplied by makes up for that.
     scene = Scene(folders[name], group)
     norm = f"{scene.fold.producer}.weight"
     scene.state[norm] = scene.state[norm].to(dtype).float()
-    scale, tie = scene.scale(spread=0.7)
+    scale, channel_groups = scene.scale(spread=0.7)
     with scene.model.block(1) as block:
         block.load_state_dict(scene.state, strict=False, assign=True)
-        acting = foldable(scene.fold, block, scale, dtype)
-        written = Written({}, {})
-        fold_into(scene.fold, block, acting, tie, written, dtype)
-    assert written.plain[norm].dtype == dtype
-    new, old = written.plain[norm].float() + scene.fold.offset, scene.state[norm] + scene.fold.offset
+        acting = effective_scale(scene.fold, block, scale, dtype)
+        written = QuantizedBlock({}, {})
+        fold_scale(scene.fold, block, acting, channel_groups, written, dtype)
+    assert written.unquantized[norm].dtype == dtype
+    new, old = written.unquantized[norm].float() + scene.fold.offset, scene.state[norm] + scene.fold.offset
     torch.testing.assert_close(new * acting, old, rtol=1e-6, atol=1e-6)
     # Where the weight is not tiny, what acts is what was asked for, up to the rounding.
     torch.testing.assert_close(acting[old > 0.5], scale[old > 0.5], rtol=2.0**-5, atol=0)
@@ -167,7 +169,7 @@ def test_a_dead_norm_channel_takes_no_scale(folders: dict[str, Path]) -> None:
     scene.state[norm][:2] = torch.tensor([0.0, -0.5])
     with scene.model.block(1) as block:
         block.load_state_dict(scene.state, strict=False, assign=True)
-        acting = foldable(scene.fold, block, torch.full((64,), 3.0), torch.bfloat16)
+        acting = effective_scale(scene.fold, block, torch.full((64,), 3.0), torch.bfloat16)
     # 0 / 3 is 0 for any scale; a negative weight folds like any other.
     assert float(acting[0]) == 1
     assert float(acting[1]) == pytest.approx(3, rel=2.0**-8)
@@ -177,6 +179,6 @@ def test_a_dead_norm_channel_takes_no_scale(folders: dict[str, Path]) -> None:
 def test_query_heads_of_one_kv_head_are_tied(folders: dict[str, Path], heads: int, kv_heads: int) -> None:
     name = {4: "llama without repeated heads", 2: "llama", 1: "llama with one KV head"}[kv_heads]
     scene = Scene(folders[name], FAMILIES["llama"].groups[1])
-    tie = tied_channels(scene.fold, 64, scene.model.config).view(heads, 16)
+    channel_groups = find_channel_groups(scene.fold, 64, scene.model.config).view(heads, 16)
     expected = torch.arange(16 * kv_heads).view(kv_heads, 16).repeat_interleave(heads // kv_heads, 0)
-    assert torch.equal(tie, expected)
+    assert torch.equal(channel_groups, expected)

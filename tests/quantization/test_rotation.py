@@ -23,7 +23,7 @@ from quantkit.formats.rotated import OnlineHadamard, declare, declared
 from quantkit.kernels import reference
 from quantkit.models.families import FAMILIES, family_of
 from quantkit.quantization.rotation import Rotation, rotate
-from quantkit.quantization.run import Request, run
+from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Calibration, Recipe
 
 CPU = torch.device("cpu")
@@ -137,11 +137,11 @@ class Killer(Silent):
 def test_an_interrupted_run_gives_the_same_bytes(llama_bf16: Path, tmp_path: Path) -> None:
     recipe = Recipe(rotate=True, rules=HEAD, calibration=Calibration(samples=8, seq_len=64))
     whole, again = ((tmp_path / name) for name in ("whole", "again"))
-    requests = [Request(llama_bf16, out, recipe, CPU, max_memory=1 << 30, overwrite=False) for out in (whole, again)]
-    run(requests[0], Silent())
+    requests = [QuantizeRequest(llama_bf16, out, recipe, CPU, max_memory=1 << 30, overwrite=False) for out in (whole, again)]
+    quantize_model(requests[0], Silent())
     with pytest.raises(KilledError):
-        run(requests[1], Killer())
-    assert run(requests[1], Silent()).totals.resumed_blocks == 2
+        quantize_model(requests[1], Killer())
+    assert quantize_model(requests[1], Silent()).totals.resumed_blocks == 2
     assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     assert (whole / "config.json").read_bytes() == (again / "config.json").read_bytes()
 

@@ -23,8 +23,8 @@ from helpers.command import FAST, ended, quantkit, refused, signal_at_change, st
 from quantkit.checkpoint import files
 from quantkit.checkpoint.activations import Activations
 from quantkit.quantization import run as job
-from quantkit.quantization.calibration import Walk
-from quantkit.quantization.memory import Memory
+from quantkit.quantization.calibration import LockstepForward
+from quantkit.quantization.memory import MemoryPlan
 
 BLOCKS = 6
 METHODS = ("rtn", "gptq", "awq+gptq", "gptq and head")
@@ -434,13 +434,13 @@ def test_memory_may_differ_when_a_run_goes_on(source: Path, whole: Whole, tmp_pa
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize("hold", [True, False])
-def test_less_memory_comes_to_an_end_at_the_least(in_memory: bool, hold: bool) -> None:
-    ways = [Memory(in_memory, hold)]
-    while (less := ways[-1].less()) is not None:
+@pytest.mark.parametrize("keep_paused", [True, False])
+def test_less_memory_comes_to_an_end_at_the_least(in_memory: bool, keep_paused: bool) -> None:
+    ways = [MemoryPlan(in_memory, keep_paused)]
+    while (less := ways[-1].smaller()) is not None:
         ways.append(less)
-    assert ways[-1] == Memory(in_memory=False, hold=False)
-    assert len(ways) == 1 + in_memory + hold
+    assert ways[-1] == MemoryPlan(in_memory=False, keep_paused=False)
+    assert len(ways) == 1 + in_memory + keep_paused
 
 
 OUT_OF_MEMORY = (
@@ -564,9 +564,9 @@ def _fails_at(number: int, error: Exception, original: Callable[..., Any] = save
 
 def _strikes_in_outputs(patch: pytest.MonkeyPatch, error: BaseException, block: int, times: int) -> list[int]:
     """Make the `block`th block's walk fail after its first output, `times` times; the blocks at which it did."""
-    original, strikes, finished = Walk.outputs, list[int](), [0]
+    original, strikes, finished = LockstepForward.outputs, list[int](), [0]
 
-    def outputs(self: Walk) -> Iterator[tuple[torch.Tensor, ...]]:
+    def outputs(self: LockstepForward) -> Iterator[tuple[torch.Tensor, ...]]:
         for number, output in enumerate(original(self)):
             if number == 1 and finished[0] == block - 1 and len(strikes) < times:
                 strikes.append(block)
@@ -574,7 +574,7 @@ def _strikes_in_outputs(patch: pytest.MonkeyPatch, error: BaseException, block: 
             yield output
         finished[0] += 1
 
-    patch.setattr(Walk, "outputs", outputs)
+    patch.setattr(LockstepForward, "outputs", outputs)
     return strikes
 
 

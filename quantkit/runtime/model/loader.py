@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from quantkit.checkpoint.reader import Checkpoint, shown
+from quantkit.checkpoint.reader import Checkpoint, quoted
 from quantkit.errors import CheckpointError
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.threads import one_thread
 from quantkit.models.families import Family, family_of
-from quantkit.models.skeleton import read_config, realise_buffers, skeleton
+from quantkit.models.skeleton import materialize_buffers, read_config, skeleton
 from quantkit.runtime.kv_cache.dtypes import LayerShape
 from quantkit.runtime.model import attention
 from quantkit.runtime.model.layers import Embedding, FusedLinear, FusedSlice, Linear, Norm, pack_weight
@@ -79,13 +79,13 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     with one_thread():  # Thousands of small passes over memory.
         for index, block in enumerate(blocks):
             load_block(block, f"{family.blocks}.{index}.", family, source, device, dtype)
-        load_outside(model, source, device, dtype)
+        load_non_block_weights(model, source, device, dtype)
         _load_norms(model, "", family, source, device, dtype)
-    realise_buffers(model, model, device)
+    materialize_buffers(model, model, device)
     unread = _COMPUTED + sum(source.beside.values(), ())
     stray = sorted(name for name in source.left if not name.endswith(unread))
     if stray:
-        raise CheckpointError(f"{checkpoint.folder}: holds {shown(stray[0])}, for which config.json has no place")
+        raise CheckpointError(f"{checkpoint.folder}: holds {quoted(stray[0])}, for which config.json has no place")
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), "a tensor was not loaded"
     heads = config.num_key_value_heads
     layers = [LayerShape(heads, block.self_attn.head_dim, block.self_attn.head_dim) for block in blocks]
@@ -177,7 +177,7 @@ def _load_norms(
         root.set_submodule(name, Norm((stored.float() + family.norm_offset).to(device, dtype), eps))
 
 
-def load_outside(model: Any, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+def load_non_block_weights(model: Any, source: Source, device: torch.device, dtype: torch.dtype) -> None:
     """Give the skeleton its embedding and head, ready for their kernels; a tied head shares the embedding's memory.
 
     Args:

@@ -79,16 +79,16 @@ def _layer(block: Any, norms: Norms, config: Any, ropes: dict[str, tuple[Rope, i
     if len(out) < len(found) or any(projection.hadamard for projection in out[:3]):
         return None
     kind = getattr(attention, "layer_type", None)
-    before_attention, behind_attention, before_mlp, behind_mlp = (_norm(block, name) for name in norms)
+    pre_attention_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm = (_norm(block, name) for name in norms)
     return DecoderLayer(
         qkv=out[0],
         out=out[1],
         gate_up=out[2],
         down=out[3],
-        norm_attention=before_attention,
-        norm_attention_out=behind_attention,
-        norm_mlp=before_mlp,
-        norm_mlp_out=behind_mlp,
+        norm_attention=pre_attention_norm,
+        norm_attention_out=post_attention_norm,
+        norm_mlp=pre_mlp_norm,
+        norm_mlp_out=post_mlp_norm,
         scale=attention.scaling,
         norm_query=_norm(attention, "q_norm"),
         norm_key=_norm(attention, "k_norm"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.reader import Checkpoint, shown
+from quantkit.checkpoint.reader import Checkpoint, quoted
 from quantkit.errors import CheckpointError
 from quantkit.formats.artifact import PackedReader
 from quantkit.methods.grid import QuantizedWeight
@@ -51,7 +51,7 @@ class Source:
         if tensor.dtype not in _DENSE:
             file, found = self.checkpoint.tensors[name].file, str(tensor.dtype).removeprefix("torch.")
             reason = f"is {found}, only float32, float16 and bfloat16 can be run; convert it, or fetch the original model"
-            raise CheckpointError(f"{file}: tensor {shown(name)} {reason}")
+            raise CheckpointError(f"{file}: tensor {quoted(name)} {reason}")
         return tensor
 
     def matrix(self, module: str, shape: Sequence[int]) -> tuple[QuantizedWeight | Tensor, Tensor | None]:
@@ -70,4 +70,4 @@ class Source:
     def _check(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
         if tuple(found) != tuple(wanted):
             where = self.checkpoint.folder
-            raise CheckpointError(f"{where}: {shown(name)} has shape {list(found)}, config.json says {list(wanted)}")
+            raise CheckpointError(f"{where}: {quoted(name)} has shape {list(found)}, config.json says {list(wanted)}")
