@@ -97,20 +97,3 @@ def test_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = replace_processes(monkeypatch, wheel(), made)
     assert demo.demo_folder() == demo.demo_folder() == tmp_path / "cache" / "demo"
     assert len(commands) == 2
-
-
-@pytest.mark.parametrize(
-    ("environment", "folder"),
-    [
-        ({"QUANTKIT_CACHE": "/a"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/quantkit"),
-        ({"HOME": "/c"}, "/c/.cache/quantkit"),
-        ({"HOME": "/c", "XDG_CACHE_HOME": "", "QUANTKIT_CACHE": ""}, "/c/.cache/quantkit"),
-    ],
-)
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], folder: str) -> None:
-    for name in ("QUANTKIT_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert demo.cache_folder() == Path(folder)
