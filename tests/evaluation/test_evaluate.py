@@ -152,7 +152,10 @@ def test_a_text_that_is_too_short_is_refused(llama: Path, tmp_path: Path) -> Non
 def _quantized(model: Path, out: Path, bits: int) -> Path:
     """A model of which everything is packed, the head in 8 bits."""
     recipe = load_recipe("rtn-w4", {"bits": bits, "group_size": 16, "rules": [{"match": "lm_head", "bits": 8}]})
-    quantize_model(QuantizeRequest(model, out, recipe, torch.device("cpu"), 1 << 30, overwrite=False), RunProgress(quiet=True, verbose=False))
+    quantize_model(
+        QuantizeRequest(model, out, recipe, torch.device("cpu"), 1 << 30, overwrite=False),
+        RunProgress(quiet=True, verbose=False),
+    )
     return out
 
 
