@@ -181,7 +181,7 @@ def quantize(
         device=resolve_device(device),
         max_memory=available_memory() // 2 if max_memory is None else max_memory,
         overwrite=overwrite,
-        computing={} if isinstance(recipe, Recipe) else recorded_computing(recipe),
+        compute_settings={} if isinstance(recipe, Recipe) else recorded_computing(recipe),
     )
     return quantize_model(request, progress or _Silent())
 

@@ -133,7 +133,7 @@ class Checkpoint:
         if not isinstance(self.config.get("model_type"), str):
             raise CheckpointError(f"{folder / 'config.json'}: has no 'model_type'; only Hugging Face models can be read")
         self.tensors: dict[str, TensorInfo] = {}
-        self._held: dict[str, Tensor] = {}
+        self._prefetched: dict[str, Tensor] = {}
         weight_map = self._weight_map()
         for file in self.files:
             for name, info in read_header(file).items():
@@ -172,7 +172,7 @@ class Checkpoint:
             )
         raise CheckpointError(f"{self.folder}: holds no {_SINGLE} and no {_INDEX}; fetch the weights")
 
-    def under(self, prefix: str) -> list[str]:
+    def names_under(self, prefix: str) -> list[str]:
         """Names of the tensors that start with `prefix`, sorted."""
         return sorted(name for name in self.tensors if name.startswith(prefix))
 
@@ -186,8 +186,8 @@ class Checkpoint:
         by_file: dict[Path, list[str]] = {}
         tensors = {}
         for name in names:
-            if name in self._held:
-                tensors[name] = self._held.pop(name)
+            if name in self._prefetched:
+                tensors[name] = self._prefetched.pop(name)
                 continue
             if name not in self.tensors:
                 raise CheckpointError(f"{self.folder}: tensor {quoted(name)} is missing; fetch the model again")
@@ -202,19 +202,19 @@ class Checkpoint:
         return tensors
 
     @contextmanager
-    def ahead(self, names: Iterable[str]) -> Iterator[None]:
+    def prefetch(self, names: Iterable[str]) -> Iterator[None]:
         """Read `names` at once; inside, `read` hands each of them out once. A shard is then opened once, not once a tensor.
 
         Raises:
             CheckpointError, NumericsError: as `read`.
         """
-        self._held = self.read(names)
+        self._prefetched = self.read(names)
         try:
             yield
         finally:
-            self._held = {}
+            self._prefetched = {}
 
-    def refuse_quantized(self) -> None:
+    def require_unquantized(self) -> None:
         """Refuse a checkpoint that is quantized already."""
         method = self.config.get("quantization_config")
         if method is not None:

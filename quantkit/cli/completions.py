@@ -59,7 +59,7 @@ class Completions:
     def failures(self) -> list[str]:
         """A line for each request that failed."""
         errors = {output.request_id: output.error for output in self.ended if output.error is not None}
-        return [self._prompts[number].said(error) for number, error in errors.items()]
+        return [self._prompts[number].with_location(error) for number, error in errors.items()]
 
     def show(self) -> None:
         """Print every prompt and its samples that have ended, under a line that names them."""

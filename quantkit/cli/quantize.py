@@ -74,7 +74,7 @@ def quantize(
             if max_memory is None
             else options.byte_size(max_memory, "--max-memory"),
             overwrite=overwrite,
-            computing=recorded_computing(recipe),
+            compute_settings=recorded_computing(recipe),
         )
         if process_group.rank:
             if not plan:

@@ -18,7 +18,7 @@ class LocatedPrompt(NamedTuple):
     prompt: Prompt
     where: str = ""
 
-    def said(self, message: object) -> str:
+    def with_location(self, message: object) -> str:
         """A message about the prompt."""
         return f"{self.where}: {message}" if self.where else str(message)
 
@@ -28,7 +28,7 @@ class LocatedPrompt(NamedTuple):
         try:
             yield
         except RequestError as error:
-            raise RequestError(self.said(error)) from error
+            raise RequestError(self.with_location(error)) from error
 
 
 def read_prompts(path: Path) -> list[LocatedPrompt]:

@@ -124,12 +124,12 @@ def final_hidden(model: StreamedModel, tokens: Tensor, advance: Callable[[int, i
     for batch, target in zip(tokens.split(rows), hidden.split(rows), strict=True):
         entered, kwargs[len(batch)] = model.embed(batch)
         target.copy_(entered)
-    for index in range(model.count):
+    for index in range(model.block_count):
         with model.block(index) as block:
             for part in hidden.split(rows):
                 out = block(part.to(model.device, model.dtype), **kwargs[len(part)][index])
                 part.copy_(out[0] if isinstance(out, tuple) else out)
         if not bool(hidden.isfinite().all()):
             raise NumericsError(f"{model.checkpoint.folder}: {model.prefix(index)[:-1]} gives NaN or Inf")
-        advance(index + 1, model.count)
+        advance(index + 1, model.block_count)
     return hidden

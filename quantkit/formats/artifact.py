@@ -64,7 +64,7 @@ class PackedReader:
             self._config, self.online = declared(stated)
             self.form: Format = format_of(self._config)
             marker = "." + self.form.suffixes[0]
-            self.modules = [name.removesuffix(marker) for name in checkpoint.under("") if name.endswith(marker)]
+            self.modules = [name.removesuffix(marker) for name in checkpoint.names_under("") if name.endswith(marker)]
             self._schemes = self.form.schemes(self._config, self.modules)
             self.beside = self.form.beside(self._config)
         except FormatError as error:

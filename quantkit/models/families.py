@@ -24,7 +24,7 @@ class Fold:
 
     producer: str
     offset: float = 0.0
-    heads: bool = False
+    repeats_kv_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ class Family:
     Attributes:
         groups: one block's groups in run order.
         soft_cap: whether attention logits are capped, which fast attention does not do.
-        blocks: path of the list of decoder blocks.
+        blocks_path: path of the list of decoder blocks.
         norms: of a block.
-        values: the matrix whose last rows are attention's values.
-        out, down: the last matrices of attention and of the MLP.
+        value_proj: the matrix whose last rows are attention's values.
+        out_proj, down_proj: the last matrices of attention and of the MLP.
     """
 
     groups: tuple[MatrixGroup, ...]
     soft_cap: bool = False
-    blocks: str = "model.layers"
+    blocks_path: str = "model.layers"
     norms: Norms = _BEFORE
-    values: str = "self_attn.v_proj"
-    out: str = "self_attn.o_proj"
-    down: str = "mlp.down_proj"
+    value_proj: str = "self_attn.v_proj"
+    out_proj: str = "self_attn.o_proj"
+    down_proj: str = "mlp.down_proj"
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -84,19 +84,19 @@ class Family:
         return self.norms.post_attention_norm is self.norms.post_mlp_norm is None
 
     @property
-    def readers(self) -> dict[str, str]:
+    def residual_readers(self) -> dict[str, str]:
         """Matrices that read the residual stream -> the norm that they read it behind."""
         folds = {name: group.fold for group in self.groups for name in group.names}
         return {name: fold.producer for name, fold in folds.items() if fold and fold.producer in self.norms}
 
     @property
-    def writers(self) -> tuple[str, ...]:
+    def residual_writers(self) -> tuple[str, ...]:
         """Matrices that write to the residual stream: attention's, then the MLP's."""
-        return self.out, self.down
+        return self.out_proj, self.down_proj
 
     def rotated(self) -> "Family":
         """The family once what the down projection reads is rotated: a scale of it can no longer be folded into anything."""
-        return replace(self, groups=tuple(replace(g, fold=None) if self.down in g.names else g for g in self.groups))
+        return replace(self, groups=tuple(replace(g, fold=None) if self.down_proj in g.names else g for g in self.groups))
 
     @property
     def norm_offset(self) -> float:
@@ -106,7 +106,7 @@ class Family:
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_OUT = MatrixGroup(("self_attn.o_proj",), Fold("self_attn.v_proj", heads=True))
+_OUT = MatrixGroup(("self_attn.o_proj",), Fold("self_attn.v_proj", repeats_kv_heads=True))
 _DOWN = MatrixGroup(("mlp.down_proj",), Fold("mlp.up_proj"))
 
 LLAMA = Family(
@@ -124,11 +124,11 @@ GEMMA = Family(
 PHI3 = Family(
     (
         MatrixGroup(("self_attn.qkv_proj",), Fold("input_layernorm")),
-        MatrixGroup(("self_attn.o_proj",), Fold("self_attn.qkv_proj", heads=True)),
+        MatrixGroup(("self_attn.o_proj",), Fold("self_attn.qkv_proj", repeats_kv_heads=True)),
         MatrixGroup(("mlp.gate_up_proj",), Fold("post_attention_layernorm")),
         MatrixGroup(("mlp.down_proj",), Fold("mlp.gate_up_proj")),
     ),
-    values="self_attn.qkv_proj",
+    value_proj="self_attn.qkv_proj",
 )
 # OLMo 2 normalises the outputs of attention and MLP: their inputs are the residual stream, which nothing can absorb.
 OLMO2 = Family(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 #: How much faster the stored dtype must be: the choice should be the same from run to run where the two are close.
-_CLEARLY = 1.5
+_MIN_SPEEDUP = 1.5
 
 
 def fastest_matmul(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -24,7 +24,7 @@ def fastest_matmul(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu" or dtype == torch.float32:
         return dtype
-    return dtype if _CLEARLY * _seconds(dtype) < _seconds(torch.float32) else torch.float32
+    return dtype if _MIN_SPEEDUP * _seconds(dtype) < _seconds(torch.float32) else torch.float32
 
 
 def _seconds(dtype: torch.dtype) -> float:
@@ -39,7 +39,7 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def multiplying_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> Iterator[None]:
+def matmul_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> Iterator[None]:
     """Hold the weights of linear layers in `dtype` and multiply in it; what comes out has the dtype of what goes in."""
     changed, scratch = list(layers), MatmulBuffers(dtype)
     for layer in changed:

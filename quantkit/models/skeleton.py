@@ -29,7 +29,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config
 
 
-def skeleton(config: PreTrainedConfig, attention: str, dtype: torch.dtype) -> Any:
+def build_skeleton(config: PreTrainedConfig, attention: str, dtype: torch.dtype) -> Any:
     """transformers' causal language model without a single weight.
 
     Args:
@@ -49,7 +49,7 @@ def skeleton(config: PreTrainedConfig, attention: str, dtype: torch.dtype) -> An
     return model.eval()
 
 
-def materialize_buffers(model: Any, root: nn.Module, device: torch.device, apart: nn.Module | None = None) -> None:
+def materialize_buffers(model: Any, root: nn.Module, device: torch.device, exclude: nn.Module | None = None) -> None:
     """Compute the buffers below `root` that no checkpoint stores (inverse frequencies, embedding scales).
 
     Args:
@@ -58,7 +58,7 @@ def materialize_buffers(model: Any, root: nn.Module, device: torch.device, apart
         device: of the buffers.
         apart: a part of `root` to leave alone.
     """
-    skipped = set() if apart is None else set(apart.modules())
+    skipped = set() if exclude is None else set(exclude.modules())
     for module in root.modules():
         own = {name: value for name, value in module.named_buffers(recurse=False) if value.is_meta}
         if module in skipped or not own:

@@ -19,8 +19,8 @@ from quantkit.formats.rotated import OnlineHadamard
 from quantkit.kernels import reference
 from quantkit.models import causal_attention as causal
 from quantkit.models.families import family_of
-from quantkit.models.matmul_dtype import multiplying_in
-from quantkit.models.skeleton import materialize_buffers, read_config, skeleton
+from quantkit.models.matmul_dtype import matmul_in
+from quantkit.models.skeleton import build_skeleton, materialize_buffers, read_config
 
 #: Reads tensors by name; a quantized checkpoint's reader hands out dense weights.
 TensorReader = Callable[[list[str]], dict[str, Tensor]]
@@ -33,7 +33,7 @@ class StreamedModel:
         checkpoint: where the tensors come from.
         config: the transformers config.
         family: groups and folds of a block.
-        count: number of decoder blocks.
+        block_count: number of decoder blocks.
         dtype, device: of every tensor that is loaded.
         matmul_dtype: in which a block's matrices are held and multiply; may be changed between blocks.
     """
@@ -61,12 +61,14 @@ class StreamedModel:
         self.config = read_config(checkpoint)
         if online:
             self.family, self.config.tie_word_embeddings = self.family.rotated(), False
-        self._model = skeleton(self.config, "eager" if self.family.soft_cap else causal.register(), dtype)
-        self.count = len(self._blocks)
+        self._model = build_skeleton(self.config, "eager" if self.family.soft_cap else causal.register(), dtype)
+        self.block_count = len(self._blocks)
         if online:
             self._rotate_inputs(online)
-        materialize_buffers(self._model, self._model, device, apart=self._blocks)
-        self._non_block_names = [name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks)]
+        materialize_buffers(self._model, self._model, device, exclude=self._blocks)
+        self._non_block_names = [
+            name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks_path)
+        ]
         self.load_non_block_weights()
 
     def _rotate_inputs(self, online: OnlineHadamard) -> None:
@@ -89,13 +91,13 @@ class StreamedModel:
 
     @property
     def _blocks(self) -> nn.ModuleList:
-        blocks = self._model.get_submodule(self.family.blocks)
+        blocks = self._model.get_submodule(self.family.blocks_path)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
     def prefix(self, index: int) -> str:
         """Start of the tensor names of block `index`."""
-        return f"{self.family.blocks}.{index}."
+        return f"{self.family.blocks_path}.{index}."
 
     def shape(self, index: int, name: str) -> tuple[int, int]:
         """(N, K) of matrix `name` of block `index`."""
@@ -117,7 +119,7 @@ class StreamedModel:
         materialize_buffers(self._model, module, self.device)
         self._load(module, prefix, [name for name, _ in module.named_parameters()])
         try:
-            with multiplying_in(self.matmul_dtype, map(module.get_submodule, self.family.matrices)):
+            with matmul_in(self.matmul_dtype, map(module.get_submodule, self.family.matrices)):
                 yield module
         finally:
             module.to("meta")

@@ -74,12 +74,12 @@ def estimate_run(request: QuantizeRequest) -> RunEstimate:
     memory = plan_memory(job, request.max_memory, SINGLE_PROCESS)
     states, paused = job.activation_bytes() if job.tokens is not None else (0, 0)
 
-    outside = sum(map(job.stored_bytes, job.outside))
-    block = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.under(job.model.prefix(0)))
+    outside = sum(map(job.stored_bytes, job.non_block_tensors))
+    block = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.names_under(job.model.prefix(0)))
     # As it was read, and, as it multiplies, before and after.
     widened = job.model.matmul_dtype.itemsize / job.model.dtype.itemsize
     working = int((1 + 2 * widened) * block) + _solver_bytes(job)
-    artifact = outside + sum(_stored_bytes(job, index) for index in range(job.model.count)) + _head_bytes(job)
+    artifact = outside + sum(_stored_bytes(job, index) for index in range(job.model.block_count)) + _head_bytes(job)
     on_device = working + (paused if memory.keep_paused else 0) + outside
     cuda = request.device.type == "cuda"
     return RunEstimate(
@@ -88,9 +88,9 @@ def estimate_run(request: QuantizeRequest) -> RunEstimate:
         disk_bytes=artifact,
         working_bytes=artifact + max(artifact + states, 2 * states),  # shards, and beside them the joined ones or activations
         free_bytes=shutil.disk_usage(_existing(request.out)).free,
-        seconds=block_seconds * job.model.count,
+        seconds=block_seconds * job.model.block_count,
         block_seconds=block_seconds,
-        schemes={name: str(scheme) for name, scheme in job.plan.items() if scheme is not None},
+        schemes={name: str(scheme) for name, scheme in job.schemes.items() if scheme is not None},
         unquantized=job.unquantized(),
         engines=job.engines(),
     )
@@ -113,8 +113,8 @@ def _solver_bytes(job: QuantizationJob) -> int:
 def _stored_bytes(job: QuantizationJob, index: int) -> int:
     """Bytes of block `index` in the artifact, headers aside."""
     prefix = job.model.prefix(index)
-    total = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.under(prefix))
-    for name, scheme in job.schemes_of(index).items():
+    total = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.names_under(prefix))
+    for name, scheme in job.block_schemes(index).items():
         rows, columns = job.model.shape(index, name)
         total += _packed_bytes(rows, columns, scheme, job) - job.checkpoint.tensors[f"{prefix}{name}.weight"].nbytes
     return total
@@ -122,7 +122,7 @@ def _stored_bytes(job: QuantizationJob, index: int) -> int:
 
 def _head_bytes(job: QuantizationJob) -> int:
     """Bytes of the output head in the artifact, if a rule quantizes it."""
-    scheme = job.plan["lm_head"]
+    scheme = job.schemes["lm_head"]
     if scheme is None:
         return 0
     rows, columns = job.model.head_weight.shape
@@ -159,7 +159,7 @@ def _seconds(job: QuantizationJob, rows: Tensor | None) -> float:
         pass
 
     timed = replace(job, tokens=rows)
-    index = next((index for index in range(job.model.count) if job.schemes_of(index)), 0)
+    index = next((index for index in range(job.model.block_count) if job.block_schemes(index)), 0)
     streams: list[ActivationStream] = []
     if rows is not None:
         hidden = [timed.model.embed(batch)[0] for batch in timed.token_batches()]
@@ -167,7 +167,7 @@ def _seconds(job: QuantizationJob, rows: Tensor | None) -> float:
     started = time.monotonic()
     with timed.model.block(index) as block:
         quantizer = BlockQuantizer(
-            block, timed.model.prefix(index), timed.schemes_of(index), timed.model.config, timed.settings, ignore
+            block, timed.model.prefix(index), timed.block_schemes(index), timed.model.config, timed.settings, ignore
         )
         groups = quantizer.groups_to_quantize(timed.model.family.groups)
         if rows is None:

@@ -33,7 +33,7 @@ def find_channel_groups(fold: Fold, columns: int, config: PreTrainedConfig) -> T
     With grouped-query attention every value row is repeated for several query heads, which must then share a scale.
     """
     channel = torch.arange(columns)
-    if not fold.heads:
+    if not fold.repeats_kv_heads:
         return channel
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = columns // heads

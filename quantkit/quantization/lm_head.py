@@ -23,7 +23,7 @@ def quantize_head(
 
     Every process of the team reads all outputs, sums its columns and solves its pieces.
     """
-    scheme = job.plan["lm_head"]
+    scheme = job.schemes["lm_head"]
     assert scheme is not None
     started = time.monotonic()
     moments = None

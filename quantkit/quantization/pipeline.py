@@ -83,13 +83,13 @@ def quantize_blocks(
         _ = job.recorded_kwargs  # needs the embeddings
         model.release_non_block_weights()
         keep_freed_memory()
-        for index in range(len(workspace.finished) - 1, model.count):
-            progress.block(index, model.count)
-            memory = _attempt(job, workspace, memory, index, progress, process_group)
+        for index in range(len(workspace.finished) - 1, model.block_count):
+            progress.block(index, model.block_count)
+            memory = _step_with_less_memory(job, workspace, memory, index, progress, process_group)
             trim_memory()
-        if job.plan["lm_head"] is not None and len(workspace.finished) == model.count + 1:
+        if job.schemes["lm_head"] is not None and len(workspace.finished) == model.block_count + 1:
             _head_step(job, workspace, memory, progress, process_group)
-        progress.block(model.count, model.count)
+        progress.block(model.block_count, model.block_count)
     return [MatrixReport(**report) for entry in workspace.finished for report in entry["matrices"]]
 
 
@@ -107,7 +107,7 @@ def _begin(job: QuantizationJob, workspace: Workspace, memory: MemoryPlan) -> Js
     if job.online:
         # Rotate again: the number of threads was not final before, and it may decide the last bits.
         job.model.load_non_block_weights()
-    write_tensors(workspace.folder / "outside.safetensors", job.read(job.outside))
+    write_tensors(workspace.folder / "outside.safetensors", job.read(job.non_block_tensors))
     if job.tokens is not None:
         states = Activations.reserve(workspace.folder / _state(0), *_boundary(job), in_memory=memory.in_memory)
         streams = _batches(job, states)
@@ -142,7 +142,7 @@ def _batches(job: QuantizationJob, states: Activations) -> list[list[Tensor]]:
     return [list(rows.split(job.rows_per_batch)) for rows in states.tensor.split(job.stream_rows)]
 
 
-def _attempt(
+def _step_with_less_memory(
     job: QuantizationJob,
     workspace: Workspace | WorkerWorkspace,
     memory: MemoryPlan,
@@ -202,9 +202,9 @@ def _step(
 
     with model.block(index) as block:
         quantizer = BlockQuantizer(
-            block, prefix, job.schemes_of(index), model.config, job.settings, on_report, process_group=process_group
+            block, prefix, job.block_schemes(index), model.config, job.settings, on_report, process_group=process_group
         )
-        kept = [name for name in job.checkpoint.under(prefix) if job.plan.get(name.removesuffix(".weight")) is None]
+        kept = [name for name in job.checkpoint.names_under(prefix) if job.schemes.get(name.removesuffix(".weight")) is None]
         quantizer.written.unquantized |= {name.removeprefix(prefix): t for name, t in job.read(kept).items()}
         groups = quantizer.groups_to_quantize(model.family.groups)
         if job.tokens is None:
@@ -240,7 +240,7 @@ def _head_step(
     job.model.load_non_block_weights()
     streams = []
     if job.tokens is not None:
-        path = workspace.folder / _state(job.model.count)
+        path = workspace.folder / _state(job.model.block_count)
         streams = _batches(
             job, Activations.load(path, *_boundary(job), in_memory=memory.in_memory and process_group.rank == 0)
         )

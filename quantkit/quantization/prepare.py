@@ -45,7 +45,7 @@ class QuantizationJob:
         online: what the runtime must then do.
         model: its blocks.
         recipe: resolved: no "auto" left.
-        plan: module path -> scheme, None for what stays in 16 bit; every matrix of every block, and the head.
+        schemes: module path -> scheme, None for what stays in 16 bit; every matrix of every block, and the head.
         tokens: int64 [rows, T], None when the method looks at no data.
     """
 
@@ -54,7 +54,7 @@ class QuantizationJob:
     online: OnlineHadamard | None
     model: StreamedModel
     recipe: Recipe
-    plan: Mapping[str, Scheme | None]
+    schemes: Mapping[str, Scheme | None]
     tokens: Tensor | None
 
     @cached_property
@@ -72,21 +72,21 @@ class QuantizationJob:
         return [rows, reference] if self.settings.pairs else [rows]
 
     @property
-    def outside(self) -> list[str]:
+    def non_block_tensors(self) -> list[str]:
         """Names of the tensors outside the blocks that are written as they are, or rotated; a rotated head is never tied."""
-        prefix, head = self.model.family.blocks + ".", "lm_head.weight"
+        prefix, head = self.model.family.blocks_path + ".", "lm_head.weight"
         stored = dict.fromkeys([*self.checkpoint.tensors, *([head] if self.online else [])])
-        return [name for name in stored if not name.startswith(prefix) and (name != head or self.plan["lm_head"] is None)]
+        return [name for name in stored if not name.startswith(prefix) and (name != head or self.schemes["lm_head"] is None)]
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of one of them; a head that the source does not have is as large as the embedding."""
         stored = self.checkpoint.tensors.get(name)
         return self.model.head_weight.nbytes if stored is None else stored.nbytes
 
-    def schemes_of(self, index: int) -> dict[str, Scheme]:
+    def block_schemes(self, index: int) -> dict[str, Scheme]:
         """Module name inside block `index` -> scheme, quantized ones only."""
         prefix = self.model.prefix(index)
-        chosen = {name: self.plan[prefix + name] for name in self.model.family.matrices}
+        chosen = {name: self.schemes[prefix + name] for name in self.model.family.matrices}
         return {name: scheme for name, scheme in chosen.items() if scheme is not None}
 
     @property
@@ -124,7 +124,7 @@ class QuantizationJob:
 
     def unquantized(self) -> dict[str, str]:
         """Matrices that stay in 16 bit -> why."""
-        reasons = {name: "skipped by a rule" for name, scheme in self.plan.items() if scheme is None}
+        reasons = {name: "skipped by a rule" for name, scheme in self.schemes.items() if scheme is None}
         tied = getattr(self.model.config, "tie_word_embeddings", False)
         if "lm_head" in reasons:
             reasons["lm_head"] = "no rule names the output head" + (" (tied to the embedding)" if tied else "")
@@ -132,7 +132,7 @@ class QuantizationJob:
 
     def engines(self) -> list[Engine]:
         """Which engines load the result."""
-        engines = FORMATS[self.recipe.format].engines({scheme for scheme in self.plan.values() if scheme is not None})
+        engines = FORMATS[self.recipe.format].engines({scheme for scheme in self.schemes.values() if scheme is not None})
         return refusals(engines) if self.online else engines
 
     @cached_property
@@ -169,7 +169,7 @@ def prepare_job(folder: Path, recipe: Recipe, device: torch.device) -> Quantizat
         CheckpointError, RecipeError, CorpusError: the first thing that is wrong.
     """
     checkpoint = Checkpoint(folder)
-    checkpoint.refuse_quantized()
+    checkpoint.require_unquantized()
     model = StreamedModel(checkpoint, checkpoint.read, storage_dtype(checkpoint), device)
     check_tensors(checkpoint, model)
     read, online = checkpoint.read, None
@@ -211,7 +211,9 @@ def _plan(recipe: Recipe, model: StreamedModel) -> dict[str, Scheme | None]:
     form = FORMATS[recipe.format]
     plan: dict[str, Scheme | None] = {}
     shapes = {
-        model.prefix(index) + name: model.shape(index, name) for index in range(model.count) for name in model.family.matrices
+        model.prefix(index) + name: model.shape(index, name)
+        for index in range(model.block_count)
+        for name in model.family.matrices
     }
     for path, (rows, columns) in (shapes | {"lm_head": model.head_weight.shape}).items():
         scheme = plan[path] = recipe.scheme(path)

@@ -51,9 +51,9 @@ class Rotation:
         self._checkpoint, self._family = checkpoint, family
         self._width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._value_rows = config.num_key_value_heads * self._width
-        self._outside = family.blocks.removesuffix("layers")
+        self._outside = family.blocks_path.removesuffix("layers")
         block = min(_power_of_two(config.intermediate_size), _LARGEST_BLOCK)
-        self.online = OnlineHadamard(rf".*\.{family.down.replace('.', chr(92) + '.')}$", block)
+        self.online = OnlineHadamard(rf".*\.{family.down_proj.replace('.', chr(92) + '.')}$", block)
 
     def __call__(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Name -> tensor in its stored type, rounded once from float64."""
@@ -67,7 +67,7 @@ class Rotation:
         if name == "lm_head.weight":
             return self._reader(stored, f"{self._outside}norm").to(stored.dtype)
         prefix, inside = self._split(module)
-        if module == f"{self._outside}norm" or inside in self._family.readers.values():
+        if module == f"{self._outside}norm" or inside in self._family.residual_readers.values():
             return torch.full_like(stored, 1.0 - self._family.norm_offset)
         return self._inside(prefix, inside, stored).to(stored.dtype).contiguous()
 
@@ -79,7 +79,7 @@ class Rotation:
 
     def _split(self, module: str) -> tuple[str, str]:
         """`model.layers.3.mlp.up_proj` as `model.layers.3.` and `mlp.up_proj`; outside of blocks the second is empty."""
-        start = self._family.blocks + "."
+        start = self._family.blocks_path + "."
         if not module.startswith(start):
             return module, ""
         number, _, inside = module.removeprefix(start).partition(".")
@@ -88,16 +88,16 @@ class Rotation:
     def _inside(self, prefix: str, module: str, x: Tensor) -> Tensor:
         """A weight [N, K] or bias [N] of a block."""
         family = self._family
-        if module in family.readers and x.dim() == 2:
-            x = self._reader(x, prefix + family.readers[module])
-        if module == family.values:
+        if module in family.residual_readers and x.dim() == 2:
+            x = self._reader(x, prefix + family.residual_readers[module])
+        if module == family.value_proj:
             kept, values = x.double().split([len(x) - self._value_rows, self._value_rows])
             x = torch.cat([kept, _of_outputs(self._heads, values)])
-        if module in family.writers:
+        if module in family.residual_writers:
             x = _of_outputs(rotate, x.double())
-        if module == family.out and x.dim() == 2:
+        if module == family.out_proj and x.dim() == 2:
             x = self._heads(x)
-        if module == family.down and x.dim() == 2:
+        if module == family.down_proj and x.dim() == 2:
             x = reference.hadamard(x, self.online.block)
         return x
 

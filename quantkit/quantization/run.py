@@ -44,7 +44,7 @@ class QuantizeRequest:
     device: torch.device
     max_memory: int
     overwrite: bool
-    computing: Mapping[str, Any] = field(default_factory=dict)
+    compute_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def quantize_model(request: QuantizeRequest, progress: Progress, process_group: ProcessGroup = SINGLE_PROCESS) -> RunReport:
@@ -61,7 +61,7 @@ def quantize_model(request: QuantizeRequest, progress: Progress, process_group: 
         Workspace.require_free(request.out, request.folder, overwrite=request.overwrite)
     job = prepare_job(request.folder, request.recipe, request.device)
     if left_over:
-        complete = _complete(request.out, job)
+        complete = _report_of_finished(request.out, job)
         if complete is not None:
             Workspace.delete_leftovers(request.out)
             process_group.broadcast_object(None)
@@ -69,7 +69,7 @@ def quantize_model(request: QuantizeRequest, progress: Progress, process_group: 
             return complete
     matmul = fastest_matmul(job.model.dtype, request.device)
     best: dict[str, Any] = {"threads": torch.get_num_threads(), "matmul": str(matmul).removeprefix("torch.")}
-    settings = best | dict(request.computing)
+    settings = best | dict(request.compute_settings)
     with Workspace(
         request.out, job.identity(), source=request.folder, overwrite=request.overwrite, settings=settings
     ) as workspace:
@@ -78,8 +78,8 @@ def quantize_model(request: QuantizeRequest, progress: Progress, process_group: 
             how = f"{settings['threads']} threads, products in {settings['matmul']}"
             progress.note(f"computing with {how}, as the run did that this one goes on with or repeats")
         process_group.broadcast_object((settings, workspace.finished))
-        _compute_with(job, settings)
-        return _make(request, job, workspace, progress, process_group, started, cpu)
+        _apply_compute_settings(job, settings)
+        return _quantize_and_publish(request, job, workspace, progress, process_group, started, cpu)
 
 
 def join_as_worker(request: QuantizeRequest, progress: Progress, process_group: ProcessGroup) -> None:
@@ -92,18 +92,18 @@ def join_as_worker(request: QuantizeRequest, progress: Progress, process_group: 
     started: tuple[dict[str, Any], list[dict[str, Any]]] | None = process_group.broadcast_object(None)
     if started is not None:
         settings, finished = started
-        _compute_with(job, settings)
+        _apply_compute_settings(job, settings)
         seen = WorkerWorkspace(Workspace.folder_of(request.out), finished)
         quantize_blocks(job, seen, plan_memory(job, request.max_memory, process_group), progress, process_group)
 
 
-def _compute_with(job: QuantizationJob, settings: Mapping[str, Any]) -> None:
+def _apply_compute_settings(job: QuantizationJob, settings: Mapping[str, Any]) -> None:
     """Set what decides the last bits."""
     torch.set_num_threads(settings["threads"])
     job.model.matmul_dtype = getattr(torch, settings["matmul"])
 
 
-def _make(
+def _quantize_and_publish(
     request: QuantizeRequest,
     job: QuantizationJob,
     workspace: Workspace,
@@ -113,12 +113,12 @@ def _make(
     cpu: float,
 ) -> RunReport:
     """From an open workspace to the published artifact."""
-    resumed = min(max(len(workspace.finished) - 1, 0), job.model.count)
+    resumed = min(max(len(workspace.finished) - 1, 0), job.model.block_count)
     if resumed:
-        progress.note(f"going on after block {resumed} of {job.model.count} of an interrupted run")
+        progress.note(f"going on after block {resumed} of {job.model.block_count} of an interrupted run")
     reports = quantize_blocks(job, workspace, plan_memory(job, request.max_memory, process_group), progress, process_group)
     folder, shards = workspace.join()
-    write_metadata(job.checkpoint, folder, job.recipe.format, job.plan, job.online)
+    write_metadata(job.checkpoint, folder, job.recipe.format, job.schemes, job.online)
     written = Checkpoint(folder)
     totals = Totals(
         matrices=len(reports),
@@ -150,7 +150,7 @@ def _make(
     return report
 
 
-def _complete(out: Path, job: QuantizationJob) -> RunReport | None:
+def _report_of_finished(out: Path, job: QuantizationJob) -> RunReport | None:
     """The report of a finished artifact at `out` if it is what `job` would make, to the last byte."""
     identity = job.identity()
     try:

@@ -106,8 +106,8 @@ def test_shards_are_found_through_the_index(model: Path) -> None:
 
 def test_names_under_a_prefix(model: Path) -> None:
     checkpoint = Checkpoint(model)
-    assert checkpoint.under("") == ["a.weight", "b.bias", "c"]
-    assert checkpoint.under("a.") == ["a.weight"]
+    assert checkpoint.names_under("") == ["a.weight", "b.bias", "c"]
+    assert checkpoint.names_under("a.") == ["a.weight"]
 
 
 def test_a_read_tensor_outlives_its_file(model: Path) -> None:
@@ -169,10 +169,10 @@ def test_pickled_weights_are_never_opened(model: Path, name: str) -> None:
 
 
 def test_a_quantized_source_is_refused_with_the_way_out(model: Path) -> None:
-    Checkpoint(model).refuse_quantized()
+    Checkpoint(model).require_unquantized()
     (model / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(CheckpointError, match=r"\A.*config.json: the model is already quantized \(gptq\); .*convert.*\Z"):
-        Checkpoint(model).refuse_quantized()
+        Checkpoint(model).require_unquantized()
 
 
 # The index.

@@ -68,7 +68,7 @@ def test_a_null_quantization_config_means_dense(tmp_path: Path) -> None:
     checkpoint = written(tmp_path, None, {"x.weight": weight})
     assert torch.equal(dense_source(checkpoint)(["x.weight"])["x.weight"], weight)
     assert bits_per_weight(checkpoint) == 32
-    checkpoint.refuse_quantized()
+    checkpoint.require_unquantized()
 
 
 @pytest.mark.parametrize("form", NAMES)

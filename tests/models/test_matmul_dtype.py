@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from quantkit.models import matmul_dtype as matmul
-from quantkit.models.matmul_dtype import fastest_matmul, multiplying_in
+from quantkit.models.matmul_dtype import fastest_matmul, matmul_in
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def test_measuring_comes_to_an_end() -> None:
 def test_products_in_float32_are_rounded_once(stored: torch.dtype, bias: bool) -> None:
     layer, inputs = nn.Linear(48, 32, bias=bias, dtype=stored), torch.randn(2, 5, 48, dtype=stored)
     exact = inputs.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
-    with torch.no_grad(), multiplying_in(torch.float32, [layer]):
+    with torch.no_grad(), matmul_in(torch.float32, [layer]):
         assert layer.weight.dtype == torch.float32
         product = layer(inputs)
     assert product.dtype == stored
@@ -48,13 +48,13 @@ def test_the_stored_dtype_is_the_layers_own_forward() -> None:
     layer, inputs = nn.Linear(48, 32, dtype=torch.bfloat16), torch.randn(5, 48, dtype=torch.bfloat16)
     with torch.no_grad():
         expected = layer(inputs)
-        with multiplying_in(torch.bfloat16, [layer]):
+        with matmul_in(torch.bfloat16, [layer]):
             assert torch.equal(layer(inputs), expected)
 
 
 def test_a_replaced_weight_takes_effect_and_nothing_is_left_behind() -> None:
     layer, inputs = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16), torch.ones(1, 8, dtype=torch.bfloat16)
-    with torch.no_grad(), multiplying_in(torch.float32, [layer]):
+    with torch.no_grad(), matmul_in(torch.float32, [layer]):
         layer.weight.data = torch.eye(8)
         assert torch.equal(layer(inputs), inputs)
     assert "forward" not in vars(layer)

@@ -17,7 +17,7 @@ from quantkit.errors import CheckpointError
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.threads import one_thread
 from quantkit.models.families import Family, family_of
-from quantkit.models.skeleton import materialize_buffers, read_config, skeleton
+from quantkit.models.skeleton import build_skeleton, materialize_buffers, read_config
 from quantkit.runtime.kv_cache.dtypes import LayerShape
 from quantkit.runtime.model import attention
 from quantkit.runtime.model.layers import Embedding, FusedLinear, FusedSlice, Linear, Norm, pack_weight
@@ -70,15 +70,15 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     config = read_config(checkpoint)
     family = family_of(checkpoint.config["model_type"], str(checkpoint.folder / "config.json"))
     dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.bfloat16
-    model = skeleton(config, attention.register(), dtype)
+    model = build_skeleton(config, attention.register(), dtype)
     source = Source(checkpoint)
     if source.beside:
         where, fields = checkpoint.folder / "config.json", " and ".join(source.beside)
         logger.warning("note: %s: %s are not applied; activations and KV cache stay more precise", where, fields)
-    blocks = model.get_submodule(family.blocks)
+    blocks = model.get_submodule(family.blocks_path)
     with one_thread():  # Thousands of small passes over memory.
         for index, block in enumerate(blocks):
-            load_block(block, f"{family.blocks}.{index}.", family, source, device, dtype)
+            load_block(block, f"{family.blocks_path}.{index}.", family, source, device, dtype)
         load_non_block_weights(model, source, device, dtype)
         _load_norms(model, "", family, source, device, dtype)
     materialize_buffers(model, model, device)
@@ -106,7 +106,7 @@ def load_block(
     Raises:
         CheckpointError, FormatError: a tensor is missing, damaged or of another shape.
     """
-    with source.checkpoint.ahead(source.checkpoint.under(prefix)):
+    with source.checkpoint.prefetch(source.checkpoint.names_under(prefix)):
         for group in family.groups:
             matrices = [_read_linear(block.get_submodule(name), prefix + name, source) for name in group.names]
             modules = _linears(matrices, device, dtype)

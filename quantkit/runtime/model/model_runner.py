@@ -102,7 +102,7 @@ class ModelRunner:
         taken = apart + self.num_blocks * form.block_bytes(definition.layers, self.block_size)
         require_free(taken, definition.device, beside)
         self.cache = KVCache(definition.layers, self.num_blocks, self.block_size, form, definition.device, pages)
-        blocks = definition.module.get_submodule(definition.family.blocks)
+        blocks = definition.module.get_submodule(definition.family.blocks_path)
         self.sliding_window = max(layer_window(block.self_attn, definition.config) for block in blocks)
         self._max_batch = options.max_batch
         self._small_step = self._small_steps(self._run, 0)

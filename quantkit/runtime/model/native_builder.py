@@ -41,7 +41,7 @@ def describe(definition: Definition) -> DecoderModel | None:
     ropes = _ropes(module.base_model.rotary_emb)
     activation = _ACTIVATIONS.get(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or "")
     head = _projection([module.get_output_embeddings()])
-    blocks = module.get_submodule(definition.family.blocks)
+    blocks = module.get_submodule(definition.family.blocks_path)
     layers = [_layer(block, definition.family.norms, config, ropes) for block in blocks]
     if activation is None or head is None or not ropes or any(layer is None for layer in layers):
         return None
