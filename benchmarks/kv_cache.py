@@ -24,7 +24,7 @@ import torch
 from quantkit.checkpoint.locate import locate
 from quantkit.evaluation.run import EvalRequest, run_evaluation
 from quantkit.evaluation.speed import prompt_tokens
-from quantkit.runtime.core.batch import lone_batch
+from quantkit.runtime.core.batch import single_sequence_batch
 from quantkit.runtime.kv_cache.dtypes import KV_DTYPES
 from quantkit.runtime.model.model_runner import CacheOptions, open_model
 
@@ -40,11 +40,11 @@ def decode_rates(folder: Path, dtype: str, contexts: list[int]) -> dict[int, flo
     rates, done = {}, 0
     for context in contexts:
         for start in range(done, context, CHUNK):
-            model.forward(lone_batch(tokens[start : min(start + CHUNK, context)], start, model.block_size))
+            model.forward(single_sequence_batch(tokens[start : min(start + CHUNK, context)], start, model.block_size))
         seconds = []
         for position in range(context, context + NEW):
             started = time.perf_counter()
-            model.forward(lone_batch(tokens[position : position + 1], position, model.block_size))
+            model.forward(single_sequence_batch(tokens[position : position + 1], position, model.block_size))
             seconds.append(time.perf_counter() - started)
         rates[context], done = 1 / statistics.median(seconds), context + NEW
     return rates

@@ -16,8 +16,8 @@ from quantkit.quantization.pipeline import Progress
 from quantkit.quantization.report import MatrixReport, RunReport
 from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Recipe, load_recipe, recorded_computing
+from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import SamplingParams
-from quantkit.runtime.core.sequence import Output
 from quantkit.runtime.engine.engine import EngineConfig
 from quantkit.runtime.kv_cache.eviction import FULL, Budget
 from quantkit.runtime.kv_cache.offload import OffloadOptions

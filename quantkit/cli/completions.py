@@ -11,10 +11,9 @@ import typer
 from quantkit.data.prompts import LocatedPrompt
 from quantkit.errors import QuantkitError
 from quantkit.runtime.core.model import Model
+from quantkit.runtime.core.output import FinishReason, Output, merge_outputs
 from quantkit.runtime.core.request import Request
-from quantkit.runtime.core.sequence import FinishReason, Output
 from quantkit.runtime.engine.engine import Engine
-from quantkit.runtime.engine.postprocess import joined
 
 
 class Completions:
@@ -53,7 +52,7 @@ class Completions:
     @property
     def ended(self) -> list[Output]:
         """Whole outputs of the samples that have ended, in the order of the prompts."""
-        return [joined(parts) for _, parts in sorted(self._parts.items()) if parts[-1].finish_reason is not None]
+        return [merge_outputs(parts) for _, parts in sorted(self._parts.items()) if parts[-1].finish_reason is not None]
 
     @property
     def failures(self) -> list[str]:

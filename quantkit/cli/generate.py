@@ -17,8 +17,8 @@ from quantkit.cli.completions import Completions, cut_short
 from quantkit.cli.engine_options import EngineOptions, with_engine
 from quantkit.data.prompts import LocatedPrompt, read_prompts
 from quantkit.errors import RequestError
+from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import SamplingParams
-from quantkit.runtime.core.sequence import Output
 from quantkit.runtime.session import Session, Summary
 
 EXAMPLE = 'Example: quantkit generate demo-w4 --chat "Why is the sky blue?" --max-tokens 100 --spec ngram'

@@ -14,8 +14,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from quantkit.errors import RequestError
+from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import Output
 from quantkit.runtime.session import Session
 
 #: Names for the number of new tokens in tasks' `generation_kwargs`; the first one that is there counts.

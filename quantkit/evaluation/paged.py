@@ -11,8 +11,9 @@ from torch import Tensor
 
 from quantkit.runtime.core.detokenize import TextStream
 from quantkit.runtime.core.model import Model
+from quantkit.runtime.core.output import Timing
 from quantkit.runtime.core.request import SamplingParams
-from quantkit.runtime.core.sequence import Scheduled, Sequence, Timing
+from quantkit.runtime.core.sequence import Scheduled, Sequence
 from quantkit.runtime.engine.forward import forward
 from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import Budget, Eviction, check_windows

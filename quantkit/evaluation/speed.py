@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.core.batch import lone_batch
+from quantkit.runtime.core import latency
+from quantkit.runtime.core.batch import single_sequence_batch
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.engine import latency
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
 from quantkit.runtime.sampling.top_k import argmax
@@ -157,13 +157,13 @@ def _rate(model: ModelRunner, tokens: int, run: Callable[[ModelRunner, Tensor], 
 
 
 def _prefill(model: ModelRunner, prompt: Tensor) -> None:
-    model.forward(lone_batch(prompt, 0, model.block_size))
+    model.forward(single_sequence_batch(prompt, 0, model.block_size))
 
 
 def _decode(model: ModelRunner, prompt: Tensor) -> None:
     token = prompt[:1]
     for position in range(len(prompt)):
-        token = torch.tensor(argmax(model.forward(lone_batch(token, position, model.block_size))))
+        token = torch.tensor(argmax(model.forward(single_sequence_batch(token, position, model.block_size))))
 
 
 def _requests(count: int, vocab: int) -> list[Request]:

@@ -13,7 +13,7 @@ from quantkit.errors import NumericsError
 from quantkit.formats.artifact import dense_source, online_hadamard
 from quantkit.models.skeleton import materialize_buffers, read_config
 from quantkit.models.streaming import StreamedModel
-from quantkit.runtime.core.batch import lone_batch
+from quantkit.runtime.core.batch import single_sequence_batch
 from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.kv_cache.dtypes import LayerShape, cache_format
 from quantkit.runtime.model import attention
@@ -66,7 +66,9 @@ class CachedStreamedModel(PackedStreamedModel):
         form = cache_format(kv_dtype, self.config.dtype or self.dtype, layers, self.device)
         count = -(-length // form.block_size)
         self.cache = KVCache(layers, count, form.block_size, form, self.device, pages=count)
-        batch = lone_batch(torch.arange(length), 0, form.block_size)  # The block walk brings the hidden states itself.
+        batch = single_sequence_batch(
+            torch.arange(length), 0, form.block_size
+        )  # The block walk brings the hidden states itself.
         self.cache.prepare(batch, draft=False)
         self._paged = attention.AttentionContext(batch.to(self.device), self.cache)
 

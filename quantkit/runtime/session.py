@@ -15,8 +15,8 @@ from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.data.prompts import Prompt
 from quantkit.errors import CheckpointError, RequestError
 from quantkit.runtime.core.constraint import Constraint
+from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import Output
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache.offload import KVOffload, OffloadOptions
 from quantkit.runtime.model.model_runner import CacheOptions

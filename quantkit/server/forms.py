@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from quantkit.runtime.core.sequence import Output, TokenLogprobs
+from quantkit.runtime.core.output import Output, TokenLogprobs
 
 #: The text of tokens.
 Text = Callable[[Sequence[int]], str]

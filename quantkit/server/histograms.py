@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from quantkit.runtime.core.sequence import Output
-from quantkit.runtime.engine import latency
+from quantkit.runtime.core import latency
+from quantkit.runtime.core.output import Output
 
 #: Seconds.
 TTFT_BUCKETS = (

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request
-from quantkit.runtime.core.sequence import Output
-from quantkit.runtime.engine.stats import Stats
+from quantkit.runtime.engine.stats import EngineStats
 
 
 class Observer(Protocol):
@@ -19,7 +19,7 @@ class Observer(Protocol):
     def refused(self, reason: str) -> None:
         """Requests were turned away: "busy" (too many wait), "draining" or "invalid"."""
 
-    def stepped(self, outputs: Sequence[Output], stats: Stats, at: float) -> None:
+    def stepped(self, outputs: Sequence[Output], stats: EngineStats, at: float) -> None:
         """A step ended.
 
         Args:

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from quantkit.runtime.core import latency
+from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request
-from quantkit.runtime.core.sequence import Output
-from quantkit.runtime.engine import latency
-from quantkit.runtime.engine.stats import Stats
+from quantkit.runtime.engine.stats import EngineStats
 
 #: Seconds over which tokens are counted, and samples over which times are ranked.
 WINDOW, SAMPLES = 10.0, 512
@@ -18,7 +18,7 @@ WINDOW, SAMPLES = 10.0, 512
 class Live:
     """Implements `Observer`."""
 
-    def __init__(self, model_name: str, stats: Stats) -> None:
+    def __init__(self, model_name: str, stats: EngineStats) -> None:
         """`stats`: where the engine stands before its first step."""
         self._model_name, self._stats = model_name, stats
         #: When steps ended, and how many tokens they gave.
@@ -33,13 +33,13 @@ class Live:
     def refused(self, reason: str) -> None:
         """See `Observer`."""
 
-    def stepped(self, outputs: Sequence[Output], stats: Stats, at: float) -> None:
+    def stepped(self, outputs: Sequence[Output], stats: EngineStats, at: float) -> None:
         """See `Observer`."""
         self._stats = stats
         self._steps.append((at, sum(len(output.token_ids) for output in outputs)))
         self._forget(at)
         self._ttft.extend(latency.ttft(output) for output in outputs if latency.is_first(output))
-        served = [output for output in outputs if latency.is_served(output)]
+        served = [output for output in outputs if latency.is_completed(output)]
         self._served += len(served)
         self._tpot.extend(time for output in served if (time := latency.tpot(output)) is not None)
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from quantkit.runtime.core import latency
 from quantkit.runtime.core.model import Model
+from quantkit.runtime.core.output import FinishReason, Output
 from quantkit.runtime.core.request import Request
-from quantkit.runtime.core.sequence import FinishReason, Output
-from quantkit.runtime.engine import latency
-from quantkit.runtime.engine.stats import Stats
+from quantkit.runtime.engine.stats import EngineStats
 from quantkit.server.histograms import MEASURES, N_BUCKETS, STEP_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, length_buckets
 
 #: vLLM's words for why a request ended.
@@ -31,7 +31,7 @@ _LABELS = ("model_name", "engine")
 class Metrics:
     """Implements `Observer`."""
 
-    def __init__(self, model_name: str, model: Model, stats: Stats) -> None:
+    def __init__(self, model_name: str, model: Model, stats: EngineStats) -> None:
         """
         Args:
             model_name: a label of every metric.
@@ -83,7 +83,7 @@ class Metrics:
         """See `Observer`."""
         self._refused.labels(reason).inc()
 
-    def stepped(self, outputs: Sequence[Output], stats: Stats, at: float) -> None:
+    def stepped(self, outputs: Sequence[Output], stats: EngineStats, at: float) -> None:
         """See `Observer`."""
         self._stats = stats
         self._step_tokens.observe(sum(self._count_tokens(output, at) for output in outputs if output.token_ids))
@@ -137,7 +137,7 @@ class Metrics:
         assert output.finish_reason is not None
         self._last.pop((output.request_id, output.index), None)
         self._ended.labels(*self._values, _REASONS[output.finish_reason]).inc()
-        if latency.is_served(output):
+        if latency.is_completed(output):
             for histogram, of in self._measures:
                 if (value := of(output)) is not None:
                     histogram.observe(value)

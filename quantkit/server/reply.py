@@ -9,9 +9,8 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from quantkit.runtime.core.output import Output, merge_outputs
 from quantkit.runtime.core.request import Request
-from quantkit.runtime.core.sequence import Output
-from quantkit.runtime.engine.postprocess import joined
 from quantkit.server.errors import ApiError, api_error, timed_out
 from quantkit.server.forms import Form
 from quantkit.server.job import Job
@@ -67,7 +66,7 @@ class Reply(Response):
         async for index, output in job.outputs():
             self._note(index, output)
             parts[index].append(output)
-        choices = [self._form.whole(index, joined(outputs)) for index, outputs in enumerate(parts)]
+        choices = [self._form.whole(index, merge_outputs(outputs)) for index, outputs in enumerate(parts)]
         body = self._form.envelope(choices, chunk=False) | {"usage": self._usage(job)}
         self._started = True
         await JSONResponse(body)(scope, receive, send)

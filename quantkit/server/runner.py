@@ -15,10 +15,10 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from quantkit.errors import RequestError
+from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request
-from quantkit.runtime.core.sequence import Output
 from quantkit.runtime.engine.engine import Engine
-from quantkit.runtime.engine.stats import Stats
+from quantkit.runtime.engine.stats import EngineStats
 from quantkit.server.job import BusyError, DrainingError, EngineDiedError, Entry, Job, Observer
 
 logger = logging.getLogger("quantkit.server")
@@ -184,7 +184,7 @@ class Runner:
         if not job.accepted.done():
             job.accepted.set_exception(error)
 
-    def _deliver(self, outputs: Sequence[Output], stats: Stats, at: float) -> None:
+    def _deliver(self, outputs: Sequence[Output], stats: EngineStats, at: float) -> None:
         # Those of a job that was refused as a whole are nobody's.
         known = [output for output in outputs if output.request_id in self._entries]
         for output in known:

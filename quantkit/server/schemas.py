@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from quantkit.runtime.core.request import HOTTEST, MOST_LOGPROBS, SamplingParams
+from quantkit.runtime.core.request import MAX_LOGPROBS, MAX_TEMPERATURE, SamplingParams
 
 #: Fields of OpenAI's API that are not supported -> what asks for nothing, beside null.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -113,7 +113,7 @@ class Sampling(Body):
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=HOTTEST)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1, description="0: all tokens.")] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -161,7 +161,7 @@ class CompletionBody(Sampling):
     """`POST /v1/completions`."""
 
     prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
 
     @property
@@ -202,7 +202,7 @@ class ChatBody(Sampling):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> "ChatBody":

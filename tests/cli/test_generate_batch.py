@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers.command import Done, quantkit, refused
 from quantkit.runtime.core.batch import Batch
-from quantkit.runtime.core.sequence import Output
+from quantkit.runtime.core.output import Output
 from quantkit.runtime.engine.engine import Engine
 from quantkit.runtime.model.model_runner import ModelRunner
 

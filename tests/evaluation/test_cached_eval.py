@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers import tiny
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.evaluation.stream import final_hidden, open_cached
-from quantkit.runtime.core.batch import lone_batch
+from quantkit.runtime.core.batch import single_sequence_batch
 from quantkit.runtime.model.model_runner import CacheOptions, open_model
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def _engines(folder: Path, dtype: str, tokens: Tensor, step: int) -> Tensor:
     model = open_model(folder, CPU, CacheOptions(memory=1 << 25, max_batch=1, dtype=dtype))
     logits = []
     for start in range(0, len(tokens), step):
-        batch = lone_batch(tokens[start : start + step], start, model.block_size)
+        batch = single_sequence_batch(tokens[start : start + step], start, model.block_size)
         logits.append(model.forward(replace(batch, logit_rows=torch.arange(len(batch.token_ids)))))
     return torch.cat(logits)
 

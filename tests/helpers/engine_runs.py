@@ -1,8 +1,8 @@
 """Prompts for the fake model, and engines run to the end."""
 
 from helpers.fake_model import VOCAB
+from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import Output
 from quantkit.runtime.engine.engine import Engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)

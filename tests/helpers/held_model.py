@@ -36,8 +36,10 @@ class HeldModel(FakeModel):
             for row in range(start, stop):
                 rows[row] = held[: length - (stop - 1 - row)]
         self.batches.append((len(lengths), len(slots)))
-        if batch.measured is not None:
-            for index, row, mass in zip(batch.measured.sequences, batch.measured.rows, batch.measured.mass, strict=True):
+        if batch.attention_mass is not None:
+            for index, row, mass in zip(
+                batch.attention_mass.sequences, batch.attention_mass.rows, batch.attention_mass.mass, strict=True
+            ):
                 assert row == starts[index + 1] - 1
                 for block in range(lengths[index] // self.block_size):
                     mass[block] += mass_of(rows[int(row)], block, self.block_size)

@@ -7,8 +7,9 @@ from random import Random
 import pytest
 
 from quantkit.runtime.core.detokenize import TextStream
+from quantkit.runtime.core.output import Timing
 from quantkit.runtime.core.request import SamplingParams
-from quantkit.runtime.core.sequence import Sequence, Timing
+from quantkit.runtime.core.sequence import Sequence
 from quantkit.runtime.engine import engine
 
 

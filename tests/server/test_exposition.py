@@ -6,11 +6,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from helpers.fake_model import VOCAB, FakeModel, expected
+from quantkit.runtime.core.output import Output, Timing, Usage
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import Draft, Output, Sequence, Timing, Usage
+from quantkit.runtime.core.sequence import Draft, Sequence
 from quantkit.runtime.core.sequence import FinishReason as End
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.engine.stats import Stats
+from quantkit.runtime.engine.stats import EngineStats
 from quantkit.runtime.speculative.ngram import NgramProposer
 from quantkit.server.histograms import N_BUCKETS, REQUEST_BUCKETS, STEP_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS
 from quantkit.server.live import WINDOW, Live, percentiles
@@ -208,7 +209,7 @@ def test_preemptions_and_drafts() -> None:
 
 def test_times_are_what_the_formulas_say() -> None:
     model = FakeModel()
-    stats: Stats = Engine(model).stats
+    stats: EngineStats = Engine(model).stats
     metrics, live = Metrics("tiny", model, stats), Live("tiny", stats)
     first = Output(0, 0, Usage(4, 0, 1), Timing(10.0, 10.125, 10.5), token_ids=[1])
     middle = Output(0, 0, Usage(4, 0, 3), Timing(10.0, 10.125, 10.5), token_ids=[2, 3])

@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, ConsoleMessage, HttpCredentials, Page, 
 
 from helpers.fake_model import FakeModel
 from helpers.live_server import listening
-from quantkit.runtime.core.sequence import FinishReason, Output, Timing, Usage
+from quantkit.runtime.core.output import FinishReason, Output, Timing, Usage
 from quantkit.runtime.engine.engine import Engine
 from quantkit.server.guards import KeyGuard
 from quantkit.server.live import Live

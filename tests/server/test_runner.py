@@ -11,10 +11,10 @@ from torch import Tensor
 from helpers.fake_model import FakeModel, expected
 from quantkit.errors import RequestError
 from quantkit.runtime.core.batch import Batch
+from quantkit.runtime.core.output import FinishReason, Output
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import FinishReason, Output
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.engine.stats import Stats
+from quantkit.runtime.engine.stats import EngineStats
 from quantkit.server.job import BusyError, DrainingError, EngineDiedError, Job
 from quantkit.server.runner import Runner
 
@@ -44,7 +44,7 @@ class Watcher:
 
     def __init__(self) -> None:
         self.refusals: list[str] = []
-        self.stats: Stats | None = None
+        self.stats: EngineStats | None = None
 
     def arrived(self, request_id: int, request: Request) -> None:
         """See `Observer`."""
@@ -53,7 +53,7 @@ class Watcher:
         """See `Observer`."""
         self.refusals.append(reason)
 
-    def stepped(self, outputs: Sequence[Output], stats: Stats, at: float) -> None:
+    def stepped(self, outputs: Sequence[Output], stats: EngineStats, at: float) -> None:
         """See `Observer`."""
         self.stats = stats
 

@@ -1,3 +1,3 @@
-"""The data that every other room of the runtime passes around: requests, sequences, batches, and the protocols of a model
-and of a constraint. Imports nothing else of the runtime.
+"""Data types that every other room of the runtime passes around: requests, sequences, batches and outputs, and the protocols
+of a model and of a constraint. Imports nothing else of the runtime.
 """

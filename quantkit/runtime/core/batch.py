@@ -1,4 +1,4 @@
-"""A step's input as tensors: all new tokens of all sequences packed one after another."""
+"""A step's input as tensors: the new tokens of all sequences, packed one sequence after another."""
 
 from array import array
 from collections.abc import Sequence
@@ -12,26 +12,32 @@ from quantkit.runtime.core.sequence import Scheduled
 
 
 @dataclass(frozen=True)
-class Measured:
-    """O sequences of a batch whose attention is wanted, that of their last token (see `kernels.attention_mass`).
+class AttentionMass:
+    """The attention that the last tokens of O sequences pay to each block (see `kernels.attention_mass`).
 
     Attributes:
-        sequences: int64 [O], which ones.
-        rows: int64 [O], their last tokens among all of the batch.
-        mass: float32 [O, B], zero; the forward adds every layer's.
+        sequences: int64 [O], places of the sequences in the batch.
+        rows: int64 [O], places of their last tokens among the batch's T tokens.
+        mass: float32 [O, B], zero at first; every layer of the forward pass adds its attention.
     """
 
     sequences: Tensor
     rows: Tensor
     mass: Tensor
 
-    def to(self, device: torch.device) -> "Measured":
-        """The same on `device`; mass that is added there stays there."""
-        return Measured(self.sequences.to(device), self.rows.to(device), self.mass.to(device))
+    def to(self, device: torch.device) -> "AttentionMass":
+        """A copy on `device`. Mass that is added to the copy is not added here."""
+        return AttentionMass(self.sequences.to(device), self.rows.to(device), self.mass.to(device))
 
 
-class Held(NamedTuple):
-    """A sequence's part of the cache: its blocks in the order of their tokens, and how many tokens before and after a step."""
+class KVSpan(NamedTuple):
+    """A sequence's part of the KV cache in a step.
+
+    Attributes:
+        blocks: its blocks, in the order of their tokens.
+        before: tokens in them before the step.
+        after: tokens in them after the step.
+    """
 
     blocks: Sequence[int]
     before: int
@@ -42,19 +48,21 @@ class Held(NamedTuple):
 class Batch:
     """T new tokens of S sequences.
 
+    All attributes after `positions` count only tokens that are held in the cache, not those that were evicted.
+
     Attributes:
         token_ids: int64 [T].
-        positions: int64 [T], from 0 in every sequence's text. All that follows speaks of the tokens that are held.
+        positions: int64 [T], position of each token in its sequence's text, from 0.
         slot_mapping: int64 [T], block * block_size + offset at which a token's key and value are stored; -1: nowhere.
-        block_table: int32 [S, B], the physical blocks in the order of their tokens. Entries behind a sequence's last block are
+        block_table: int32 [S, B], the physical blocks in the order of their tokens. Entries after a sequence's last block are
             0 and must not be read.
-        query_start: int32 [S + 1], cumulated counts of new tokens.
+        query_start: int32 [S + 1], cumulative counts of new tokens.
         seq_lens: int32 [S], tokens in the cache once this step's are written.
         logit_rows: int64 [R], ascending: which of the T tokens need logits.
-        max_query_len: most new tokens of a sequence.
-        max_seq_len: most tokens of a sequence.
-        measured: sequences whose attention is measured; None: of none.
-        held: of each sequence, on the host; empty where nothing is to be written. True until the step has run.
+        max_query_len: largest number of new tokens of a sequence.
+        max_seq_len: largest number of tokens of a sequence.
+        attention_mass: accumulator for the sequences whose attention is wanted; None if there are none.
+        kv_spans: one per sequence, on the host; empty if nothing is to be written. Valid until the step has run.
     """
 
     token_ids: Tensor
@@ -66,37 +74,48 @@ class Batch:
     logit_rows: Tensor
     max_query_len: int
     max_seq_len: int
-    measured: Measured | None = None
-    held: Sequence[Held] = ()
+    attention_mass: AttentionMass | None = None
+    kv_spans: Sequence[KVSpan] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; itself where it is there already."""
+        """A copy on `device`; the batch itself if it is there already."""
         if self.token_ids.device == device:
             return self
         moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        measured = None if self.measured is None else self.measured.to(device)
-        return replace(self, **moved, measured=measured)
+        attention_mass = None if self.attention_mass is None else self.attention_mass.to(device)
+        return replace(self, **moved, attention_mass=attention_mass)
 
 
-def build_batch(scheduled: Sequence[Scheduled], block_size: int, measured: Sequence[int] = ()) -> Batch:
-    """The batch of a step, on the CPU; there is at least one sequence in it. `measured` are places in `scheduled`.
+def build_batch(scheduled: Sequence[Scheduled], block_size: int, attention_of: Sequence[int] = ()) -> Batch:
+    """Build a step's batch on the CPU.
 
-    Everything is gathered in `array`s that the tensors then share: converting lists would cost more than the rest.
+    Tensors share the memory of `array`s: converting lists would cost more than all the rest.
+
+    Args:
+        scheduled: the step, at least one sequence.
+        block_size: tokens per block of the cache.
+        attention_of: places in `scheduled` of the sequences whose attention mass is wanted.
     """
-    tokens, positions, slots, rows = array("q"), array("q"), array("q"), array("q")
-    starts, lengths = array("i", [0]), array("i")
-    parts: list[Held] = []
-    for sequence, num_tokens, num_logits, draft, num_scored in scheduled:
-        first, stop, blocks = sequence.num_computed, sequence.num_computed + num_tokens, sequence.blocks
+    tokens = array("q")
+    positions = array("q")
+    slots = array("q")
+    rows = array("q")
+    starts = array("i", [0])
+    lengths = array("i")
+    spans: list[KVSpan] = []
+    for sequence, num_tokens, num_logits, draft, num_prompt_logits in scheduled:
+        blocks = sequence.blocks
+        first = sequence.num_computed
+        stop = first + num_tokens
         tokens.extend(sequence.tokens[first:stop])
         tokens.extend(draft.tokens)
         positions.extend(range(first, stop))
         held = range(sequence.num_held, sequence.num_held + num_tokens)
         slots.extend([blocks[i // block_size] * block_size + i % block_size for i in held])
-        rows.extend(range(len(tokens) - num_logits - num_scored, len(tokens)))
+        rows.extend(range(len(tokens) - num_logits - num_prompt_logits, len(tokens)))
         starts.append(len(tokens))
         lengths.append(held.stop)
-        parts.append(Held(blocks, held.start, held.stop))
+        spans.append(KVSpan(blocks, held.start, held.stop))
     table = _block_table([entry.sequence.blocks for entry in scheduled])
     return Batch(
         token_ids=torch.frombuffer(tokens, dtype=torch.int64),
@@ -105,25 +124,27 @@ def build_batch(scheduled: Sequence[Scheduled], block_size: int, measured: Seque
         block_table=table,
         query_start=torch.frombuffer(starts, dtype=torch.int32),
         seq_lens=torch.frombuffer(lengths, dtype=torch.int32),
-        # An empty buffer cannot be shared.
+        # `frombuffer` refuses an empty buffer.
         logit_rows=torch.frombuffer(rows, dtype=torch.int64) if rows else torch.empty(0, dtype=torch.int64),
         max_query_len=max(entry.num_tokens for entry in scheduled),
         max_seq_len=max(lengths),
-        measured=_measured(measured, starts, table.shape[1]) if measured else None,
-        held=parts,
+        attention_mass=_zero_mass(attention_of, starts, table.shape[1]) if attention_of else None,
+        kv_spans=spans,
     )
 
 
-def lone_batch(tokens: Tensor, start: int, block_size: int) -> Batch:
-    """The next tokens of one sequence that owns the first blocks of a cache, on the CPU; the last one has logits.
+def single_sequence_batch(tokens: Tensor, start: int, block_size: int) -> Batch:
+    """A batch, on the CPU, with the next tokens of one sequence that owns the first blocks of a cache. The last token has
+    logits.
 
     Args:
         tokens: int64 [T], at positions start, start + 1, ...
         start: tokens of the sequence that are in the cache.
-        block_size: of the cache.
+        block_size: tokens per block of the cache.
     """
     stop = start + len(tokens)
-    positions, blocks = torch.arange(start, stop), range(-(-stop // block_size))
+    positions = torch.arange(start, stop)
+    blocks = range(-(-stop // block_size))
     return Batch(
         token_ids=tokens,
         positions=positions,
@@ -134,17 +155,17 @@ def lone_batch(tokens: Tensor, start: int, block_size: int) -> Batch:
         logit_rows=torch.tensor([len(tokens) - 1]),
         max_query_len=len(tokens),
         max_seq_len=stop,
-        held=[Held(blocks, start, stop)],
+        kv_spans=[KVSpan(blocks, start, stop)],
     )
 
 
-def _measured(places: Sequence[int], starts: "array[int]", width: int) -> Measured:
+def _zero_mass(places: Sequence[int], starts: "array[int]", width: int) -> AttentionMass:
     rows = [starts[place + 1] - 1 for place in places]
-    return Measured(torch.tensor(places), torch.tensor(rows), torch.zeros(len(places), width))
+    return AttentionMass(torch.tensor(places), torch.tensor(rows), torch.zeros(len(places), width))
 
 
 def _block_table(tables: "list[array[int]]") -> Tensor:
-    """Rows of equal length, filled up with block 0."""
+    """int32 [S, B]: the sequences' blocks, each row padded with block 0."""
     width = max(map(len, tables)) * array("i").itemsize
-    joined = bytearray().join([table.tobytes().ljust(width, b"\0") for table in tables])
-    return torch.frombuffer(joined, dtype=torch.int32).view(len(tables), -1)
+    padded = bytearray().join([table.tobytes().ljust(width, b"\0") for table in tables])
+    return torch.frombuffer(padded, dtype=torch.int32).view(len(tables), -1)

@@ -31,7 +31,7 @@ class Model(Protocol):
         """Write the batch's keys and values to their slots; logits, float32 [R, V], on the model's device.
 
         The batch is on the CPU. The result belongs to the caller, who may change it. Where sequences are measured, their
-        attention is added to `batch.measured`.
+        attention is added to `batch.attention_mass`.
         """
         ...
 

@@ -10,9 +10,9 @@ from quantkit.runtime.core.constraint import Constraint
 
 #: Below the first, dividing by the temperature overflows float32; such a request is greedy. Beyond the second all tokens are
 #: equally likely, and in the end the temperature itself overflows; such a request is refused.
-COLDEST, HOTTEST = 1e-5, 1e6
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e6
 
-MOST_LOGPROBS = 20
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SamplingParams:
         rules = {
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             "n": (self.n >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature <= HOTTEST, f"between 0 (greedy) and {HOTTEST:g}"),
+            "temperature": (0 <= self.temperature <= MAX_TEMPERATURE, f"between 0 (greedy) and {MAX_TEMPERATURE:g}"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
@@ -73,8 +73,8 @@ class SamplingParams:
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             "stop": (all(self.stop), "strings that are not empty"),
-            "logprobs": (0 <= (self.logprobs or 0) <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
-            "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
+            "logprobs": (0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+            "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
             "prompt_logprobs_from": (self.prompt_logprobs_from >= 1, "at least 1"),
         }
         for name, (holds, wanted) in rules.items():
@@ -84,7 +84,7 @@ class SamplingParams:
     @cached_property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken without a draw."""
-        return self.temperature < COLDEST
+        return self.temperature < MIN_TEMPERATURE
 
     @cached_property
     def filtered(self) -> bool:
@@ -97,7 +97,7 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @cached_property
-    def bare(self) -> bool:
+    def argmax_only(self) -> bool:
         """Whether an argmax of the model's own logits is all there is to do."""
         return self.greedy and not self.penalised and self.logprobs is None
 

@@ -1,7 +1,7 @@
-"""What is known about each sample of a request while it runs, and what comes out.
+"""The state of one running sequence (one sample of a request), and its part in a step.
 
-A request of `n` samples is `n` sequences. Tokens are kept in `array`s, so that batch tensors are views of memory and no
-step converts a list that grows with the context.
+A request with `n` samples becomes `n` sequences. Tokens are stored in `array`s: batch tensors are views of that memory, so
+no step converts a list that grows with the context.
 """
 
 from array import array
@@ -15,38 +15,22 @@ from torch import Tensor
 
 from quantkit.runtime.core.constraint import Constraint
 from quantkit.runtime.core.detokenize import TextStream
+from quantkit.runtime.core.output import Timing, TokenLogprobs, Usage
 from quantkit.runtime.core.request import SamplingParams
-from quantkit.runtime.core.token_history import History
+from quantkit.runtime.core.token_history import TokenHistory
 
 
 class Status(Enum):
-    """Where a sequence is: in no queue yet (a sample whose prompt its first sibling computes), in one of two, or gone."""
+    """Where a sequence is.
+
+    NEW: in no queue yet; its first sibling still computes the prompt that they share. WAITING, RUNNING: in one of the
+    scheduler's two queues. FINISHED: in no queue any more.
+    """
 
     NEW = auto()
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
-
-
-class FinishReason(str, Enum):
-    """Why a sequence ended: a stop string, stop token, end-of-sequence token or complete constraint; its length; from outside;
-    a failed step."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    CANCELLED = "cancelled"
-    ERROR = "error"
-
-
-class TokenLogprobs(NamedTuple):
-    """Natural log probabilities under the model's own distribution: before penalties, temperature and filters, as in vLLM.
-
-    `top` has the likeliest tokens and their log probabilities, best first; the chosen token may be missing from it.
-    """
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 class Sample(NamedTuple):
@@ -57,33 +41,16 @@ class Sample(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """Tokens that may follow a sequence. They are no part of it until they are accepted.
+    """Tokens that may follow a sequence. They do not belong to the sequence until they are accepted.
 
     Attributes:
-        tokens: k of them, in order; none is a draft too.
-        probabilities: float32 [k, V], the distribution that each was drawn from; None where nothing was drawn: the drafter
-            would propose the same tokens again.
+        tokens: the k draft tokens, in order; a draft may be empty.
+        probabilities: float32 [k, V], the distribution that each token was drawn from; None if the proposer is deterministic:
+            it would propose the same tokens again.
     """
 
     tokens: SequenceOf[int] = ()
     probabilities: Tensor | None = None
-
-
-class Usage(NamedTuple):
-    """Tokens of the prompt, of these found in the prefix cache, and tokens generated so far."""
-
-    prompt: int
-    cached: int
-    generated: int
-
-
-class Timing(NamedTuple):
-    """Seconds of `time.monotonic()`: when the request was added, first ran, had its first token, and ended."""
-
-    arrival: float
-    scheduled: float | None = None
-    first_token: float | None = None
-    finished: float | None = None
 
 
 @dataclass(eq=False)
@@ -91,33 +58,34 @@ class Sequence:
     """One sample of a request.
 
     Attributes:
-        request_id: counts up with arrival.
+        request_id: increases with arrival.
         index: which of the request's samples.
-        params: how it is sampled.
+        params: how to sample it.
         tokens: prompt and output, int64.
-        num_prompt: how many of them are the prompt's.
-        limit: length at which it ends.
+        num_prompt: number of prompt tokens among them.
+        limit: length in tokens at which it ends.
         stop_tokens: token ids that end it.
         text: turns its tokens into text.
-        random: its own source of uniform numbers, so that no other request has a say; one a token, unless a drafter that
-            draws its tokens without a seed takes more.
+        random: its own source of uniform numbers, so that no other request influences it. Each token takes one number;
+            a proposer that draws its tokens without a seed takes more.
         timing: see `Timing`.
-        constraint: what its output must be like; it knows all of it. None: anything.
-        forks: the request's other samples, until they split off with the first token.
+        constraint: what its output must look like; has been advanced by every output token. None: no constraint.
+        forks: the request's other samples; they split off when the prompt is computed.
         status: see `Status`.
         num_computed: leading tokens whose keys and values were computed; also the position of the next one.
-        blocks: int32, the physical blocks that it holds, in the order of their tokens; owned by `BlockManager`, as are the
-            next five.
+        blocks: int32, the physical blocks that it holds, in the order of their tokens. Like the six attributes that follow,
+            it is owned by the block manager.
         num_published: leading blocks that the prefix cache knows.
-        chain: node of the prefix cache at which they end.
-        num_evicted: computed tokens that are no longer held. What kernels see counts from there: see `num_held`.
-        evicted: ascending numbers of the logical blocks that they filled.
-        scores: earlier attention mass of each block that was held when blocks were last dropped, where eviction goes by it.
+        chain: the prefix cache's node for the last of these.
+        num_evicted: computed tokens that are no longer held. Kernels count tokens without these: see `num_held`.
+        evicted: ascending numbers of the logical blocks that these tokens filled.
+        scores: attention mass that each held block had collected when blocks were last dropped; only for policies that use it.
         mass: attention that the token that filled the budget pays to each block.
         num_cached: prompt tokens found in the prefix cache; None before it was first admitted.
-        history: what penalties need to know; owned by the sampler.
-        num_scored: tokens of the prompt before this one have their log probabilities, or need none.
-        prompt_logprobs: those that are known and were not handed out yet.
+        history: token counts for the penalties; owned by the sampler.
+        next_prompt_logprob: index of the first prompt token whose log probability is still to be computed; `num_prompt` if
+            none is.
+        prompt_logprobs: log probabilities that were computed but not handed out yet.
     """
 
     request_id: int
@@ -142,17 +110,17 @@ class Sequence:
     scores: list[float] = field(default_factory=list)
     mass: list[float] = field(default_factory=list)
     num_cached: int | None = None
-    history: History = field(default_factory=History)
-    num_scored: int = field(init=False)
+    history: TokenHistory = field(default_factory=TokenHistory)
+    next_prompt_logprob: int = field(init=False)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        asked = self.params.prompt_logprobs is not None
-        self.num_scored = min(self.params.prompt_logprobs_from, self.num_prompt) if asked else self.num_prompt
+        wanted = self.params.prompt_logprobs is not None
+        self.next_prompt_logprob = min(self.params.prompt_logprobs_from, self.num_prompt) if wanted else self.num_prompt
 
     @property
     def order(self) -> tuple[int, int]:
-        """Arrival order, oldest first."""
+        """Sort key for the order of arrival, oldest first."""
         return self.request_id, self.index
 
     @property
@@ -167,23 +135,23 @@ class Sequence:
 
     @property
     def logical_blocks(self) -> list[int]:
-        """Which of its text's blocks each of `blocks` is."""
+        """For each entry of `blocks`, the number of the block of the text that it holds."""
         dropped = set(self.evicted)
         return [i for i in range(len(self.blocks) + len(dropped)) if i not in dropped]
 
     @property
-    def decodes(self) -> bool:
-        """Whether nothing but its newest token is left to compute, so that drafts may follow."""
+    def is_decoding(self) -> bool:
+        """Whether only its newest token is left to compute, so that drafts may follow."""
         return self.num_pending == 1 and len(self.tokens) > self.num_prompt
 
     @property
     def num_reusable(self) -> int:
-        """Leading tokens that need no computing if their keys and values are known: logits behind the others are wanted."""
-        return (len(self.tokens) if self.num_scored == self.num_prompt else self.num_scored) - 1
+        """Leading tokens that need no computation if their keys and values are cached; the others' logits are needed."""
+        return (len(self.tokens) if self.next_prompt_logprob == self.num_prompt else self.next_prompt_logprob) - 1
 
     @property
     def num_slots(self) -> int:
-        """Running sequences that it is or will be."""
+        """Batch slots that it takes: itself and the samples that will split off."""
         return 1 + len(self.forks)
 
     @property
@@ -193,45 +161,19 @@ class Sequence:
 
 
 class Scheduled(NamedTuple):
-    """A sequence's part in a step: its next `num_tokens` tokens, the last `num_logits` of which are to be followed.
+    """A sequence's part in a step.
 
-    The last tokens are those of `draft`, which the sequence does not have: each of them and the one before it need logits.
-    So do the `num_scored` tokens before these, because the prompt's tokens that follow them want log probabilities.
+    Attributes:
+        sequence: which one.
+        num_tokens: the tokens to compute: the sequence's next ones, then those of the draft.
+        num_logits: how many of the last tokens need logits to choose what follows: each draft token and the one before it.
+            0 for a chunk that does not reach the end of the known tokens.
+        draft: tokens that the sequence does not have yet.
+        num_prompt_logits: how many tokens before these need logits because the next prompt token wants its log probability.
     """
 
     sequence: Sequence
     num_tokens: int
     num_logits: int
     draft: Draft = Draft()
-    num_scored: int = 0
-
-
-@dataclass
-class Output:
-    """What a step added to a sequence. A sequence's last output, and no other, has a finish reason.
-
-    Attributes:
-        request_id: of the request, as `Engine.add` returned it.
-        index: which of the request's samples.
-        usage: counts so far.
-        timing: times so far.
-        text: new text; may be empty while a character or a possible stop string is incomplete.
-        token_ids: new tokens, among them what ended the sequence.
-        logprobs: one an id, where asked for.
-        finish_reason: see `FinishReason`.
-        stop: the stop string or the token that ended it.
-        error: what failed, where a failed step ended it.
-        prompt_logprobs: one a token of the prompt, where asked for, beside the first output.
-    """
-
-    request_id: int
-    index: int
-    usage: Usage
-    timing: Timing
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop: str | int | None = None
-    error: Exception | None = None
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_prompt_logits: int = 0

@@ -6,7 +6,7 @@ from quantkit.runtime.core.request import Request
 from quantkit.runtime.kv_cache.eviction import UNBOUNDED
 
 
-def most_held(model: Model, capacity: int) -> int | None:
+def kv_token_limit(model: Model, capacity: int) -> int | None:
     """Longest text, without its last token, that KV memory serves; None where eviction keeps any text within it."""
     held = model.num_blocks * model.block_size
     return None if capacity <= held else held
@@ -22,7 +22,7 @@ def length_limit(request: Request, model: Model, capacity: int = UNBOUNDED) -> i
         model: what would serve it.
         capacity: tokens of a sequence that are held at most.
     """
-    held, asked = most_held(model, capacity), request.params.max_tokens
+    held, asked = kv_token_limit(model, capacity), request.params.max_tokens
     if asked is None:
         return model.max_model_len if held is None else min(model.max_model_len, held + 1)
     return min(model.max_model_len, len(request.prompt) + asked)
@@ -53,7 +53,7 @@ def check_request(request: Request, model: Model, max_batch: int, has_text: bool
         if model.max_model_len < model.context:
             raise RequestError(f"{found} and KV memory holds {limit}; raise --kv-memory or shorten the prompt")
         raise RequestError(f"{found} and the context is {limit}; shorten the prompt")
-    held, needed = most_held(model, capacity), max(len(prompt), length_limit(request, model, capacity) - 1)
+    held, needed = kv_token_limit(model, capacity), max(len(prompt), length_limit(request, model, capacity) - 1)
     if held is not None and needed > held:
         raise RequestError(
             f"KV memory holds {held:,} tokens, this request needs up to {needed:,}; lower max_tokens or give more memory"

@@ -13,12 +13,13 @@ from random import Random
 from quantkit.errors import RequestError
 from quantkit.runtime.core.detokenize import Decode, TextStream
 from quantkit.runtime.core.model import Model
+from quantkit.runtime.core.output import FinishReason, Output, Timing, merge_outputs
 from quantkit.runtime.core.request import Request
-from quantkit.runtime.core.sequence import FinishReason, Output, Sequence, Timing
+from quantkit.runtime.core.sequence import Sequence
 from quantkit.runtime.engine.admission import check_request, length_limit
-from quantkit.runtime.engine.postprocess import accept, ended, joined
+from quantkit.runtime.engine.postprocess import final_output, postprocess
 from quantkit.runtime.engine.scheduler import Scheduler
-from quantkit.runtime.engine.stats import Stats
+from quantkit.runtime.engine.stats import EngineStats
 from quantkit.runtime.engine.step import Stepper
 from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import Eviction, check_windows
@@ -114,10 +115,10 @@ class Engine:
         return bool(self._live or self._cancelled)
 
     @property
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         """Where it stands now."""
         scheduler, pool = self._scheduler, self._kv.pool
-        return Stats(
+        return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             used_blocks=len(pool) - pool.num_free,
@@ -169,7 +170,7 @@ class Engine:
             outputs += [output for each, error in wrong.items() for output in self._end(each, FinishReason.ERROR, error)]
             now = time.monotonic()
             for sequence, samples in chosen:
-                outputs.append(output := accept(sequence, samples, now))
+                outputs.append(output := postprocess(sequence, samples, now))
                 # All samples but the last are of the draft; what ends the sequence may stand before them all.
                 self._speculation.settle(sequence, min(len(samples) - 1, len(output.token_ids)))
                 if output.finish_reason is not None:
@@ -202,7 +203,7 @@ class Engine:
         finally:
             for request_id in list(self._live):
                 self._end(request_id, FinishReason.CANCELLED)
-        return [joined(parts) for _, parts in sorted(collected.items())]
+        return [merge_outputs(parts) for _, parts in sorted(collected.items())]
 
     def check(self) -> None:
         """Assert that no request is lost and that every block is accounted for."""
@@ -232,7 +233,7 @@ class Engine:
     def _end(self, request_id: int, reason: FinishReason, error: Exception | None = None) -> list[Output]:
         """End from outside what is left of a request."""
         now = time.monotonic()
-        outputs = [ended(sequence, reason, now, error) for sequence in self._live.get(request_id, ())]
+        outputs = [final_output(sequence, reason, now, error) for sequence in self._live.get(request_id, ())]
         for sequence in self._live.pop(request_id, ()):
             self._scheduler.remove(sequence)
         return outputs

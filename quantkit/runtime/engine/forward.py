@@ -21,8 +21,8 @@ def forward(model: Model, kv: BlockManager, scheduled: SequenceOf[Scheduled]) ->
     measured = [i for i, entry in enumerate(scheduled) if kv.needs_attention_mass(entry.sequence, entry.num_tokens)]
     batch = build_batch(scheduled, model.block_size, measured)
     logits = model.forward(batch)
-    if batch.measured is not None:
-        for i, mass in zip(measured, batch.measured.mass.tolist(), strict=True):
+    if batch.attention_mass is not None:
+        for i, mass in zip(measured, batch.attention_mass.mass.tolist(), strict=True):
             sequence = scheduled[i].sequence
             sequence.mass = mass[: len(sequence.blocks)]
     return logits

@@ -1,14 +1,13 @@
 """From chosen tokens to output: append them, see what ends a sequence, turn tokens into text."""
 
 from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 
 from quantkit.errors import RequestError
-from quantkit.runtime.core.sequence import FinishReason, Output, Sample, Sequence, Timing, TokenLogprobs, Usage
+from quantkit.runtime.core.output import FinishReason, Output, Timing, TokenLogprobs, Usage
+from quantkit.runtime.core.sequence import Sample, Sequence
 
 
-def accept(sequence: Sequence, samples: Iterable[Sample], now: float) -> Output:
+def postprocess(sequence: Sequence, samples: Iterable[Sample], now: float) -> Output:
     """Append the next tokens, at least one, up to the one that ends the sequence.
 
     Args:
@@ -22,7 +21,7 @@ def accept(sequence: Sequence, samples: Iterable[Sample], now: float) -> Output:
     """
     if sequence.constraint is not None and sequence.constraint.error is not None:
         error = RequestError(f"the text cannot be constrained any further ({sequence.constraint.error}); ask for less")
-        return ended(sequence, FinishReason.ERROR, now, error)
+        return final_output(sequence, FinishReason.ERROR, now, error)
     shown = ""
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] = []
@@ -46,21 +45,10 @@ def accept(sequence: Sequence, samples: Iterable[Sample], now: float) -> Output:
     return Output(*_identity(sequence), shown, tokens, logprobs, reason, stop, prompt_logprobs=of_prompt)
 
 
-def ended(sequence: Sequence, reason: FinishReason, now: float, error: Exception | None = None) -> Output:
+def final_output(sequence: Sequence, reason: FinishReason, now: float, error: Exception | None = None) -> Output:
     """The last output of a sequence that is ended from outside, with the text that was held back."""
     sequence.timing = sequence.timing._replace(finished=now)
     return Output(*_identity(sequence), sequence.text.flush(), finish_reason=reason, error=error)
-
-
-def joined(outputs: SequenceOf[Output]) -> Output:
-    """All outputs of one sequence as one."""
-    return replace(
-        outputs[-1],
-        text="".join(output.text for output in outputs),
-        token_ids=[token for output in outputs for token in output.token_ids],
-        logprobs=[each for output in outputs for each in output.logprobs],
-        prompt_logprobs=[each for output in outputs for each in output.prompt_logprobs],
-    )
 
 
 def _identity(sequence: Sequence) -> tuple[int, int, Usage, Timing]:

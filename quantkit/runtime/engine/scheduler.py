@@ -70,7 +70,7 @@ class Scheduler:
         for child in children:
             self._kv.fork(parent, child)
             child.status, child.num_cached, child.timing = Status.RUNNING, parent.num_cached, parent.timing
-            child.num_scored, child.prompt_logprobs = parent.num_scored, parent.prompt_logprobs
+            child.next_prompt_logprob, child.prompt_logprobs = parent.next_prompt_logprob, parent.prompt_logprobs
             insort(self.running, child, key=attrgetter("order"))
         return children
 
@@ -134,5 +134,5 @@ class Scheduler:
 
 def _part(sequence: Sequence, num_tokens: int) -> Scheduled:
     """A part that ends the known tokens is followed by a new one; what is followed by a token of the prompt may score it."""
-    scored = min(sequence.num_computed + num_tokens, sequence.num_prompt - 1) - (sequence.num_scored - 1)
-    return Scheduled(sequence, num_tokens, int(num_tokens == sequence.num_pending), num_scored=max(scored, 0))
+    scored = min(sequence.num_computed + num_tokens, sequence.num_prompt - 1) - (sequence.next_prompt_logprob - 1)
+    return Scheduled(sequence, num_tokens, int(num_tokens == sequence.num_pending), num_prompt_logits=max(scored, 0))

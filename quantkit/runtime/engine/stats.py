@@ -7,7 +7,7 @@ from quantkit.runtime.speculative.metrics import SpeculationStats
 
 
 @dataclass(frozen=True)
-class Stats:
+class EngineStats:
     """Where an engine stands.
 
     Attributes:

@@ -11,8 +11,8 @@ from quantkit.runtime.core.sequence import Draft, Sample, Scheduled, Sequence
 from quantkit.runtime.engine.forward import forward
 from quantkit.runtime.engine.scheduler import Scheduler
 from quantkit.runtime.kv_cache.block_manager import BlockManager
-from quantkit.runtime.sampling.logits import flaws
-from quantkit.runtime.sampling.prompt_logprobs import score_prompts
+from quantkit.runtime.sampling.logits import find_nonfinite
+from quantkit.runtime.sampling.prompt_logprobs import append_prompt_logprobs
 from quantkit.runtime.speculative.controller import Speculation
 from quantkit.runtime.speculative.rejection_sampler import verify
 
@@ -46,18 +46,18 @@ class Stepper:
         scheduled = self._speculation.propose(scheduled, lengths)
         drafted = time.perf_counter()
         logits = forward(self._model, self._kv, scheduled)
-        peaks, likeliest_ids = row_max(logits)
-        flawed = flaws(peaks)
+        peaks, argmax_ids = row_max(logits)
+        flawed = find_nonfinite(peaks)
         failed = _failed(scheduled, flawed) if flawed else {}
         going = [entry for entry in scheduled if entry.sequence.request_id not in failed]
         for entry in going:
             self._kv.commit(entry.sequence, entry.num_tokens - len(entry.draft.tokens))
-        score_prompts(logits, scheduled, failed)
+        append_prompt_logprobs(logits, scheduled, failed)
         followed, drafts, rows = self._followed(scheduled, failed, flawed)
         if not followed:
             return Stepped([], failed)
         chosen_from = logits if rows == [*range(len(logits))] else logits[rows]
-        samples = verify(chosen_from, followed, drafts, [likeliest_ids[row] for row in rows])
+        samples = verify(chosen_from, followed, drafts, [argmax_ids[row] for row in rows])
         chosen = list(zip(followed, samples, strict=True))
         self._speculation.verified(going, chosen, drafted - started, time.perf_counter() - drafted)
         return Stepped(chosen, failed)
@@ -74,7 +74,7 @@ class Stepper:
         rows: list[int] = []
         first = 0
         for entry in scheduled:
-            first += entry.num_scored
+            first += entry.num_prompt_logits
             if entry.num_logits and entry.sequence.request_id not in failed:
                 sound = next((i for i in range(entry.num_logits) if first + i in flawed), entry.num_logits)
                 for sequence in (entry.sequence, *self._scheduler.fork(entry.sequence)):
@@ -90,7 +90,7 @@ def _failed(scheduled: list[Scheduled], flawed: Mapping[int, str]) -> dict[int, 
     failed = {}
     first = 0
     for entry in scheduled:
-        own = range(first, first + entry.num_scored + bool(entry.num_logits))
+        own = range(first, first + entry.num_prompt_logits + bool(entry.num_logits))
         wrong = next((row for row in own if row in flawed), None)
         if wrong is not None:
             sequence = entry.sequence
@@ -98,7 +98,7 @@ def _failed(scheduled: list[Scheduled], flawed: Mapping[int, str]) -> dict[int, 
             where = f"request {sequence.request_id}: the model's logits behind token {token}"
             reason = f"are {flawed[wrong]}, so no token can be chosen; run its weights in a wider type"
             failed[sequence.request_id] = NumericsError(f"{where} {reason}")
-        first += entry.num_scored + entry.num_logits
+        first += entry.num_prompt_logits + entry.num_logits
     return failed
 
 

@@ -82,7 +82,7 @@ class KVCache:
     def prepare(self, batch: Batch, draft: bool) -> None:
         """Make ready for a step's writes; called before every forward."""
         if self._open is not None:
-            self._open.prepare(batch.held, draft)
+            self._open.prepare(batch.kv_spans, draft)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to) each, in every layer; a source that is another pair's target stands before it."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from quantkit.runtime.core.batch import Held
+from quantkit.runtime.core.batch import KVSpan
 
 
 def pages_needed(block_size: int, max_batch: int, step_tokens: int) -> int:
@@ -40,7 +40,7 @@ class TailPages:
         """Pages in use."""
         return len(self._pages)
 
-    def prepare(self, held: Iterable[Held], draft: bool) -> None:
+    def prepare(self, held: Iterable[KVSpan], draft: bool) -> None:
         """Give every block that a step writes its page. A `draft` makes no earlier token final."""
         size = self._block_size
         writes: list[int] = []

@@ -69,16 +69,16 @@ def attend(
     queries = query[0].transpose(0, 1)
     tables = batch.block_table, batch.query_start, batch.seq_lens
     out = run(queries, keys, values, *tables, **shape, draft=paged.draft)
-    if batch.measured is not None:
-        measure(batch, queries[batch.measured.rows], keys, **shape)
+    if batch.attention_mass is not None:
+        measure(batch, queries[batch.attention_mass.rows], keys, **shape)
     return out[None], None
 
 
 def measure(batch: Batch, queries: Tensor, keys: Cache, **shape: Any) -> None:
     """Add a layer's attention of the measured tokens, queries [O, Hq, D], to the batch's; `shape` as for `attention_mass`."""
-    assert batch.measured is not None
-    which = batch.measured.sequences
-    batch.measured.mass.add_(attention_mass(queries, keys, batch.block_table[which], batch.seq_lens[which], **shape))
+    assert batch.attention_mass is not None
+    which = batch.attention_mass.sequences
+    batch.attention_mass.mass.add_(attention_mass(queries, keys, batch.block_table[which], batch.seq_lens[which], **shape))
 
 
 def _kernels(device: str, max_query_len: int) -> tuple[Callable[..., None], Callable[..., Tensor]]:

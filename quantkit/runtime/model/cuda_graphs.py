@@ -49,7 +49,7 @@ class DecodeGraphs:
         sequences, tokens = len(batch.seq_lens), len(batch.token_ids)
         length = batch.max_query_len
         uniform = tokens == sequences * length and length <= MAX_QUERY_LEN and sequences <= self._max_batch
-        if not uniform or len(batch.logit_rows) != tokens or batch.measured is not None:
+        if not uniform or len(batch.logit_rows) != tokens or batch.attention_mass is not None:
             return None
         key = bucket(sequences, self._max_batch), length, draft
         if key not in self._captured:

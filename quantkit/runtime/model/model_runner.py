@@ -157,8 +157,8 @@ class ModelRunner:
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
             out = small_step(moved, draft)
             out = run(moved, draft) if out is None else out
-        if batch.measured is not None and moved.measured is not None:
-            batch.measured.mass.copy_(moved.measured.mass)
+        if batch.attention_mass is not None and moved.attention_mass is not None:
+            batch.attention_mass.mass.copy_(moved.attention_mass.mass)
         return out
 
     def _run(self, batch: Batch, draft: bool) -> Tensor:

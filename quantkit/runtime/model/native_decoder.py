@@ -171,7 +171,7 @@ class NativeDecoder:
         out = c_void_p(logits.data_ptr())
         if self._library.quantkit_decoder_forward(byref(self._decoder), byref(call), out, library.threads()):
             raise MemoryError(f"no memory for a forward of {tokens} tokens")
-        if batch.measured is not None:
+        if batch.attention_mass is not None:
             for layer, keys, of_layer in zip(model.layers, self._caches, queries, strict=False):  # keys come first
                 shape = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap, "sinks": layer.sinks}
                 measure(batch, of_layer, keys, **shape)
@@ -181,7 +181,10 @@ class NativeDecoder:
 
     def _queries(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Room for every layer's queries of the measured tokens, float32 [layers, O, heads, head_dim], and which these are."""
-        model, rows = self._model, torch.empty(0, dtype=torch.int64) if batch.measured is None else batch.measured.rows
+        model, rows = (
+            self._model,
+            torch.empty(0, dtype=torch.int64) if batch.attention_mass is None else batch.attention_mass.rows,
+        )
         return torch.empty(len(model.layers), len(rows), model.heads, model.head_dim), rows
 
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.runtime.core.token_history import History
+from quantkit.runtime.core.token_history import TokenHistory
 from quantkit.runtime.sampling.top_k import largest
 
 
-def flaws(peaks: Sequence[float]) -> dict[int, str]:
+def find_nonfinite(peaks: Sequence[float]) -> dict[int, str]:
     """Rows of logits from which no token can be chosen, and what they are, by the largest of each (see `row_max`)."""
     # The largest of NaN and anything is NaN; it is -Inf where all are.
     names = {"nan": "NaN", "inf": "Inf", "-inf": "-Inf for every token"}
@@ -25,7 +25,7 @@ class Penalty(NamedTuple):
     output belong, beside what the history knows, the tokens `ahead`."""
 
     row: int
-    history: History
+    history: TokenHistory
     ahead: Sequence[int]
     repetition: float
     presence: float
@@ -82,7 +82,7 @@ def _penalised(
     return places, values.clamp_(max=torch.finfo(values.dtype).max)
 
 
-def restrict(logits: Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+def apply_token_mask(logits: Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
     """Rule tokens out, in place: their logits become negative Inf.
 
     Args:
@@ -99,7 +99,7 @@ def restrict(logits: Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> Non
         logits[list(rows)] = logits[list(rows)].masked_fill(out, float("-inf"))
 
 
-def likeliest(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[tuple[float, list[tuple[int, float]]]]:
+def top_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[tuple[float, list[tuple[int, float]]]]:
     """Log probabilities of the chosen tokens, and the likeliest tokens with theirs, best first.
 
     Args:

@@ -16,9 +16,10 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
+from quantkit.runtime.core.output import TokenLogprobs
 from quantkit.runtime.core.request import SamplingParams
-from quantkit.runtime.core.sequence import Sample, Sequence, TokenLogprobs
-from quantkit.runtime.sampling.logits import Penalty, likeliest, penalise, restrict
+from quantkit.runtime.core.sequence import Sample, Sequence
+from quantkit.runtime.sampling.logits import Penalty, apply_token_mask, penalise, top_logprobs
 from quantkit.runtime.sampling.top_k import argmax, largest
 from quantkit.runtime.sampling.top_p import Nucleus, softmax
 
@@ -31,12 +32,12 @@ def sample(
     logits: Tensor,
     sequences: SequenceOf[Sequence],
     ahead: SequenceOf[SequenceOf[int]] | None = None,
-    likeliest_ids: SequenceOf[int] | None = None,
+    argmax_ids: SequenceOf[int] | None = None,
 ) -> list[Sample]:
     """One token for every row.
 
     Args:
-        logits: float32 [R, V], the model's, without `logits.flaws`; changed by constraints and penalties.
+        logits: float32 [R, V], the model's, without `logits.find_nonfinite`; changed by constraints and penalties.
         sequences: the R sequences that the rows follow. Those that are not greedy spend one random number each.
         ahead: tokens between each sequence's own and its row; none by default.
         likeliest_ids: the largest logit's of every row, where they are known.
@@ -47,15 +48,15 @@ def sample(
     changes = any(params[row].penalised or sequences[row].constraint is not None for row in asked)
     raw = None if not asked else logits if len(asked) == len(params) and not changes else logits[asked]
     if apply_constraints(logits, sequences, ahead):
-        likeliest_ids = None
-    if all(each.bare for each in params):
-        return [Sample(token) for token in (argmax(logits) if likeliest_ids is None else likeliest_ids)]
+        argmax_ids = None
+    if all(each.argmax_only for each in params):
+        return [Sample(token) for token in (argmax(logits) if argmax_ids is None else argmax_ids)]
     apply_penalties(logits, sequences, ahead)
     tokens = draw(logits, params, [0.0 if each.params.greedy else each.random.random() for each in sequences])
     samples = [Sample(token) for token in tokens]
     if raw is not None:
         wanted = [params[row].logprobs or 0 for row in asked]
-        found = likeliest(raw, [tokens[row] for row in asked], wanted)
+        found = top_logprobs(raw, [tokens[row] for row in asked], wanted)
         for row, (value, top) in zip(asked, found, strict=True):
             samples[row] = Sample(tokens[row], TokenLogprobs(tokens[row], value, top))
     return samples
@@ -72,7 +73,7 @@ def apply_constraints(
     masks = {row: s.constraint.mask(each) for row, (s, each) in rows if s.constraint is not None}
     found = {row: mask for row, mask in masks.items() if mask is not None}
     if found:
-        restrict(logits, list(found), list(found.values()))
+        apply_token_mask(logits, list(found), list(found.values()))
     return bool(found)
 
 
@@ -142,10 +143,10 @@ def distribution(logits: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
     return out
 
 
-def invert(probabilities: Tensor, uniform: float) -> int:
+def inverse_cdf(probabilities: Tensor, uniform: float) -> int:
     """The token that a number from [0, 1) gives. `probabilities`: float32 [V], not normalised, not all 0."""
     cumulated = probabilities.cumsum(-1)[None]
-    return int(_invert(cumulated, cumulated[:, -1:], [uniform]))
+    return int(_inverse_cdf(cumulated, cumulated[:, -1:], [uniform]))
 
 
 def _filtered(params: SequenceOf[SamplingParams]) -> tuple[list[int], list[int]]:
@@ -166,10 +167,10 @@ def _column(values: SequenceOf[float], like: Tensor) -> Tensor:
 def _draw_whole(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
     """From the whole distribution, in order of token ids. Returns int64 [R]."""
     cumulated = softmax(logits, [each.temperature for each in params]).cumsum(-1)
-    return _invert(cumulated, cumulated[:, -1:], uniforms)
+    return _inverse_cdf(cumulated, cumulated[:, -1:], uniforms)
 
 
-def _invert(cumulated: Tensor, mass: Tensor, uniforms: SequenceOf[float]) -> Tensor:
+def _inverse_cdf(cumulated: Tensor, mass: Tensor, uniforms: SequenceOf[float]) -> Tensor:
     """The first entry at which `cumulated` [R, K] exceeds the share `uniforms` of `mass` [R, 1]. Returns int64 [R]."""
     target = _column(uniforms, cumulated) * mass
     # Rounding may lift the target to the mass itself, which no entry exceeds: then it is the one that completes it.
@@ -192,7 +193,7 @@ def _draw_filtered(logits: Tensor, params: SequenceOf[SamplingParams], uniforms:
     chosen = torch.empty(len(params), dtype=torch.int64, device=logits.device)
     for rows, ids, weights, kept in _ranked(logits, params):
         cumulated = weights.cumsum(-1)
-        places = _invert(cumulated, cumulated.gather(1, kept - 1), [uniforms[row] for row in rows])
+        places = _inverse_cdf(cumulated, cumulated.gather(1, kept - 1), [uniforms[row] for row in rows])
         chosen[rows] = ids.gather(1, places[:, None])[:, 0]
     return chosen
 

@@ -44,7 +44,7 @@ class Speculation:
         if self._proposer is None:
             return {}
         self._drafts, self._backlog = {}, 0
-        self._decoding = [entry.sequence for entry in scheduled if entry.sequence.decodes]
+        self._decoding = [entry.sequence for entry in scheduled if entry.sequence.is_decoding]
         wanted = {sequence: length for sequence in self._decoding if (length := self._wanted(sequence))}
         lengths: dict[Sequence, int] = {}
         spare = self._token_budget - sum(entry.num_tokens for entry in scheduled) if wanted else 0

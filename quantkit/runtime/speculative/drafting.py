@@ -15,8 +15,8 @@ from torch import Tensor
 
 from quantkit.kernels.cpu.row_max import row_max
 from quantkit.runtime.core.sequence import Draft, Sequence
-from quantkit.runtime.sampling.logits import flaws
-from quantkit.runtime.sampling.sampler import apply_constraints, apply_penalties, distribution, draw, invert
+from quantkit.runtime.sampling.logits import find_nonfinite
+from quantkit.runtime.sampling.sampler import apply_constraints, apply_penalties, distribution, draw, inverse_cdf
 
 #: Computes the newest token of some drafts, each given in full: logits behind it, float32 [S, V], which may be changed.
 Extend = Callable[[SequenceOf[tuple[Sequence, list[int]]]], Tensor]
@@ -39,7 +39,7 @@ def draft(lengths: Mapping[Sequence, int], logits: Tensor, extend: Extend) -> di
     left = list(lengths)
     states = {sequence: sequence.random.getstate() for sequence in lengths if sequence.params.seed is not None}
     while True:
-        if flawed := flaws(row_max(logits)[0]):
+        if flawed := find_nonfinite(row_max(logits)[0]):
             sound = [row for row in range(len(left)) if row not in flawed]
             logits, left = logits[sound], [left[row] for row in sound]
         _choose(logits, left, tokens, drawn)
@@ -70,7 +70,7 @@ def _choose(
     if drawing:
         found = distribution(logits[drawing], [params[row] for row in drawing])
         for row, probabilities in zip(drawing, found, strict=True):
-            chosen[row] = invert(probabilities, sequences[row].random.random())
+            chosen[row] = inverse_cdf(probabilities, sequences[row].random.random())
             drawn[sequences[row]].append(probabilities)
     for sequence, token in zip(sequences, chosen, strict=True):
         tokens[sequence].append(token)

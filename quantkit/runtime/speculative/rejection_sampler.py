@@ -16,9 +16,10 @@ from itertools import accumulate, islice
 import torch
 from torch import Tensor
 
-from quantkit.runtime.core.sequence import Draft, Sample, Sequence, TokenLogprobs
-from quantkit.runtime.sampling.logits import likeliest
-from quantkit.runtime.sampling.sampler import apply_constraints, apply_penalties, distribution, invert, sample
+from quantkit.runtime.core.output import TokenLogprobs
+from quantkit.runtime.core.sequence import Draft, Sample, Sequence
+from quantkit.runtime.sampling.logits import top_logprobs
+from quantkit.runtime.sampling.sampler import apply_constraints, apply_penalties, distribution, inverse_cdf, sample
 
 
 @torch.inference_mode()
@@ -26,7 +27,7 @@ def verify(
     logits: Tensor,
     sequences: SequenceOf[Sequence],
     drafts: SequenceOf[Draft],
-    likeliest_ids: SequenceOf[int] | None = None,
+    argmax_ids: SequenceOf[int] | None = None,
 ) -> list[list[Sample]]:
     """The tokens that follow each sequence: the accepted ones of its draft, and one more.
 
@@ -41,11 +42,11 @@ def verify(
     drawn = {i for i, draft in enumerate(drafts) if draft.probabilities is not None and not sequences[i].params.greedy}
     rest = [i for i in range(len(sequences)) if i not in drawn]
     if not drawn:
-        return match_exact(logits, sequences, drafts, likeliest_ids)
+        return match_exact(logits, sequences, drafts, argmax_ids)
     chosen = {i: rejection_sample(logits[starts[i] : starts[i + 1]], sequences[i], drafts[i]) for i in drawn}
     if rest:
         rows = [row for i in rest for row in range(starts[i], starts[i + 1])]
-        known = None if likeliest_ids is None else [likeliest_ids[row] for row in rows]
+        known = None if argmax_ids is None else [argmax_ids[row] for row in rows]
         matched = match_exact(logits[rows], [sequences[i] for i in rest], [drafts[i] for i in rest], known)
         chosen |= zip(rest, matched, strict=True)
     return [chosen[i] for i in range(len(sequences))]
@@ -55,16 +56,16 @@ def match_exact(
     logits: Tensor,
     sequences: SequenceOf[Sequence],
     drafts: SequenceOf[Draft],
-    likeliest_ids: SequenceOf[int] | None,
+    argmax_ids: SequenceOf[int] | None,
 ) -> list[list[Sample]]:
     """Choose on every row, accept what agrees."""
     rows = [(s, draft.tokens[:i]) for s, draft in zip(sequences, drafts, strict=True) for i in range(len(draft.tokens) + 1)]
     if len(rows) == len(sequences):
-        return [[each] for each in sample(logits, sequences, likeliest_ids=likeliest_ids)]
+        return [[each] for each in sample(logits, sequences, argmax_ids=argmax_ids)]
     # Rows behind the first disagreement spend random numbers in vain: they are given back.
     drawing = [bool(d.tokens) and not s.params.greedy for s, d in zip(sequences, drafts, strict=True)]
     states = [s.random.getstate() if draws else None for s, draws in zip(sequences, drawing, strict=True)]
-    samples = iter(sample(logits, [sequence for sequence, _ in rows], [ahead for _, ahead in rows], likeliest_ids))
+    samples = iter(sample(logits, [sequence for sequence, _ in rows], [ahead for _, ahead in rows], argmax_ids))
     chosen = []
     for sequence, draft, state in zip(sequences, drafts, states, strict=True):
         of_draft = list(islice(samples, len(draft.tokens) + 1))
@@ -96,8 +97,8 @@ def rejection_sample(logits: Tensor, sequence: Sequence, draft: Draft) -> list[S
         residual = (last - q[accepted]).clamp_(min=0)
         # Where p and q are equal but for rounding, nothing may be left of a token that rounding refused.
         last = residual if bool(residual.any()) else last
-    tokens = [*drawn[:accepted], invert(last, sequence.random.random())]
+    tokens = [*drawn[:accepted], inverse_cdf(last, sequence.random.random())]
     if raw is None:
         return [Sample(token) for token in tokens]
-    found = likeliest(raw[: len(tokens)], tokens, [params.logprobs or 0] * len(tokens))
+    found = top_logprobs(raw[: len(tokens)], tokens, [params.logprobs or 0] * len(tokens))
     return [Sample(token, TokenLogprobs(token, *each)) for token, each in zip(tokens, found, strict=True)]

@@ -9,8 +9,8 @@ import pytest
 from helpers.engine_runs import GREEDY, PROMPTS, decode, drain, requests, tokens_of
 from helpers.fake_model import VOCAB, FakeModel, expected, logits_after
 from quantkit.errors import NumericsError, RequestError
+from quantkit.runtime.core.output import FinishReason, Output
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import FinishReason, Output
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 
 

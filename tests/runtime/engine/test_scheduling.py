@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 
 from helpers.fake_model import VOCAB, FakeModel, expected
+from quantkit.runtime.core.output import FinishReason
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import FinishReason
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 
 

@@ -10,8 +10,9 @@ from helpers.fake_model import VOCAB
 from helpers.held_model import HeldModel, expected, visible
 from helpers.sequences import sequence
 from quantkit.errors import QuantkitError, RequestError
+from quantkit.runtime.core.output import FinishReason
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import Draft, FinishReason, Sequence
+from quantkit.runtime.core.sequence import Draft, Sequence
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import POLICIES, Budget, Eviction, check_windows

@@ -9,7 +9,7 @@ import torch
 from helpers import tiny
 from quantkit.errors import ResourceError
 from quantkit.kernels.cpu import library
-from quantkit.runtime.core.batch import lone_batch
+from quantkit.runtime.core.batch import single_sequence_batch
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache.cache import KVCache
@@ -131,16 +131,16 @@ def test_a_rejected_draft_leaves_no_trace(folder: Path, dtype: str) -> None:
     text = torch.tensor(PROMPTS[5])
     drafted, straight = model(), model()
     for each in (drafted, straight):
-        each.forward(lone_batch(text[:29], 0, each.block_size))
+        each.forward(single_sequence_batch(text[:29], 0, each.block_size))
     for start in (29, 30):
         wrong = (text[start : start + 6] + 7) % tiny.VOCAB
         if dtype == "int4+4":
             for i in range(6):
-                drafted.forward(lone_batch(wrong[i : i + 1], start + i, drafted.block_size), draft=True)
-        drafted.forward(lone_batch(wrong, start, drafted.block_size))
+                drafted.forward(single_sequence_batch(wrong[i : i + 1], start + i, drafted.block_size), draft=True)
+        drafted.forward(single_sequence_batch(wrong, start, drafted.block_size))
     for start, stop in ((29, 31), (31, 40), (40, 41)):
-        found = drafted.forward(lone_batch(text[start:stop], start, drafted.block_size))
-        assert torch.equal(found, straight.forward(lone_batch(text[start:stop], start, straight.block_size)))
+        found = drafted.forward(single_sequence_batch(text[start:stop], start, drafted.block_size))
+        assert torch.equal(found, straight.forward(single_sequence_batch(text[start:stop], start, straight.block_size)))
 
 
 def test_a_draft_is_worth_less_than_a_verification(llama: Path) -> None:
@@ -148,10 +148,10 @@ def test_a_draft_is_worth_less_than_a_verification(llama: Path) -> None:
     text, logits = torch.tensor(PROMPTS[5]), {}
     for name in ("auto", "int4", "int4+4"):
         model = open_model(llama, CPU, CacheOptions(memory=1 << 24, block_size=8, dtype=name))
-        model.forward(lone_batch(text[:-1], 0, model.block_size))
-        logits[name] = model.forward(lone_batch(text[-1:], 149, model.block_size))
+        model.forward(single_sequence_batch(text[:-1], 0, model.block_size))
+        logits[name] = model.forward(single_sequence_batch(text[-1:], 149, model.block_size))
         if name == "int4+4":
-            logits["draft"] = model.forward(lone_batch(text[-1:], 149, model.block_size), draft=True)
+            logits["draft"] = model.forward(single_sequence_batch(text[-1:], 149, model.block_size), draft=True)
     errors = {name: float((found - logits["auto"]).abs().max()) for name, found in logits.items()}
     assert errors["int4+4"] < errors["int4"] / 3
     # The prompt's own keys differ from layer to layer, so the draft is near the int4 cache, not equal to it.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.runtime.core.batch import Held
+from quantkit.runtime.core.batch import KVSpan
 from quantkit.runtime.kv_cache.tail_pages import TailPages, pages_needed
 
 SIZE = 4
@@ -15,29 +15,29 @@ def _pages(open_pages: TailPages, blocks: list[int]) -> list[int]:
 
 def test_every_block_that_a_step_writes_has_a_page_of_its_own() -> None:
     pages = TailPages(10, SIZE, 8, torch.device("cpu"))
-    pages.prepare([Held([7, 2, 5], 0, 10), Held([1], 0, 3)], draft=False)
+    pages.prepare([KVSpan([7, 2, 5], 0, 10), KVSpan([1], 0, 3)], draft=False)
     assert len(pages) == 4
     found = _pages(pages, [7, 2, 5, 1])
     assert len(set(found)) == 4
-    pages.prepare([Held([7, 2, 5], 10, 11), Held([1], 3, 4)], draft=False)
+    pages.prepare([KVSpan([7, 2, 5], 10, 11), KVSpan([1], 3, 4)], draft=False)
     assert _pages(pages, [5, 1]) == found[2:]
 
 
 def test_a_page_is_given_back_when_a_step_begins_behind_it() -> None:
     pages = TailPages(10, SIZE, 8, torch.device("cpu"))
-    pages.prepare([Held([7, 2, 5], 0, 10)], draft=False)
-    pages.prepare([Held([7, 2, 5], 10, 11)], draft=False)
+    pages.prepare([KVSpan([7, 2, 5], 0, 10)], draft=False)
+    pages.prepare([KVSpan([7, 2, 5], 10, 11)], draft=False)
     assert len(pages) == 1
 
 
 def test_a_draft_gives_nothing_back() -> None:
     """So that a step may begin before it."""
     pages = TailPages(10, SIZE, 8, torch.device("cpu"))
-    pages.prepare([Held([7, 2], 0, 7)], draft=False)
+    pages.prepare([KVSpan([7, 2], 0, 7)], draft=False)
     before = _pages(pages, [2])
     for length in (7, 8, 9):
-        pages.prepare([Held([7, 2, 5], length, length + 1)], draft=True)
-    pages.prepare([Held([7, 2, 5], 7, 10)], draft=False)
+        pages.prepare([KVSpan([7, 2, 5], length, length + 1)], draft=True)
+    pages.prepare([KVSpan([7, 2, 5], 7, 10)], draft=False)
     assert _pages(pages, [2]) == before
     assert len(pages) == 2  # Of the block that holds token 7, and of the next.
 
@@ -45,30 +45,30 @@ def test_a_draft_gives_nothing_back() -> None:
 def test_pages_that_nobody_uses_are_taken_from_whoever_used_theirs_longest_ago() -> None:
     pages = TailPages(10, SIZE, 3, torch.device("cpu"))
     for block in range(3):
-        pages.prepare([Held([block], 0, 2)], draft=False)
-    pages.prepare([Held([0], 2, 3)], draft=False)
+        pages.prepare([KVSpan([block], 0, 2)], draft=False)
+    pages.prepare([KVSpan([0], 2, 3)], draft=False)
     kept = _pages(pages, [0, 2])
-    pages.prepare([Held([3], 0, 1)], draft=False)
+    pages.prepare([KVSpan([3], 0, 1)], draft=False)
     assert _pages(pages, [0, 2]) == kept
     with pytest.raises(AssertionError, match="the open page of block 1 is lost"):
-        pages.prepare([Held([1], 2, 3)], draft=False)
+        pages.prepare([KVSpan([1], 2, 3)], draft=False)
 
 
 def test_more_pages_than_there_are() -> None:
     pages = TailPages(10, SIZE, 3, torch.device("cpu"))
     with pytest.raises(AssertionError, match="a step writes more pages than there are"):
-        pages.prepare([Held([7, 2, 5, 4], 0, 13)], draft=False)
+        pages.prepare([KVSpan([7, 2, 5, 4], 0, 13)], draft=False)
 
 
 def test_a_copied_block_gets_a_copy_of_its_page() -> None:
     pages = TailPages(10, SIZE, 4, torch.device("cpu"))
-    pages.prepare([Held([7], 0, 2), Held([3], 0, 1)], draft=False)
+    pages.prepare([KVSpan([7], 0, 2), KVSpan([3], 0, 1)], draft=False)
     copies = pages.copy([(7, 5), (6, 3), (7, 4)])
     assert copies == [(page := _pages(pages, [7])[0], _pages(pages, [5])[0]), (page, _pages(pages, [4])[0])]
     assert len({*_pages(pages, [7, 5, 4])}) == 3
     # Block 3 now holds a full block, whose source had no page: what it had is not its content.
     with pytest.raises(AssertionError, match="the open page of block 3 is lost"):
-        pages.prepare([Held([3], 1, 2)], draft=False)
+        pages.prepare([KVSpan([3], 1, 2)], draft=False)
 
 
 def test_enough_for_every_sequence_and_the_longest_chunk() -> None:

@@ -21,10 +21,11 @@ from helpers.proposers import Drawer, Guesser, right, wrong
 from helpers.sequences import sequence
 from quantkit.errors import RequestError
 from quantkit.runtime.core.constraint import Constraint
+from quantkit.runtime.core.output import FinishReason, Output
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import Draft, FinishReason, Output
+from quantkit.runtime.core.sequence import Draft
 from quantkit.runtime.core.sequence import Sequence as Text
-from quantkit.runtime.sampling.logits import restrict
+from quantkit.runtime.sampling.logits import apply_token_mask
 from quantkit.runtime.speculative.drafting import draft
 from quantkit.runtime.speculative.ngram import NgramProposer
 from quantkit.runtime.speculative.proposer import Proposer
@@ -81,7 +82,7 @@ def test_what_a_mask_leaves_out_is_ruled_out(vocab: int, rows: list[int]) -> Non
     masks = [random.randbytes(4 * words) for _ in rows]
     logits = torch.randn(4, vocab)
     found, wanted = logits.clone(), logits.clone()
-    restrict(found, rows, masks)
+    apply_token_mask(found, rows, masks)
     for row, mask in zip(rows, masks, strict=True):
         for token in range(vocab):
             if not int.from_bytes(mask, "little") >> token & 1:

@@ -7,8 +7,8 @@ import pytest
 from helpers.fake_model import VOCAB, FakeModel, expected, logits_after
 from helpers.proposers import Guesser, mixed
 from quantkit.errors import NumericsError, RequestError
+from quantkit.runtime.core.output import Output, TokenLogprobs
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import Output, TokenLogprobs
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 
 PROMPTS = [[(11 * i + 5 * n) % VOCAB for i in range(length)] for n, length in enumerate((1, 2, 4, 5, 9, 16, 17, 33))]

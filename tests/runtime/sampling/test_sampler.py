@@ -13,9 +13,9 @@ from helpers.exact import kept, probabilities
 from helpers.sequences import sequence
 from quantkit.errors import RequestError
 from quantkit.kernels.cpu.row_max import row_max
-from quantkit.runtime.core.request import HOTTEST, SamplingParams
-from quantkit.runtime.core.token_history import History
-from quantkit.runtime.sampling.logits import Penalty, flaws, likeliest, penalise
+from quantkit.runtime.core.request import MAX_TEMPERATURE, SamplingParams
+from quantkit.runtime.core.token_history import TokenHistory
+from quantkit.runtime.sampling.logits import Penalty, find_nonfinite, penalise, top_logprobs
 from quantkit.runtime.sampling.sampler import apply_penalties, distribution, draw, sample
 from quantkit.runtime.sampling.top_k import argmax, largest
 
@@ -112,7 +112,7 @@ def test_greedy_and_cold_rows_take_the_likeliest() -> None:
     assert draw(logits, params, [0.999] * 4) == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("temperature", [1.0, HOTTEST])
+@pytest.mark.parametrize("temperature", [1.0, MAX_TEMPERATURE])
 def test_impossible_tokens_are_never_drawn(temperature: float) -> None:
     logits = torch.full((1, VOCAB), -math.inf)
     logits[0, [5, 4000]] = torch.tensor([0.0, -1.0])
@@ -126,9 +126,9 @@ def test_impossible_tokens_are_never_drawn(temperature: float) -> None:
 @pytest.mark.parametrize("top_p", [5e-324, 1e-50])
 def test_a_share_that_is_0_in_float32_keeps_the_likeliest(top_p: float, top_k: int) -> None:
     logits, params = _logits(1, 3.0), SamplingParams(top_p=top_p, top_k=top_k)
-    likeliest = logits.argmax(-1).tolist()
-    assert draw(logits, [params], [0.9]) == likeliest
-    assert distribution(logits, [params])[0].nonzero().flatten().tolist() == likeliest
+    top_logprobs = logits.argmax(-1).tolist()
+    assert draw(logits, [params], [0.9]) == top_logprobs
+    assert distribution(logits, [params])[0].nonzero().flatten().tolist() == top_logprobs
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 20, "min_p": 0.02}], ids=str)
@@ -168,7 +168,7 @@ def _penalised(logits: list[float], prompt: list[int], output: list[int], params
 )
 def test_penalties_are_as_defined_while_the_output_grows(params: SamplingParams) -> None:
     prompt, output = [1, 2, 2, 7], [3, 7, 3, 3, 11]
-    history, other = History(), History()
+    history, other = TokenHistory(), TokenHistory()
     other.update(array("q", [0, 15]), 2)
     strengths = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
     for length in (0, 1, 4, 5):
@@ -205,8 +205,8 @@ def test_flaws_name_rows_from_which_nothing_can_be_chosen() -> None:
     logits = torch.zeros(6, 64)
     logits[1, 40], logits[2, 7], logits[3], logits[4, 9] = math.nan, math.inf, -math.inf, -math.inf
     logits[5, [1, 2]] = torch.tensor([math.inf, math.nan])
-    assert flaws(row_max(logits)[0]) == {1: "NaN", 2: "Inf", 3: "-Inf for every token", 5: "NaN"}
-    assert flaws(row_max(logits[[0, 4]])[0]) == flaws(row_max(logits[:0])[0]) == {}
+    assert find_nonfinite(row_max(logits)[0]) == {1: "NaN", 2: "Inf", 3: "-Inf for every token", 5: "NaN"}
+    assert find_nonfinite(row_max(logits[[0, 4]])[0]) == find_nonfinite(row_max(logits[:0])[0]) == {}
 
 
 def test_sample_penalises_only_whom_it_should_and_reports_unpenalised_logprobs() -> None:
@@ -235,7 +235,7 @@ def test_only_rows_that_are_drawn_spend_random_numbers() -> None:
 
 def test_likeliest_tokens_come_best_first() -> None:
     logits = torch.tensor([[-3.0, -1.0, -2.0, -4.0], [-1.0, -2.0, -3.0, -4.0]])
-    low, high = likeliest(logits, [3, 0], [2, 0])
+    low, high = top_logprobs(logits, [3, 0], [2, 0])
     wanted = logits.log_softmax(-1).tolist()
     assert low == (pytest.approx(wanted[0][3]), [(1, pytest.approx(wanted[0][1])), (2, pytest.approx(wanted[0][2]))])
     assert high == (pytest.approx(wanted[1][0]), [])

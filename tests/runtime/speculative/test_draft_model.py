@@ -15,8 +15,8 @@ from helpers.exact import chi_square, probabilities
 from helpers.fake_model import VOCAB, FakeModel, expected, logits_after
 from helpers.sequences import numbered  # noqa: F401
 from quantkit.runtime.core.batch import Batch
+from quantkit.runtime.core.output import FinishReason, Output
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import FinishReason, Output
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.speculative.draft_model import DraftModel
 

@@ -11,8 +11,8 @@ from helpers.engine_runs import GREEDY, PROMPTS, decode, drain, requests, tokens
 from helpers.fake_model import VOCAB, FakeModel, expected
 from helpers.proposers import Drawer, Guesser, mixed, right, wrong, wrong_then_right
 from quantkit.errors import RequestError
+from quantkit.runtime.core.output import FinishReason
 from quantkit.runtime.core.request import Request, SamplingParams
-from quantkit.runtime.core.sequence import FinishReason
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.speculative.metrics import SpecMetrics
 from quantkit.runtime.speculative.ngram import NgramProposer

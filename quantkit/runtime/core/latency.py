@@ -1,6 +1,6 @@
-"""Times of one sample, as the field defines them, in seconds; `Timing` says when things happened."""
+"""Latencies of one sample in seconds, defined as the field does, computed from the timestamps in `Output.timing`."""
 
-from quantkit.runtime.core.sequence import FinishReason, Output
+from quantkit.runtime.core.output import FinishReason, Output
 
 
 def is_first(output: Output) -> bool:
@@ -8,28 +8,28 @@ def is_first(output: Output) -> bool:
     return 0 < len(output.token_ids) == output.usage.generated
 
 
-def is_served(output: Output) -> bool:
-    """Whether it ends the sample, and as the request wanted."""
+def is_completed(output: Output) -> bool:
+    """Whether it ends the sample as the request asked: not cancelled, no error."""
     return output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
 
 
 def ttft(output: Output) -> float:
-    """Time to first token: first token - arrival. `output`: there was a first token."""
+    """Time to first token: first token - arrival. `output`: one with a first token."""
     return _span(output.timing.arrival, output.timing.first_token)
 
 
 def e2e(output: Output) -> float:
-    """End - arrival. `output`, here and below: the last one of a sample that was served, so that all times are known."""
+    """End - arrival. `output`, here and below: the last one of a completed sample, so that all its times are known."""
     return _span(output.timing.arrival, output.timing.finished)
 
 
 def queued(output: Output) -> float:
-    """First scheduled - arrival: how long it waited."""
+    """First scheduled - arrival: how long the request waited."""
     return _span(output.timing.arrival, output.timing.scheduled)
 
 
 def inference(output: Output) -> float:
-    """End - first scheduled: how long it ran, times in which it had been preempted included."""
+    """End - first scheduled: how long the sample ran, including the time during which it was preempted."""
     return _span(output.timing.scheduled, output.timing.finished)
 
 
