@@ -6,10 +6,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from helpers.fake_model import VOCAB, FakeModel, expected
+from quantkit.runtime.core.output import FinishReason as End
 from quantkit.runtime.core.output import Output, Timing, Usage
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.core.sequence import Draft, Sequence
-from quantkit.runtime.core.sequence import FinishReason as End
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.engine.stats import EngineStats
 from quantkit.runtime.speculative.ngram import NgramProposer

@@ -181,10 +181,8 @@ class NativeDecoder:
 
     def _queries(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Room for every layer's queries of the measured tokens, float32 [layers, O, heads, head_dim], and which these are."""
-        model, rows = (
-            self._model,
-            torch.empty(0, dtype=torch.int64) if batch.attention_mass is None else batch.attention_mass.rows,
-        )
+        model = self._model
+        rows = torch.empty(0, dtype=torch.int64) if batch.attention_mass is None else batch.attention_mass.rows
         return torch.empty(len(model.layers), len(rows), model.heads, model.head_dim), rows
 
 
