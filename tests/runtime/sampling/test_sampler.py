@@ -126,9 +126,9 @@ def test_impossible_tokens_are_never_drawn(temperature: float) -> None:
 @pytest.mark.parametrize("top_p", [5e-324, 1e-50])
 def test_a_share_that_is_0_in_float32_keeps_the_likeliest(top_p: float, top_k: int) -> None:
     logits, params = _logits(1, 3.0), SamplingParams(top_p=top_p, top_k=top_k)
-    top_logprobs = logits.argmax(-1).tolist()
-    assert draw(logits, [params], [0.9]) == top_logprobs
-    assert distribution(logits, [params])[0].nonzero().flatten().tolist() == top_logprobs
+    likeliest = logits.argmax(-1).tolist()
+    assert draw(logits, [params], [0.9]) == likeliest
+    assert distribution(logits, [params])[0].nonzero().flatten().tolist() == likeliest
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 20, "min_p": 0.02}], ids=str)
