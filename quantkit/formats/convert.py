@@ -14,6 +14,7 @@ from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.formats import FORMATS, Plan, encode
 from quantkit.formats.artifact import PackedReader, bits_per_weight, write_metadata
+from quantkit.formats.model_card import write_model_card
 from quantkit.methods.scheme import Scheme
 
 
@@ -77,6 +78,7 @@ def _make(checkpoint: Checkpoint, packed: PackedReader, plan: Plan, workspace: W
     made = checkpoint.folder / "quantkit.json"
     if made.is_file():
         write_json(folder / "quantkit.json", _report(made, folder, shards, form))
+    write_model_card(folder, checkpoint)
     workspace.publish()
 
 

@@ -6,7 +6,7 @@ must come out even, a column cut must fall between two groups, and no cut may go
 fewer heads than GPUs are copied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantkit.checkpoint.reader import Checkpoint
@@ -14,45 +14,13 @@ from quantkit.errors import FormatError, RecipeError
 from quantkit.formats import FORMATS
 from quantkit.formats.artifact import PackedReader
 from quantkit.formats.convert import holds
+from quantkit.formats.servers import SERVERS, Server, notes, refusal
 
 #: Matrices that write to the hidden states, of every family.
 _ROW_PARALLEL = ("o_proj", "down_proj")
 #: Matrices of keys and values.
 _KEYS_VALUES = ("k_proj", "v_proj")
 _HEAD = "lm_head"
-
-
-@dataclass(frozen=True)
-class Server:
-    """An engine that serves.
-
-    Attributes:
-        name: as `formats` has it.
-        command: (model, GPUs) -> what to run.
-        packed_heads: formats of which it reads a quantized output head.
-        note_on_heads: what to know about that; "" for nothing.
-    """
-
-    name: str
-    command: Callable[[str, int], list[str]]
-    packed_heads: tuple[str, ...]
-    note_on_heads: str = ""
-
-
-SERVERS = {
-    "vllm": Server(
-        "vLLM",
-        lambda model, gpus: ["vllm", "serve", model, "--tensor-parallel-size", str(gpus)],
-        ("compressed-tensors", "gptq"),
-        "its output head is quantized, which vLLM reads in compressed-tensors since pull request 37291 (2026)",
-    ),
-    # Of compressed-tensors it takes the head for a dense one, and generates nonsense (pull request 34904).
-    "sglang": Server(
-        "SGLang",
-        lambda model, gpus: ["python", "-m", "sglang.launch_server", "--model-path", model, "--tp-size", str(gpus)],
-        ("gptq",),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -77,15 +45,15 @@ def deployment(checkpoint: Checkpoint, model: str, engine: str, gpus: int, extra
         FormatError: the engine does not load it; the message says what it would load.
         RecipeError: it cannot be shared out over so many GPUs.
     """
-    server, notes = SERVERS[engine], list[str]()
+    server, found = SERVERS[engine], list[str]()
     packed = PackedReader(checkpoint) if "quantization_config" in checkpoint.config else None
     if packed is not None:
-        notes = _require_loadable(checkpoint, packed, server)
+        found = _require_loadable(checkpoint, packed, server)
     if problem := _split_problem(checkpoint, packed, gpus):
         heads = checkpoint.config["num_attention_heads"]
         fitting = [str(n) for n in range(1, heads + 1) if _split_problem(checkpoint, packed, n) is None]
         raise RecipeError(f"--tensor-parallel {gpus}: {problem}; {checkpoint.folder} fits {', '.join(fitting)} GPUs")
-    return Deployment([*server.command(model, gpus), *extra], notes)
+    return Deployment([*server.command(model, gpus), *extra], found)
 
 
 def _require_loadable(checkpoint: Checkpoint, packed: PackedReader, server: Server) -> list[str]:
@@ -94,18 +62,12 @@ def _require_loadable(checkpoint: Checkpoint, packed: PackedReader, server: Serv
     Raises:
         FormatError: it does not.
     """
-    (engine,) = [each for each in packed.engines() if each.name == server.name]
-    head = _HEAD in packed.modules
-    reason = "" if engine.loads else engine.note
-    if engine.loads and head and packed.form.name not in server.packed_heads:
-        reason = f"takes the quantized output head of a {packed.form.name} artifact for a dense one"
-    if reason:
+    if reason := refusal(packed, server):
         remedy = f"`quantkit serve {checkpoint.folder}` runs it"
         if better := _loadable(checkpoint, packed, server):
             remedy = f"use `quantkit convert {checkpoint.folder} OUT --format {better}`"
         raise FormatError(f"{checkpoint.folder}: {server.name} does not load it ({reason}); {remedy}")
-    about_head = head and packed.form.name == "compressed-tensors" and server.note_on_heads
-    return [note for note in (engine.note, about_head) if note]
+    return notes(packed, server)
 
 
 def _loadable(checkpoint: Checkpoint, packed: PackedReader, server: Server) -> str | None:

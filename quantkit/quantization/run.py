@@ -13,6 +13,7 @@ from quantkit.checkpoint.reader import Checkpoint, read_json, sha256
 from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import CheckpointError
 from quantkit.formats.artifact import bits_per_weight, write_metadata
+from quantkit.formats.model_card import write_model_card
 from quantkit.models.matmul_dtype import fastest_matmul
 from quantkit.quantization.distributed import SINGLE_PROCESS, ProcessGroup
 from quantkit.quantization.memory import plan_memory
@@ -146,6 +147,7 @@ def _quantize_and_publish(
         matrices=reports,
     )
     write_json(folder / "quantkit.json", report.to_json())
+    write_model_card(folder, job.checkpoint)
     workspace.publish()
     return report
 
