@@ -75,7 +75,8 @@ def test_a_source_that_says_nothing(made: Make, tmp_path: Path) -> None:
 def test_what_the_source_states(made: Make) -> None:
     """Copied as it is stated, Norwegian too; what is no text is left out."""
     licence = "license: other\nlicense_name: tiny-1.0\nlicense_link: https://example.org/l\n"
-    own = f"---\n{licence}language: [no, en]\npipeline_tag: text-generation\nlibrary_name: transformers\nbase_model: org/Original\ndatasets: [a]\n---\n# Mine\n"
+    shown = "language: [no, en]\npipeline_tag: text-generation\nlibrary_name: transformers\n"
+    own = f"---\n{licence}{shown}base_model: org/Original\ndatasets: [a]\n---\n# Mine\n"
     out = made({"README.md": own, "LICENSE": APACHE, "chat.md": "more"})
     metadata, body = card(out)
     assert metadata == {
