@@ -2,15 +2,17 @@
 
 import json
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quantkit.errors import RecipeError
 from quantkit.methods.scheme import Scheme
+from quantkit.utils.renamed_keys import with_current_keys
 
 Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 Bits = Literal[2, 3, 4, 8]
@@ -76,9 +78,10 @@ class Recipe(_Strict):
         bits, group_size, symmetric: the grid; "auto" takes the largest of 128, 64, 32, 16 that divides every matrix.
         act_order: quantize columns by descending Hessian diagonal (static groups: no tensor's layout changes).
         damping: fraction of the Hessian's mean diagonal that is added to it.
-        drift: how much of the drift of a group's inputs from the original model's its weights make up for, 0 to 1.
-        sweeps: passes of coordinate descent over scales, zero points and codes after GPTQ; None is one for grids of 2 and 3
-            bits, and none for finer ones, to which it adds nothing.
+        asymmetric_calibration: how strongly weights correct for the error that the layers before them have added to their
+            inputs, from 0 (not at all) to 1 (fully).
+        coordinate_descent_passes: passes of coordinate descent over scales, zero points and codes after GPTQ. None means one
+            pass at 2 and 3 bits and none at 4 and 8 bits, where a pass does not help.
         rotate: spread outliers of activations by Hadamard transforms, so that drafts survive 4-bit activations (see `rotate`);
             quantkit's engine alone runs the result.
         format: on-disk format.
@@ -93,13 +96,18 @@ class Recipe(_Strict):
     symmetric: bool = True
     act_order: bool = True
     damping: float = Field(default=0.01, gt=0, le=1)
-    drift: float = Field(default=1.0, ge=0, le=1)
-    sweeps: int | None = Field(default=None, ge=0, le=20)
+    asymmetric_calibration: float = Field(default=1.0, ge=0, le=1)
+    coordinate_descent_passes: int | None = Field(default=None, ge=0, le=20)
     rotate: bool = False
     format: FormatName = "compressed-tensors"
     calibration: Calibration = Calibration()
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_keys(cls, fields: Any) -> Any:
+        return with_current_keys(fields) if isinstance(fields, Mapping) else fields
 
     def scheme(self, module: str) -> Scheme | None:
         """How the matrix at `module` is quantized, None where it is not. The group size must be resolved.
@@ -139,7 +147,11 @@ def load_recipe(name: str | Recipe, overrides: dict[str, Any]) -> Recipe:
     fields, label = (resolved_json(name), "Recipe") if isinstance(name, Recipe) else (_fields(name), f"recipe '{name}'")
     calibration = fields.get("calibration")
     merged = (calibration if isinstance(calibration, dict) else {}) | overrides.get("calibration", {})
-    fields |= overrides | ({"calibration": merged} if merged else {})
+    overrides = overrides | ({"calibration": merged} if merged else {})
+    try:
+        fields = with_current_keys(fields) | with_current_keys(overrides)
+    except ValueError as error:
+        raise RecipeError(f"recipe '{name}': {error}") from None
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from quantkit.errors import RecipeError
 from quantkit.methods.scheme import Scheme
@@ -90,7 +91,9 @@ def test_first_matching_rule_decides(rules: list[dict[str, Any]], expected: Sche
         ("group_size", 0, "not a multiple of 8"),
         ("group_size", -2, "not a multiple of 8"),
         ("damping", 0, "damping"),
-        ("sweeps", 21, "sweeps"),
+        ("coordinate_descent_passes", 21, "coordinate_descent_passes: Input should be"),
+        ("sweeps", 21, "coordinate_descent_passes: Input should be"),
+        ("drift", -1, "asymmetric_calibration: Input should be"),
         ("format", "gguf", "format"),
         ("rules", [{"match": "["}], "rules.0.match: Value error, not a regular expression"),
         ("rules", [{"bits": 4}], "rules.0.match: Field required"),
@@ -130,13 +133,51 @@ def test_unknown_recipe_lists_those_that_ship(name: str) -> None:
         load_recipe(name, {})
 
 
+OLD_KEYS = {"drift": 0.5, "sweeps": 2}
+CURRENT_KEYS = {"asymmetric_calibration": 0.5, "coordinate_descent_passes": 2}
+
+
+@pytest.mark.parametrize(("name", "inside"), [("recipe.yaml", False), ("quantkit.json", True)])
+def test_old_keys_are_read_and_current_ones_are_written(tmp_path: Path, name: str, inside: bool) -> None:
+    path = tmp_path / name
+    path.write_text(json.dumps({"recipe": OLD_KEYS} if inside else OLD_KEYS))
+    recipe = load_recipe(str(path), {})
+    assert recipe == Recipe.model_validate(CURRENT_KEYS) == Recipe.model_validate(OLD_KEYS)
+    written = resolved_json(recipe)
+    assert {key: written[key] for key in CURRENT_KEYS} == CURRENT_KEYS
+    assert not OLD_KEYS.keys() & written.keys()
+
+
+@pytest.mark.parametrize("overrides", [{"sweeps": 5}, {"coordinate_descent_passes": 5}])
+@pytest.mark.parametrize("fields", [OLD_KEYS, CURRENT_KEYS])
+def test_an_override_replaces_a_field_under_either_name(
+    tmp_path: Path, fields: dict[str, Any], overrides: dict[str, Any]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(fields))
+    recipe = load_recipe(str(path), overrides)
+    assert (recipe.asymmetric_calibration, recipe.coordinate_descent_passes) == (0.5, 5)
+
+
+def test_a_field_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    both = {"drift": 0.5, "asymmetric_calibration": 0.5}
+    path.write_text(json.dumps(both))
+    message = "'drift' is the old name of 'asymmetric_calibration'; give only 'asymmetric_calibration'"
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(path), {})
+    assert str(error.value) == f"recipe '{path}': {message}"
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate(both)
+
+
 @given(
     recipe=st.builds(
         Recipe,
         bits=st.sampled_from([2, 3, 4, 8]),
         group_size=st.sampled_from(["auto", -1, 8, 128]),
         damping=st.floats(0, 1, exclude_min=True),
-        drift=st.floats(0, 1),
+        asymmetric_calibration=st.floats(0, 1),
         seed=st.none() | st.integers(0, 2**63 - 1),
     )
 )

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
@@ -74,7 +75,16 @@ class Workspace:
         settings: those of the run's first start.
     """
 
-    def __init__(self, out: Path, identity: Json, *, source: Path, overwrite: bool, settings: Json | None = None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        identity: Json,
+        *,
+        source: Path,
+        overwrite: bool,
+        settings: Json | None = None,
+        upgrade: Callable[[Json], Json] = dict,
+    ) -> None:
         """Open or create the workspace of the run that `identity` describes.
 
         Args:
@@ -83,6 +93,7 @@ class Workspace:
             source: the model folder that is read, which OUT never replaces.
             overwrite: replace OUT, or an unfinished run with another identity.
             settings: kept from the run's first start, not compared.
+            upgrade: brings an identity that an earlier version stored up to date before it is compared.
 
         Raises:
             ArtifactError: OUT exists, another run is at work, or OUT.partial belongs to a different run.
@@ -92,7 +103,7 @@ class Workspace:
         self.require_free(out, source, overwrite=overwrite)
         self._lock = _take_lock(self.folder)
         try:
-            self.settings = self._open(identity, settings or {})
+            self.settings = self._open(identity, settings or {}, upgrade)
             self.finished = self._journal()
         except BaseException:
             self._lock.close()
@@ -107,9 +118,11 @@ class Workspace:
             self.discard()
         self._lock.close()
 
-    def _open(self, identity: Json, settings: Json) -> Json:
+    def _open(self, identity: Json, settings: Json, upgrade: Callable[[Json], Json]) -> Json:
         """Go on with the run that is here, or start one; its settings."""
         stored = self._stored()
+        if stored is not None:
+            stored["identity"] = upgrade(stored["identity"])
         if stored is not None and stored["identity"] == identity:
             known: Json = stored["settings"]
             return known

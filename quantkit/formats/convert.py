@@ -16,6 +16,7 @@ from quantkit.formats import FORMATS, Plan, encode
 from quantkit.formats.artifact import PackedReader, bits_per_weight, write_metadata
 from quantkit.formats.model_card import write_model_card
 from quantkit.methods.scheme import Scheme
+from quantkit.utils.renamed_keys import with_current_keys
 
 
 def convert(source: Path, out: Path, form: str, *, overwrite: bool) -> int:
@@ -93,12 +94,12 @@ def _report(made: Path, folder: Path, shards: list[Path], form: str) -> dict[str
     size = {"bits_per_weight": bits_per_weight(written), "size_bytes": sum(path.stat().st_size for path in shards)}
     try:
         return report | {
-            "recipe": report["recipe"] | {"format": form},
+            "recipe": with_current_keys(report["recipe"]) | {"format": form},
             "output_sha256": {path.name: sha256(path) for path in shards},
             "engines": [asdict(engine) for engine in packed.engines()],
             "totals": report["totals"] | size,
         }
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{made}: is not a report of quantkit's; delete it, or fetch the model again") from None
 
 

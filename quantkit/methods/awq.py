@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.methods.grid import QuantizedWeight, round_to_grid, span
-from quantkit.methods.rtn import on_grid
+from quantkit.methods.grid import QuantizedWeight, minmax_qparams, round_to_grid
+from quantkit.methods.rtn import quantize_on_grid
 from quantkit.methods.scheme import Scheme
 
 #: Rows whose loss is computed at once; a slice of a 1,000-column matrix stays in a core's cache.
@@ -51,7 +51,7 @@ def search_channel_scale(
         hessian: float32 [K, K]; its diagonal is the mean square of each input channel.
         dtype: the artifact's 16-bit type.
         tie: int64 [K]; channels with the same number share a scale (repeated KV heads feed several query heads).
-        cost: float32 [K], what GPTQ will pay for an error in each column (`Inverse.cost`); None for plain rounding. A
+        cost: float32 [K], what GPTQ will pay for an error in each column (`HessianFactor.cost`); None for plain rounding. A
             scale that is best for rounding can be worse than none where the error is compensated.
         mapping: like `map`; may share the candidates out.
     """
@@ -85,7 +85,7 @@ def _rounding_loss(weight: Tensor, scale: Tensor, hessian: Tensor, scheme: Schem
     for part in weight.split(_SLICE):
         scaled = (part * scale).view(len(part), groups, -1)
         low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
-        scales, zeros = (grid[..., None] for grid in span(low, high, scheme, dtype))
+        scales, zeros = (grid[..., None] for grid in minmax_qparams(low, high, scheme, dtype))
         codes = round_to_grid(scaled, scales, zeros, scheme.levels)
         change = codes.sub_(zeros).mul_(scales).view(part.shape).div_(scale).sub_(part)
         loss += float((change @ hessian).mul_(change).sum())
@@ -100,7 +100,7 @@ def _compensated_loss(weight: Tensor, scale: Tensor, cost: Tensor, scheme: Schem
     rows, groups = len(weight), scheme.groups(weight.shape[1])
     scaled = (weight * scale).view(rows, groups, -1)
     low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
-    steps = span(low, high, scheme, torch.float32)[0]
+    steps = minmax_qparams(low, high, scheme, torch.float32)[0]
     return float((steps.square() * (cost / scale.square()).view(groups, -1).sum(-1)).sum()) / 12
 
 
@@ -110,21 +110,23 @@ def _normalised(magnitude: Tensor, ratio: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def clipped(weight: Tensor, hessian: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: tuple[float, ...]) -> QuantizedWeight:
+def quantize_clipped(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, dtype: torch.dtype, clip_ratios: tuple[float, ...]
+) -> QuantizedWeight:
     """Round with every group's range clipped by the factor that loses least output, <dw, H_gg dw> (AWQ's clipping)."""
     rows, columns = weight.shape
     groups, width = scheme.groups(columns), scheme.group_columns(columns)
     grouped = weight.view(rows, groups, width).transpose(0, 1).contiguous()
     blocks = torch.stack([hessian[g * width : (g + 1) * width, g * width : (g + 1) * width] for g in range(groups)])
     low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
-    scales, zeros = span(low, high, scheme, dtype)
+    scales, zeros = minmax_qparams(low, high, scheme, dtype)
     least = torch.full_like(scales, torch.inf)
-    for factor in shrink:
-        s, z = span(low * factor, high * factor, scheme, dtype)
+    for factor in clip_ratios:
+        s, z = minmax_qparams(low * factor, high * factor, scheme, dtype)
         codes = round_to_grid(grouped, s[..., None], z[..., None], scheme.levels)
         change = codes.sub_(z[..., None]).mul_(s[..., None]).sub_(grouped)
         error = torch.bmm(change, blocks).mul_(change).sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         scales, zeros = torch.where(better, s, scales), torch.where(better, z, zeros)
-    return on_grid(weight, scheme, scales.T.contiguous(), zeros.T.contiguous())
+    return quantize_on_grid(weight, scheme, scales.T.contiguous(), zeros.T.contiguous())

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.methods.grid import QuantizedWeight, search_grid, storable_scales
+from quantkit.methods.grid import QuantizedWeight, search_qparams, storable_scales
 from quantkit.methods.scheme import Scheme
 from quantkit.methods.threads import one_thread
 
 #: Columns whose updates to the rest of the matrix are applied together (the paper's B, there 128).
-RUN = 32
+BLOCK_COLUMNS = 32
 
 #: Damping starts at the recipe's fraction of the mean diagonal and grows by this factor until the factorisation succeeds.
 DAMPING_STEP = 10.0
@@ -27,7 +27,7 @@ LARGEST_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
-class Inverse:
+class HessianFactor:
     """Factor of a damped inverse Hessian.
 
     Attributes:
@@ -50,13 +50,13 @@ class Inverse:
         cost[self.order] = self.upper.diagonal().square().reciprocal()
         return cost
 
-    def divided(self, scale: Tensor) -> "Inverse":
+    def divided_by(self, scale: Tensor) -> "HessianFactor":
         """The same for inputs divided by `scale`, float32 [K] > 0: with D = diag(scale), (D^-1 H D^-1)^-1 = (U D)^T (U D)."""
         upper = self.upper * scale[self.order]
-        return Inverse(self.order, upper, self.hessian / (scale[:, None] * scale), self.damping)
+        return HessianFactor(self.order, upper, self.hessian / (scale[:, None] * scale), self.damping)
 
 
-def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse | None:
+def factorize(hessian: Tensor, damping: float, act_order: bool) -> HessianFactor | None:
     """Damp, order and factor `hessian` (float32 [K, K]); None when no damping up to 1.0 makes it positive definite.
 
     Dead inputs (zero diagonal) get a unit diagonal: their weights cost nothing and disturb nobody.
@@ -75,7 +75,7 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse | Non
         if factor_in_place(factor):
             torch.cholesky_inverse(factor, out=factor)
             if factor_in_place(factor, upper=True) and bool(factor.isfinite().all()):
-                return Inverse(order, factor, damped, damping)
+                return HessianFactor(order, factor, damped, damping)
         if damping >= LARGEST_DAMPING:
             return None
         damping = min(damping * DAMPING_STEP, LARGEST_DAMPING)
@@ -89,8 +89,10 @@ def factor_in_place(matrix: Tensor, *, upper: bool = False) -> bool:
 
 
 @one_thread()
-def gptq(weight: Tensor, inverse: Inverse, scheme: Scheme, dtype: torch.dtype, shrink: tuple[float, ...]) -> QuantizedWeight:
-    """Quantize `weight` so that the output error under `inverse.hessian` is small.
+def gptq(
+    weight: Tensor, factor: HessianFactor, scheme: Scheme, dtype: torch.dtype, clip_ratios: tuple[float, ...]
+) -> QuantizedWeight:
+    """Quantize `weight` so that the output error under `factor.hessian` is small.
 
     The grids are fixed first, on the given weights and in their original column order (static groups), each error
     weighted by 1 / U[j, j]^2, which is what GPTQ pays for it once later columns have absorbed their share. Act-order
@@ -98,21 +100,21 @@ def gptq(weight: Tensor, inverse: Inverse, scheme: Scheme, dtype: torch.dtype, s
 
     Args:
         weight: float32 [N, K]; not modified.
-        inverse: from `factorise`, K columns.
+        inverse: from `factorize`, K columns.
         scheme: the grid; its group size divides K.
         dtype: the artifact's 16-bit type.
         shrink: clipping factors tried for every group.
     """
     columns = weight.shape[1]
-    order, upper = inverse.order, inverse.upper
-    scales, zeros = search_grid(weight, scheme, inverse.cost, dtype, shrink)
+    order, upper = factor.order, factor.upper
+    scales, zeros = search_qparams(weight, scheme, factor.cost, dtype, clip_ratios)
     group_of = (order // scheme.group_columns(columns)).tolist()
     left = weight.T[order].contiguous()
     codes = torch.empty_like(left)
     column_scales, column_zeros = scales.T.contiguous().unbind(), zeros.T.contiguous().unbind()
     pivots = upper.diagonal().tolist()
-    for start in range(0, columns, RUN):
-        stop = min(start + RUN, columns)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, columns)
         run, errors = left[start:stop], torch.empty_like(left[start:stop])
         for j, (column, code, error) in enumerate(zip(run, codes[start:stop], errors, strict=True)):
             scale, zero = column_scales[group_of[start + j]], column_zeros[group_of[start + j]]
@@ -127,7 +129,9 @@ def gptq(weight: Tensor, inverse: Inverse, scheme: Scheme, dtype: torch.dtype, s
 
 
 @one_thread()
-def descend(weight: Tensor, start: QuantizedWeight, hessian: Tensor, dtype: torch.dtype, sweeps: int) -> QuantizedWeight:
+def coordinate_descent(
+    weight: Tensor, start: QuantizedWeight, hessian: Tensor, dtype: torch.dtype, passes: int
+) -> QuantizedWeight:
     """Lower tr(E H E^T), E = weight - dequantized, by exact coordinate steps over scales, zero points and codes.
 
     GPTQ never looks back: a code chosen early is final, and so are the scales. Here every group in turn refits its scale
@@ -147,7 +151,7 @@ def descend(weight: Tensor, start: QuantizedWeight, hessian: Tensor, dtype: torc
     codes = start.codes.T.float().contiguous()
     scales, zeros = start.scales.T.contiguous().clone(), start.zeros.T.float().contiguous()
     error = (weight - start.dequantize()).T.contiguous()
-    for _ in range(sweeps):
+    for _ in range(passes):
         pull = hessian @ error
         for group, first in enumerate(range(0, columns, width)):
             part = slice(first, first + width)

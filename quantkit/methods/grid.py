@@ -89,7 +89,7 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, levels: int) ->
     return (weight / scales).round_().add_(zeros).clamp_(0, levels)
 
 
-def span(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def minmax_qparams(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scales and zero points (both float32) of grids that span low..high, where low <= 0 <= high.
 
     A symmetric grid reaches one step further below zero than above it, so the scale takes the sign that puts the longer
@@ -106,12 +106,12 @@ def span(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple
     return scales, (-low / scales).round_().clamp_(0, scheme.levels)
 
 
-def search_grid(
-    weight: Tensor, scheme: Scheme, importance: Tensor, dtype: torch.dtype, shrink: tuple[float, ...]
+def search_qparams(
+    weight: Tensor, scheme: Scheme, importance: Tensor, dtype: torch.dtype, clip_ratios: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points of the clipped range with the least weighted rounding error.
 
-    Every (row, group) tries its min..max range multiplied by each factor of `shrink` and keeps the one that minimises
+    Every (row, group) tries its min..max range multiplied by each factor of `clip_ratios` and keeps the one that minimises
     sum_k importance[k] * (w[k] - grid(w[k]))^2.
 
     Args:
@@ -134,8 +134,8 @@ def search_grid(
         grouped = weight[start : start + step].view(-1, groups, columns // groups)
         low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
         least: Tensor | None = None
-        for factor in shrink:
-            scales, zeros = span(low * factor, high * factor, scheme, dtype)
+        for factor in clip_ratios:
+            scales, zeros = minmax_qparams(low * factor, high * factor, scheme, dtype)
             codes = round_to_grid(grouped, scales[..., None], zeros[..., None], scheme.levels)
             values = codes.sub_(zeros[..., None]).mul_(scales[..., None])
             error = values.sub_(grouped).square_().mul_(cost).sum(-1)

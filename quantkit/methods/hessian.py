@@ -24,7 +24,7 @@ PARTS = (*range(1, _BLOCKS + 1), *([_BLOCKS * _BLOCKS / 8 / _DRIFT_BLOCKS] * _DR
 _MIRRORED = 256
 
 
-class Hessian:
+class HessianAccumulator:
     """Running X^T X of one distinct input, and the drift of its first tokens from a reference.
 
     Sums are float32; `mean` divides by the number of tokens, so that micro-batches of any size weigh by their tokens.
@@ -116,7 +116,7 @@ class Drift:
     cross: Tensor
     hessian: Tensor
 
-    def divided(self, outer: Tensor) -> "Drift":
+    def divided_by(self, outer: Tensor) -> "Drift":
         """The drift of the inputs divided by a channel scale s, given s s^T."""
         return Drift(self.cross / outer, self.hessian / outer)
 

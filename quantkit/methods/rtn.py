@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from quantkit.methods.grid import QuantizedWeight, round_to_grid, search_grid
+from quantkit.methods.grid import QuantizedWeight, round_to_grid, search_qparams
 from quantkit.methods.scheme import Scheme
 
 
-def on_grid(weight: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
+def quantize_on_grid(weight: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
     """Nearest codes of `weight` (float32 [N, K]) on given grids (float32 [N, G])."""
     rows, columns = weight.shape
     grouped = weight.view(rows, scales.shape[1], -1)
@@ -21,5 +21,5 @@ def rtn(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
     `dtype` is the artifact's 16-bit type, to which scales are rounded.
     """
     uniform = torch.ones(weight.shape[1], device=weight.device)
-    scales, zeros = search_grid(weight, scheme, uniform, dtype, shrink=(1.0,))
-    return on_grid(weight, scheme, scales, zeros)
+    scales, zeros = search_qparams(weight, scheme, uniform, dtype, clip_ratios=(1.0,))
+    return quantize_on_grid(weight, scheme, scales, zeros)

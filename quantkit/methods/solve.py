@@ -7,15 +7,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from quantkit.methods.awq import clipped
-from quantkit.methods.gptq import Inverse, descend, factor_in_place, factorise, gptq
+from quantkit.methods.awq import quantize_clipped
+from quantkit.methods.gptq import HessianFactor, coordinate_descent, factor_in_place, factorize, gptq
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.hessian import Drift
 from quantkit.methods.rtn import rtn
 from quantkit.methods.scheme import Scheme
 
 #: Clipping factors tried for every group.
-SHRINK = tuple(1.0 - 0.5 * i / 16 for i in range(16))
+CLIP_RATIOS = tuple(1.0 - 0.5 * i / 16 for i in range(16))
 
 
 #: Ridge of the drift regression, as a fraction of the mean diagonal of H. The regression sees a share of the rows and
@@ -25,20 +25,20 @@ RIDGE = 1.0
 
 
 @dataclass(frozen=True)
-class Settings:
+class SolverSettings:
     """How to solve; the fields are the recipe's.
 
     Attributes:
         method: rtn, awq, gptq or awq+gptq.
-        act_order, damping, drift, sweeps: see `Recipe`.
+        act_order, damping, asymmetric_calibration, coordinate_descent_passes: see `Recipe`.
         dtype: the artifact's 16-bit type.
     """
 
     method: str
     act_order: bool
     damping: float
-    drift: float
-    sweeps: int | None
+    asymmetric_calibration: float
+    coordinate_descent_passes: int | None
     dtype: torch.dtype
 
     @property
@@ -51,22 +51,22 @@ class Settings:
         """Whether GPTQ solves for the codes."""
         return self.method.endswith("gptq")
 
-    def sweeps_at(self, bits: int) -> int:
+    def descent_passes(self, bits: int) -> int:
         """Passes of coordinate descent after GPTQ over a grid of so many bits.
 
         On six blocks of the quality base one brings the KL divergence at 2 bits from 0.363 to 0.336, and at 4 bits from 0.0307
         to 0.0312.
         """
-        return self.sweeps if self.sweeps is not None else int(bits < 4)
+        return self.coordinate_descent_passes if self.coordinate_descent_passes is not None else int(bits < 4)
 
     @property
-    def pairs(self) -> bool:
+    def needs_reference(self) -> bool:
         """Whether the original model must walk beside the quantized one."""
-        return self.compensates and self.drift > 0
+        return self.compensates and self.asymmetric_calibration > 0
 
 
 @dataclass
-class Moments:
+class InputStats:
     """What is known of a group's inputs, for all matrices that read them.
 
     Attributes:
@@ -77,19 +77,19 @@ class Moments:
 
     hessian: Tensor
     drift: Drift | None
-    settings: Settings
+    settings: SolverSettings
 
     @cached_property
-    def inverse(self) -> Inverse | None:
+    def factor(self) -> HessianFactor | None:
         """Factor of the damped Hessian; None when the method needs none or no damping helped."""
         settings = self.settings
-        return factorise(self.hessian, settings.damping, settings.act_order) if settings.compensates else None
+        return factorize(self.hessian, settings.damping, settings.act_order) if settings.compensates else None
 
-    def divided(self, scale: Tensor) -> "Moments":
+    def divided_by(self, scale: Tensor) -> "InputStats":
         """The moments of the inputs divided by `scale`, float32 [K] > 0; nothing is factored again."""
         outer = scale[:, None] * scale
-        divided = Moments(self.hessian / outer, None if self.drift is None else self.drift.divided(outer), self.settings)
-        divided.inverse = None if self.inverse is None else self.inverse.divided(scale)
+        divided = InputStats(self.hessian / outer, None if self.drift is None else self.drift.divided_by(outer), self.settings)
+        divided.factor = None if self.factor is None else self.factor.divided_by(scale)
         return divided
 
     def take_targets(self, weights: Iterable[Tensor]) -> list[Tensor]:
@@ -100,10 +100,10 @@ class Moments:
         drift, self.drift = self.drift, None
         if drift is None or not self.settings.compensates:
             return list(weights)
-        return matched(weights, drift, self.settings.drift)
+        return asymmetric_targets(weights, drift, self.settings.asymmetric_calibration)
 
 
-def matched(weights: Iterable[Tensor], drift: Drift, strength: float) -> list[Tensor]:
+def asymmetric_targets(weights: Iterable[Tensor], drift: Drift, strength: float) -> list[Tensor]:
     """The weights that give the original model's outputs from the quantized model's inputs, float32 [N, K] each.
 
     Ridge regression: W* = W + strength * W D^T (H + ridge)^-1 with D = X^T (X_ref - X) / T and H over the same tokens.
@@ -123,19 +123,19 @@ def matched(weights: Iterable[Tensor], drift: Drift, strength: float) -> list[Te
     return found
 
 
-def solve(target: Tensor, moments: Moments | None, scheme: Scheme, settings: Settings) -> QuantizedWeight:
-    """Quantize `target` (float32 [N, K], from `take_targets`); `moments` is None for data-free rounding only.
+def solve(target: Tensor, stats: InputStats | None, scheme: Scheme, settings: SolverSettings) -> QuantizedWeight:
+    """Quantize `target` (float32 [N, K], from `take_targets`); `stats` is None for data-free rounding only.
 
     Where the Hessian could not be factored the result is plain rounding; the caller sees `moments.inverse is None` and
     reports it.
     """
-    if moments is None or settings.method == "rtn":
+    if stats is None or settings.method == "rtn":
         return rtn(target, scheme, settings.dtype)
     if not settings.compensates:
-        return clipped(target, moments.hessian, scheme, settings.dtype, SHRINK)
-    inverse = moments.inverse
-    if inverse is None:
+        return quantize_clipped(target, stats.hessian, scheme, settings.dtype, CLIP_RATIOS)
+    factor = stats.factor
+    if factor is None:
         return rtn(target, scheme, settings.dtype)
-    found = gptq(target, inverse, scheme, settings.dtype, SHRINK)
-    sweeps = settings.sweeps_at(scheme.bits)
-    return descend(target, found, inverse.hessian, settings.dtype, sweeps) if sweeps else found
+    found = gptq(target, factor, scheme, settings.dtype, CLIP_RATIOS)
+    passes = settings.descent_passes(scheme.bits)
+    return coordinate_descent(target, found, factor.hessian, settings.dtype, passes) if passes else found

@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig
 from quantkit.errors import NumericsError
 from quantkit.methods.awq import search_channel_scale
 from quantkit.methods.grid import QuantizedWeight
-from quantkit.methods.hessian import PARTS, Hessian
+from quantkit.methods.hessian import PARTS, HessianAccumulator
 from quantkit.methods.scheme import Scheme
-from quantkit.methods.solve import Moments, Settings, solve
+from quantkit.methods.solve import InputStats, SolverSettings, solve
 from quantkit.models.families import MatrixGroup
 from quantkit.quantization.calibration import ActivationStream, LockstepForward
 from quantkit.quantization.distributed import SINGLE_PROCESS, ProcessGroup
@@ -46,7 +46,7 @@ class BlockQuantizer:
     prefix: str
     schemes: Mapping[str, Scheme]
     config: PreTrainedConfig
-    settings: Settings
+    settings: SolverSettings
     on_report: Callable[[MatrixReport], None]
     written: QuantizedBlock = field(default_factory=lambda: QuantizedBlock({}, {}))
     process_group: ProcessGroup = SINGLE_PROCESS
@@ -74,13 +74,13 @@ class BlockQuantizer:
             if lockstep is None:
                 self._solve(group, weights, None, None, "", started)
                 continue
-            moments, ratio, note = self._measure(lockstep, number, next(iter(weights.values())).shape[1]), None, ""
+            stats, ratio, note = self._measure(lockstep, number, next(iter(weights.values())).shape[1]), None, ""
             trim_memory()
             if self.settings.scales_channels:
-                moments, ratio, note = self._scale(lockstep, number, weights, moments)
+                stats, ratio, note = self._scale(lockstep, number, weights, stats)
                 for stream in streams:
                     stream.weights |= {name: weight.to(self._parameter(name).dtype) for name, weight in weights.items()}
-            self._solve(group, weights, moments, ratio, note, started)
+            self._solve(group, weights, stats, ratio, note, started)
             # The first stream goes on with what was written; a second one stays with the (scaled) originals.
             quantized = self.written.quantized
             streams[0].weights |= {
@@ -89,7 +89,7 @@ class BlockQuantizer:
             # Forward and solver take tensors of other sizes than one another.
             trim_memory()
 
-    def _measure(self, lockstep: LockstepForward, number: int, columns: int) -> Moments:
+    def _measure(self, lockstep: LockstepForward, number: int, columns: int) -> InputStats:
         """The moments of group `number`'s inputs.
 
         Raises:
@@ -104,16 +104,16 @@ class BlockQuantizer:
                 f"{self.prefix}{lockstep.groups[number].names[0]}: its calibration inputs hold NaN or Inf; the model "
                 "overflows in its own dtype, or the checkpoint is damaged"
             )
-        return Moments(hessian, drift, self.settings)
+        return InputStats(hessian, drift, self.settings)
 
     def _scale(
-        self, lockstep: LockstepForward, number: int, weights: dict[str, Tensor], moments: Moments
-    ) -> tuple[Moments, float | None, str]:
+        self, lockstep: LockstepForward, number: int, weights: dict[str, Tensor], stats: InputStats
+    ) -> tuple[InputStats, float | None, str]:
         """Search and fold AWQ's channel scale: multiplies `weights` in place, returns moments of the divided input."""
         fold = lockstep.groups[number].fold
         if fold is None:
-            return moments, None, "AWQ scale not folded: nothing before it can absorb one"
-        hessian, cost = moments.hessian, None if moments.inverse is None else moments.inverse.cost
+            return stats, None, "AWQ scale not folded: nothing before it can absorb one"
+        hessian, cost = stats.hessian, None if stats.factor is None else stats.factor.cost
         channel_groups = find_channel_groups(fold, hessian.shape[0], self.config).to(hessian.device)
         parts = [(weight, self.schemes[name]) for name, weight in weights.items() if name in self.schemes]
         found = search_channel_scale(parts, hessian, self.settings.dtype, channel_groups, cost, self.process_group.map)
@@ -124,13 +124,13 @@ class BlockQuantizer:
             if name not in self.schemes:
                 self.written.unquantized[f"{name}.weight"] = weights[name].to(self.settings.dtype)
         lockstep.divide_input(number, scale)
-        return moments.divided(scale), found.ratio, ""
+        return stats.divided_by(scale), found.ratio, ""
 
     def _solve(
         self,
         group: MatrixGroup,
         weights: dict[str, Tensor],
-        moments: Moments | None,
+        stats: InputStats | None,
         ratio: float | None,
         note: str,
         started: float,
@@ -147,10 +147,10 @@ class BlockQuantizer:
         }
         own = [batch for batch, owner in zip(batches, owners, strict=True) if owner == self.process_group.rank]
         stacked = (torch.cat([weights[name] for name in batch]) for batch in own)
-        targets = stacked if moments is None else moments.take_targets(stacked)
+        targets = stacked if stats is None else stats.take_targets(stacked)
         for batch, target in zip(own, targets, strict=True):
             parts = dict(zip(batch, target.split([rows[name] for name in batch]), strict=True))
-            solved |= self._solve_stacked(target, parts, moments, ratio, note)
+            solved |= self._solve_stacked(target, parts, stats, ratio, note)
         for name in names:
             quantized, report = solved[name]
             for tensor in (quantized.codes, quantized.scales, quantized.zeros):
@@ -161,16 +161,16 @@ class BlockQuantizer:
             self.on_report(replace(report, seconds=report.seconds + before * rows[name] / sum(rows.values())))
 
     def _solve_stacked(
-        self, target: Tensor, parts: Mapping[str, Tensor], moments: Moments | None, ratio: float | None, note: str
+        self, target: Tensor, parts: Mapping[str, Tensor], stats: InputStats | None, ratio: float | None, note: str
     ) -> dict[str, tuple[QuantizedWeight, MatrixReport]]:
         """Matrices of one scheme, solved stacked on one another in `target`, and the report of each."""
         started = time.monotonic()
-        stacked = solve(target, moments, self.schemes[next(iter(parts))], self.settings)
+        stacked = solve(target, stats, self.schemes[next(iter(parts))], self.settings)
         seconds = time.monotonic() - started
         solved, start = {}, 0
         for name, part in parts.items():
             quantized, share = stacked.rows(start, start + len(part)), seconds * len(part) / len(target)
-            report = matrix_report(self.prefix + name, quantized, part, moments, self.settings, ratio, note, share)
+            report = matrix_report(self.prefix + name, quantized, part, stats, self.settings, ratio, note, share)
             solved[name] = quantized, report
             start += len(part)
         return solved
@@ -195,10 +195,10 @@ def stack_matrices(schemes: Mapping[str, Scheme], rows: Mapping[str, int], limit
 
 def accumulate_hessian(
     inputs: Iterable[tuple[Tensor, ...]], columns: int, device: torch.device, process_group: ProcessGroup
-) -> Hessian:
+) -> HessianAccumulator:
     """The sums over all inputs: every process of the team sums its share of the columns, and all get all of them."""
     owners = process_group.assign_owners(PARTS)
-    sums = Hessian(columns, device, [part for part, owner in enumerate(owners) if owner == process_group.rank])
+    sums = HessianAccumulator(columns, device, [part for part, owner in enumerate(owners) if owner == process_group.rank])
     for values in inputs:
         sums.add(*values)
     for part, owner in enumerate(owners):
@@ -211,8 +211,8 @@ def matrix_report(
     name: str,
     quantized: QuantizedWeight,
     target: Tensor,
-    moments: Moments | None,
-    settings: Settings,
+    stats: InputStats | None,
+    settings: SolverSettings,
     ratio: float | None,
     note: str,
     seconds: float,
@@ -221,10 +221,10 @@ def matrix_report(
     change = target - quantized.dequantize()
     noise, signal = float(change.square().sum()), float(target.square().sum())
     lost, total = noise, signal
-    if moments is not None:
-        lost = float((change @ moments.hessian).mul_(change).sum())
-        total = float((target @ moments.hessian).mul_(target).sum())
-    failed = moments is not None and settings.compensates and moments.inverse is None
+    if stats is not None:
+        lost = float((change @ stats.hessian).mul_(change).sum())
+        total = float((target @ stats.hessian).mul_(target).sum())
+    failed = stats is not None and settings.compensates and stats.factor is None
     if failed:
         note = "the Hessian could not be factored even fully damped: fell back to rtn"
     at_ends = (quantized.codes == 0) | (quantized.codes == quantized.scheme.levels)
@@ -234,7 +234,7 @@ def matrix_report(
         method="rtn" if failed else settings.method,
         output_error=max(lost, 0.0) / max(total, 1e-30),
         snr_db=10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)),
-        damping=moments.inverse.damping if moments is not None and moments.inverse is not None else None,
+        damping=stats.factor.damping if stats is not None and stats.factor is not None else None,
         scale_ratio=ratio,
         saturation=float(at_ends.float().mean()),
         seconds=seconds,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantkit.methods.grid import QuantizedWeight
-from quantkit.methods.solve import Moments, solve
+from quantkit.methods.solve import InputStats, solve
 from quantkit.quantization.block import accumulate_hessian, matrix_report
 from quantkit.quantization.distributed import ProcessGroup
 from quantkit.quantization.prepare import QuantizationJob
@@ -26,20 +26,20 @@ def quantize_head(
     scheme = job.schemes["lm_head"]
     assert scheme is not None
     started = time.monotonic()
-    moments = None
+    stats = None
     if streams:
         inputs = (
             tuple(job.model.head_input(stream[index].to(job.model.device)) for stream in streams if index < len(stream))
             for index in range(len(streams[0]))
         )
         sums = accumulate_hessian(inputs, job.model.config.hidden_size, job.model.device, process_group)
-        moments = Moments(sums.mean(), sums.drift(), job.settings)
+        stats = InputStats(sums.mean(), sums.drift(), job.settings)
     pieces = job.model.head_weight.split(_ROWS)
     owners = process_group.assign_owners([len(rows) for rows in pieces])
     widened = (rows.float() for rows in pieces)
-    targets = list(widened) if moments is None else moments.take_targets(widened)
+    targets = list(widened) if stats is None else stats.take_targets(widened)
     parts = [
-        solve(target, moments, scheme, job.settings)
+        solve(target, stats, scheme, job.settings)
         if owner == process_group.rank
         else QuantizedWeight.empty(target.shape, scheme, target.device)
         for target, owner in zip(targets, owners, strict=True)
@@ -50,5 +50,5 @@ def quantize_head(
     whole = QuantizedWeight(
         torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), torch.cat([p.zeros for p in parts]), scheme
     )
-    report = matrix_report("lm_head", whole, torch.cat(targets), moments, job.settings, None, "", time.monotonic() - started)
+    report = matrix_report("lm_head", whole, torch.cat(targets), stats, job.settings, None, "", time.monotonic() - started)
     return whole, report

@@ -21,7 +21,7 @@ from quantkit.errors import RecipeError
 from quantkit.formats import FORMATS, Engine
 from quantkit.formats.rotated import OnlineHadamard, refusals
 from quantkit.methods.scheme import Scheme
-from quantkit.methods.solve import Settings
+from quantkit.methods.solve import SolverSettings
 from quantkit.models.streaming import StreamedModel, TensorReader, check_tensors
 from quantkit.quantization.calibration import MICRO_BATCH_TOKENS
 from quantkit.quantization.rotation import Rotation
@@ -58,10 +58,17 @@ class QuantizationJob:
     tokens: Tensor | None
 
     @cached_property
-    def settings(self) -> Settings:
+    def settings(self) -> SolverSettings:
         """How matrices are solved."""
-        r = self.recipe
-        return Settings(r.method, r.act_order, r.damping, r.drift, r.sweeps, self.model.dtype)
+        recipe = self.recipe
+        return SolverSettings(
+            method=recipe.method,
+            act_order=recipe.act_order,
+            damping=recipe.damping,
+            asymmetric_calibration=recipe.asymmetric_calibration,
+            coordinate_descent_passes=recipe.coordinate_descent_passes,
+            dtype=self.model.dtype,
+        )
 
     @property
     def stream_rows(self) -> list[int]:
@@ -69,7 +76,7 @@ class QuantizationJob:
         assert self.tokens is not None
         rows, batch = len(self.tokens), self.rows_per_batch
         reference = min(-(-rows // (REFERENCE_SHARE * batch)) * batch, rows)
-        return [rows, reference] if self.settings.pairs else [rows]
+        return [rows, reference] if self.settings.needs_reference else [rows]
 
     @property
     def non_block_tensors(self) -> list[str]:

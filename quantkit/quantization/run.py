@@ -21,6 +21,7 @@ from quantkit.quantization.pipeline import Progress, WorkerWorkspace, quantize_b
 from quantkit.quantization.prepare import QuantizationJob, prepare_job
 from quantkit.quantization.report import MatrixReport, RunReport, Totals, worst_five
 from quantkit.recipe import Recipe
+from quantkit.utils.renamed_keys import with_current_keys
 from quantkit.utils.resources import cpu_seconds, peak_memory
 
 
@@ -72,7 +73,12 @@ def quantize_model(request: QuantizeRequest, progress: Progress, process_group: 
     best: dict[str, Any] = {"threads": torch.get_num_threads(), "matmul": str(matmul).removeprefix("torch.")}
     settings = best | dict(request.compute_settings)
     with Workspace(
-        request.out, job.identity(), source=request.folder, overwrite=request.overwrite, settings=settings
+        request.out,
+        job.identity(),
+        source=request.folder,
+        overwrite=request.overwrite,
+        settings=settings,
+        upgrade=_upgraded,
     ) as workspace:
         settings = workspace.settings
         if settings != best:
@@ -96,6 +102,14 @@ def join_as_worker(request: QuantizeRequest, progress: Progress, process_group: 
         _apply_compute_settings(job, settings)
         seen = WorkerWorkspace(Workspace.folder_of(request.out), finished)
         quantize_blocks(job, seen, plan_memory(job, request.max_memory, process_group), progress, process_group)
+
+
+def _upgraded(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of an unfinished run with the current keys of the recipe, whichever version of quantkit started it."""
+    try:
+        return identity | {"recipe": with_current_keys(identity["recipe"])}
+    except (KeyError, TypeError, ValueError):
+        return identity  # Damaged: it will differ from every run's.
 
 
 def _apply_compute_settings(job: QuantizationJob, settings: Mapping[str, Any]) -> None:
@@ -157,6 +171,7 @@ def _report_of_finished(out: Path, job: QuantizationJob) -> RunReport | None:
     identity = job.identity()
     try:
         stored = read_json(out / "quantkit.json")
+        stored["recipe"] = with_current_keys(stored["recipe"])
         made = {
             "recipe": stored["recipe"],
             "source": stored["source"]["sha256"],
@@ -168,5 +183,5 @@ def _report_of_finished(out: Path, job: QuantizationJob) -> RunReport | None:
             return None
         matrices = [MatrixReport(**matrix) for matrix in stored["matrices"]]
         return RunReport(**stored | {"totals": Totals(**stored["totals"]), "matrices": matrices})
-    except (CheckpointError, KeyError, TypeError, AttributeError):
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
         return None

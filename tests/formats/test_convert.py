@@ -25,6 +25,7 @@ from quantkit.formats.convert import convert
 from quantkit.methods.scheme import Scheme
 from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Recipe, Rule
+from quantkit.utils.renamed_keys import RENAMED
 
 CT, GPTQ, AWQ = FORMATS
 
@@ -191,6 +192,17 @@ def test_the_report_says_what_is_there_now(artifact: Artifact, tmp_path: Path) -
     assert report["totals"]["size_bytes"] == sum(path.stat().st_size for path in shards)
     assert report["totals"]["bits_per_weight"] == bits_per_weight(Checkpoint(tmp_path / "out"))
     assert report["matrices"] == before["matrices"]
+
+
+def test_the_report_is_written_with_current_keys(artifact: Artifact, tmp_path: Path) -> None:
+    source = shutil.copytree(artifact("w4 sym", CT), tmp_path / "in")
+    report = read_json(source / "quantkit.json")
+    current = {new: old for old, new in RENAMED.items()}
+    old = {current.get(key, key): value for key, value in report["recipe"].items()}
+    assert old != report["recipe"]
+    (source / "quantkit.json").write_text(json.dumps(report | {"recipe": old}))
+    convert(source, tmp_path / "out", GPTQ, overwrite=False)
+    assert read_json(tmp_path / "out" / "quantkit.json")["recipe"] == report["recipe"] | {"format": GPTQ}
 
 
 # Refusals.

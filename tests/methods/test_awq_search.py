@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from helpers.method_samples import SCHEMES, activations, assert_sound, second_moment, weights
-from quantkit.methods.awq import RATIOS, clipped, search_channel_scale
+from quantkit.methods.awq import RATIOS, quantize_clipped, search_channel_scale
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.rtn import rtn
 from quantkit.methods.scheme import Scheme
@@ -98,10 +98,12 @@ def _group_losses(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_clipping_is_the_best_of_its_factors(scheme: Scheme) -> None:
     hessian, weight, factors = second_moment(activations(96)), weights(20, 96), (1.0, 0.9, 0.8, 0.7)
-    found = clipped(weight, hessian, scheme, BF16, factors)
+    found = quantize_clipped(weight, hessian, scheme, BF16, factors)
     assert_sound(found, 20, 96, BF16)
     losses = _group_losses(weight, found, hessian)
-    alone = torch.stack([_group_losses(weight, clipped(weight, hessian, scheme, BF16, (f,)), hessian) for f in factors])
+    alone = torch.stack(
+        [_group_losses(weight, quantize_clipped(weight, hessian, scheme, BF16, (f,)), hessian) for f in factors]
+    )
     # Candidates are compared in float32 sums of at most 96 * 96 products.
     assert bool((losses <= _group_losses(weight, rtn(weight, scheme, BF16), hessian) * (1 + 1e-4)).all())
     torch.testing.assert_close(losses, alone.amin(0), rtol=1e-4, atol=0)
@@ -111,4 +113,4 @@ def test_clipping_is_the_best_of_its_factors(scheme: Scheme) -> None:
 
 def test_clipping_without_a_choice_is_plain_rounding() -> None:
     hessian, weight, scheme = second_moment(activations(96)), weights(20, 96), Scheme(4, 32, False)
-    assert torch.equal(clipped(weight, hessian, scheme, BF16, (1.0,)).codes, rtn(weight, scheme, BF16).codes)
+    assert torch.equal(quantize_clipped(weight, hessian, scheme, BF16, (1.0,)).codes, rtn(weight, scheme, BF16).codes)

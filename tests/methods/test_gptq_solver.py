@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from helpers.method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
-from quantkit.methods.gptq import Inverse, factorise, gptq
+from quantkit.methods.gptq import HessianFactor, factorize, gptq
 from quantkit.methods.grid import QuantizedWeight
-from quantkit.methods.rtn import on_grid, rtn
+from quantkit.methods.rtn import quantize_on_grid, rtn
 from quantkit.methods.scheme import Scheme
 
 BF16 = torch.bfloat16
-SHRINK = (1.0, 0.85, 0.7)
+CLIP_RATIOS = (1.0, 0.85, 0.7)
 
 #: How far, in steps of the grid, a value may lie from the reference's. Damping of 1% bounds the condition number near 1e3,
 #: and float32 holds 6e-8: the factor is good to about 1e-4, and so is a value a few steps from zero.
@@ -21,35 +21,33 @@ NEAR = 2e-3
 
 
 @cache
-def _problem(columns: int, act_order: bool) -> tuple[Tensor, Inverse]:
+def _problem(columns: int, act_order: bool) -> tuple[Tensor, HessianFactor]:
     """A Hessian and its factor, shared by the grids that are tried on it."""
     hessian = second_moment(activations(columns))
-    inverse = factorise(hessian, 0.01, act_order)
-    assert inverse is not None
-    return hessian, inverse
+    factor = factorize(hessian, 0.01, act_order)
+    assert factor is not None
+    return hessian, factor
 
 
 @cache
 def _first_rows(columns: int, act_order: bool) -> list[Tensor]:
     """First row of the inverse of the remaining Hessian at every step, inverted anew each time in float64."""
-    _, inverse = _problem(columns, act_order)
-    return [
-        torch.linalg.inv(inverse.hessian.double()[left][:, left])[0] for left in (inverse.order[j:] for j in range(columns))
-    ]
+    _, factor = _problem(columns, act_order)
+    return [torch.linalg.inv(factor.hessian.double()[left][:, left])[0] for left in (factor.order[j:] for j in range(columns))]
 
 
-def _wanted_codes(weight: Tensor, quantized: QuantizedWeight, inverse: Inverse, first_rows: list[Tensor]) -> Tensor:
+def _wanted_codes(weight: Tensor, quantized: QuantizedWeight, factor: HessianFactor, first_rows: list[Tensor]) -> Tensor:
     """The unrounded code that the paper's algorithm would round, float64 [N, K], given every code chosen before it.
 
     Following the chosen codes instead of its own makes each code a test of its own: otherwise one code rounded the other
     way at a tie would change all that come after it.
     """
-    left = weight.double()[:, inverse.order]
+    left = weight.double()[:, factor.order]
     wanted = torch.empty_like(left)
     width = quantized.scheme.group_columns(weight.shape[1])
     chosen = quantized.dequantize().double()
     for j, row in enumerate(first_rows):
-        column = int(inverse.order[j])
+        column = int(factor.order[j])
         scale, zero = quantized.scales[:, column // width].double(), quantized.zeros[:, column // width].double()
         wanted[:, column] = left[:, j] / scale + zero
         error = (left[:, j] - chosen[:, column]) / row[0]
@@ -57,9 +55,11 @@ def _wanted_codes(weight: Tensor, quantized: QuantizedWeight, inverse: Inverse, 
     return wanted
 
 
-def _assert_follows_the_paper(weight: Tensor, quantized: QuantizedWeight, inverse: Inverse, first_rows: list[Tensor]) -> None:
+def _assert_follows_the_paper(
+    weight: Tensor, quantized: QuantizedWeight, factor: HessianFactor, first_rows: list[Tensor]
+) -> None:
     levels = quantized.scheme.levels
-    wanted = _wanted_codes(weight, quantized, inverse, first_rows)
+    wanted = _wanted_codes(weight, quantized, factor, first_rows)
     # Beyond the ends of the grid only the end is left to choose.
     missed = (wanted.clamp(0, levels) - quantized.codes).abs()
     assert float(missed.max()) <= 0.5 + NEAR
@@ -72,48 +72,48 @@ def _assert_follows_the_paper(weight: Tensor, quantized: QuantizedWeight, invers
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(5, 96), (9, 160)])
 def test_codes_are_the_papers(rows: int, columns: int, scheme: Scheme, act_order: bool) -> None:
-    _, inverse = _problem(columns, act_order)
+    _, factor = _problem(columns, act_order)
     weight = weights(rows, columns)
-    quantized = gptq(weight, inverse, scheme, BF16, SHRINK)
+    quantized = gptq(weight, factor, scheme, BF16, CLIP_RATIOS)
     assert_sound(quantized, rows, columns, BF16)
-    _assert_follows_the_paper(weight, quantized, inverse, _first_rows(columns, act_order))
+    _assert_follows_the_paper(weight, quantized, factor, _first_rows(columns, act_order))
 
 
 @pytest.mark.parametrize("columns", [128, 288])
 def test_error_crosses_the_runs(columns: int) -> None:
     # 288 columns are two full runs and a part of a third: what run 1 loses must reach run 3.
-    _, inverse = _problem(columns, True)
+    _, factor = _problem(columns, True)
     weight, scheme = weights(8, columns), Scheme(3, 32, False)
-    quantized = gptq(weight, inverse, scheme, BF16, SHRINK)
-    _assert_follows_the_paper(weight, quantized, inverse, _first_rows(columns, True))
+    quantized = gptq(weight, factor, scheme, BF16, CLIP_RATIOS)
+    _assert_follows_the_paper(weight, quantized, factor, _first_rows(columns, True))
 
 
 def test_rows_do_not_touch_each_other() -> None:
     # Stacked matrices must get what each would get alone; products of other shapes may round differently, so up to ties.
-    _, inverse = _problem(160, True)
+    _, factor = _problem(160, True)
     parts = [weights(7, 160, seed=1), weights(30, 160, seed=2)]
-    stacked = gptq(torch.cat(parts), inverse, Scheme(4, 32, True), BF16, SHRINK)
+    stacked = gptq(torch.cat(parts), factor, Scheme(4, 32, True), BF16, CLIP_RATIOS)
     for part, (start, stop) in zip(parts, [(0, 7), (7, 37)], strict=True):
         quantized = stacked.rows(start, stop)
-        assert torch.equal(quantized.scales, gptq(part, inverse, Scheme(4, 32, True), BF16, SHRINK).scales)
-        _assert_follows_the_paper(part, quantized, inverse, _first_rows(160, True))
+        assert torch.equal(quantized.scales, gptq(part, factor, Scheme(4, 32, True), BF16, CLIP_RATIOS).scales)
+        _assert_follows_the_paper(part, quantized, factor, _first_rows(160, True))
 
 
 def test_weight_is_left_alone() -> None:
-    _, inverse = _problem(96, True)
+    _, factor = _problem(96, True)
     weight = weights(5, 96)
-    gptq(weight, inverse, Scheme(4, 32, True), BF16, SHRINK)
+    gptq(weight, factor, Scheme(4, 32, True), BF16, CLIP_RATIOS)
     assert torch.equal(weight, weights(5, 96))
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in-order", "act-order"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_beats_rounding(scheme: Scheme, act_order: bool) -> None:
-    hessian, inverse = _problem(160, act_order)
+    hessian, factor = _problem(160, act_order)
     weight = weights(64, 160)
-    solved = gptq(weight, inverse, scheme, BF16, SHRINK)
+    solved = gptq(weight, factor, scheme, BF16, CLIP_RATIOS)
     # Both plain rounding and rounding on the very same grids: what is left is what absorbing the error is worth.
-    on_same_grids = on_grid(weight, scheme, solved.scales, solved.zeros.float())
+    on_same_grids = quantize_on_grid(weight, scheme, solved.scales, solved.zeros.float())
     for rounded in (rtn(weight, scheme, BF16), on_same_grids):
         assert loss(weight, solved, hessian) < 0.8 * loss(weight, rounded, hessian)
 
@@ -122,38 +122,38 @@ def test_beats_rounding(scheme: Scheme, act_order: bool) -> None:
 def test_dead_inputs_cost_nothing_and_disturb_nobody(act_order: bool) -> None:
     x, dead = activations(96), torch.tensor([0, 17, 18, 95])
     x[:, dead] = 0
-    inverse = factorise(second_moment(x), 0.01, act_order)
-    assert inverse is not None
-    assert bool(inverse.upper.isfinite().all())
+    factor = factorize(second_moment(x), 0.01, act_order)
+    assert factor is not None
+    assert bool(factor.upper.isfinite().all())
     weight, scheme = weights(8, 96), Scheme(4, 16, False)
-    quantized = gptq(weight, inverse, scheme, BF16, SHRINK)
-    rounded = on_grid(weight, scheme, quantized.scales, quantized.zeros.float())
+    quantized = gptq(weight, factor, scheme, BF16, CLIP_RATIOS)
+    rounded = quantize_on_grid(weight, scheme, quantized.scales, quantized.zeros.float())
     # Nothing reaches a dead column, so it is plainly rounded; and nothing leaves it, so the others do not see its weights.
     assert torch.equal(quantized.codes[:, dead], rounded.codes[:, dead])
-    for step in torch.isin(inverse.order, dead).nonzero().flatten().tolist():
-        assert not inverse.upper[step, step + 1 :].any()
+    for step in torch.isin(factor.order, dead).nonzero().flatten().tolist():
+        assert not factor.upper[step, step + 1 :].any()
 
 
 def test_without_dead_inputs_the_hessian_is_only_damped() -> None:
-    hessian, inverse = _problem(96, True)
+    hessian, factor = _problem(96, True)
     damping = 0.01 * hessian.diagonal().mean() * torch.eye(96)
-    torch.testing.assert_close(inverse.hessian, hessian + damping)
-    assert inverse.damping == 0.01
+    torch.testing.assert_close(factor.hessian, hessian + damping)
+    assert factor.damping == 0.01
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in-order", "act-order"])
 def test_factor_is_that_of_the_ordered_inverse(act_order: bool) -> None:
-    hessian, inverse = _problem(96, act_order)
-    assert torch.equal(inverse.upper, inverse.upper.triu())
-    rebuilt = inverse.upper.double().T @ inverse.upper.double()
-    ordered = inverse.hessian.double()[inverse.order][:, inverse.order]
+    hessian, factor = _problem(96, act_order)
+    assert torch.equal(factor.upper, factor.upper.triu())
+    rebuilt = factor.upper.double().T @ factor.upper.double()
+    ordered = factor.hessian.double()[factor.order][:, factor.order]
     # Relative to 1 on the diagonal: the condition number, near 1e3, times float32's 6e-8, with room for K = 96 sums.
     torch.testing.assert_close(rebuilt @ ordered, torch.eye(96, dtype=torch.float64), rtol=0, atol=1e-3)
-    met = hessian.diagonal()[inverse.order]
+    met = hessian.diagonal()[factor.order]
     if act_order:
         assert bool((met[1:] <= met[:-1]).all())
     else:
-        assert torch.equal(inverse.order, torch.arange(96))
+        assert torch.equal(factor.order, torch.arange(96))
 
 
 def _shifted(lowest: float) -> Tensor:
@@ -168,27 +168,27 @@ def _shifted(lowest: float) -> Tensor:
 
 @pytest.mark.parametrize(("lowest", "needed"), [(0.5, 0.001), (-0.005, 0.01), (-0.05, 0.1), (-0.5, 1.0)])
 def test_damping_is_raised_until_the_hessian_factors(lowest: float, needed: float) -> None:
-    inverse = factorise(_shifted(lowest), 0.001, act_order=False)
-    assert inverse is not None
-    assert inverse.damping == pytest.approx(needed)
-    added = inverse.hessian - _shifted(lowest)
+    factor = factorize(_shifted(lowest), 0.001, act_order=False)
+    assert factor is not None
+    assert factor.damping == pytest.approx(needed)
+    added = factor.hessian - _shifted(lowest)
     # The mean diagonal is 1 to float32's rounding of its 32 entries.
     torch.testing.assert_close(added, needed * torch.eye(32), rtol=1e-5, atol=1e-6)
 
 
 def test_a_hopeless_hessian_has_no_factor() -> None:
-    assert factorise(_shifted(-5.0), 0.01, act_order=True) is None
+    assert factorize(_shifted(-5.0), 0.01, act_order=True) is None
 
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_a_divided_factor_is_that_of_the_divided_inputs(act_order: bool) -> None:
-    _, inverse = _problem(48, act_order)
+    _, factor = _problem(48, act_order)
     scale = torch.logspace(-1, 1, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
-    divided = inverse.divided(scale)
+    divided = factor.divided_by(scale)
     inputs = torch.diag(1 / scale.double())
-    expected = torch.linalg.inv(inputs @ inverse.hessian.double() @ inputs)[inverse.order][:, inverse.order]
+    expected = torch.linalg.inv(inputs @ factor.hessian.double() @ inputs)[factor.order][:, factor.order]
     upper = divided.upper.double()
     assert torch.equal(upper, upper.triu())
     # Float32, and a condition number of some 1e3.
     torch.testing.assert_close(upper.T @ upper, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    torch.testing.assert_close(divided.hessian.double(), inputs @ inverse.hessian.double() @ inputs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(divided.hessian.double(), inputs @ factor.hessian.double() @ inputs, rtol=1e-5, atol=0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.method_samples import SCHEMES, assert_storable, weights
-from quantkit.methods.grid import QuantizedWeight, round_to_grid, search_grid, span, storable_scales
+from quantkit.methods.grid import QuantizedWeight, minmax_qparams, round_to_grid, search_qparams, storable_scales
 from quantkit.methods.scheme import Scheme
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -34,7 +34,7 @@ def test_storing_a_scale_rounds_it_once(size: float, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_span_covers_its_range(scheme: Scheme, dtype: torch.dtype) -> None:
     low, high = torch.tensor(LOWS_AND_HIGHS).T
-    scales, zeros = span(low, high, scheme, dtype)
+    scales, zeros = minmax_qparams(low, high, scheme, dtype)
     assert_storable(scales, dtype)
     points = low + torch.linspace(0, 1, 101)[:, None] * (high - low)
     values = (round_to_grid(points, scales, zeros, scheme.levels) - zeros) * scales
@@ -47,7 +47,7 @@ def test_span_covers_its_range(scheme: Scheme, dtype: torch.dtype) -> None:
 def test_symmetric_scale_puts_the_longer_half_under_the_longer_end(bits: int) -> None:
     scheme, half = Scheme(bits, -1, True), 1 << (bits - 1)
     low, high = torch.tensor([-1.0, -0.25]), torch.tensor([0.25, 1.0])
-    scales, zeros = span(low, high, scheme, torch.bfloat16)
+    scales, zeros = minmax_qparams(low, high, scheme, torch.bfloat16)
     assert scales[0] > 0 > scales[1]
     assert torch.equal(scales[0], -scales[1])
     # Code 0 is the long end of the grid: it holds exactly the far end, a power of two.
@@ -62,7 +62,7 @@ def test_negative_scales_dequantize() -> None:
 
 
 def _weighted_error(weight: Tensor, scheme: Scheme, importance: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """float64 [N, G]: what `search_grid` minimises."""
+    """float64 [N, G]: what `search_qparams` minimises."""
     grouped = weight.view(len(weight), scales.shape[1], -1)
     codes = round_to_grid(grouped, scales[..., None], zeros[..., None], scheme.levels)
     change = (codes.double() - zeros[..., None]) * scales[..., None].double() - grouped.double()
@@ -74,11 +74,11 @@ def test_search_finds_the_best_factor_of_every_group(scheme: Scheme) -> None:
     # 130 rows: more than two of the slices that the search works in.
     weight, importance = weights(130, 96), torch.rand(96, generator=torch.Generator().manual_seed(1)) ** 4
     factors = (1.0, 0.9, 0.8, 0.7, 0.6)
-    scales, zeros = search_grid(weight, scheme, importance, torch.bfloat16, factors)
+    scales, zeros = search_qparams(weight, scheme, importance, torch.bfloat16, factors)
     assert_storable(scales, torch.bfloat16)
     found = _weighted_error(weight, scheme, importance, scales, zeros)
     alone = [
-        _weighted_error(weight, scheme, importance, *search_grid(weight, scheme, importance, torch.bfloat16, (factor,)))
+        _weighted_error(weight, scheme, importance, *search_qparams(weight, scheme, importance, torch.bfloat16, (factor,)))
         for factor in factors
     ]
     # The search compares float32 sums of at most 96 terms: of two candidates closer than 1e-5 it may take either.
@@ -91,7 +91,7 @@ def test_search_finds_the_best_factor_of_every_group(scheme: Scheme) -> None:
 def test_search_keeps_zero_points_in_range() -> None:
     weight = torch.cat([weights(4, 32) + 10, weights(4, 32) - 10, torch.zeros(1, 32)])
     scheme = Scheme(4, 16, False)
-    scales, zeros = search_grid(weight, scheme, torch.ones(32), torch.float16, (1.0, 0.8))
+    scales, zeros = search_qparams(weight, scheme, torch.ones(32), torch.float16, (1.0, 0.8))
     assert bool(((zeros >= 0) & (zeros <= 15) & (zeros == zeros.round())).all())
     assert_storable(scales, torch.float16)
 

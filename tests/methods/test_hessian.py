@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.method_samples import activations
-from quantkit.methods.hessian import Hessian
+from quantkit.methods.hessian import HessianAccumulator
 
 CPU = torch.device("cpu")
 # float32 sums of 512 products: the error grows like sqrt(512) * 2^-24 of the largest entry.
@@ -14,7 +14,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-4}
 @pytest.mark.parametrize("columns", [1, 5, 96, 100])
 def test_mean_is_the_second_moment(columns: int) -> None:
     x = activations(columns)
-    sums = Hessian(columns, CPU)
+    sums = HessianAccumulator(columns, CPU)
     sums.add(x.view(4, 128, columns))
     wide = x.double()
     torch.testing.assert_close(sums.mean().double(), wide.T @ wide / 512, **TOLERANCE)
@@ -26,7 +26,7 @@ def test_micro_batches_weigh_by_their_tokens() -> None:
     x = activations(24, tokens=500)
     # The loud part is in the smallest batch: a mean of means would give it 18 times its weight.
     x[:7] *= 30
-    whole, parts = Hessian(24, CPU), Hessian(24, CPU)
+    whole, parts = HessianAccumulator(24, CPU), HessianAccumulator(24, CPU)
     whole.add(x)
     for batch in x.split([7, 1, 236, 256]):
         parts.add(batch)
@@ -37,7 +37,7 @@ def test_micro_batches_weigh_by_their_tokens() -> None:
 
 def test_inputs_of_16_bit_are_summed_in_float32() -> None:
     x = activations(16).bfloat16()
-    sums = Hessian(16, CPU)
+    sums = HessianAccumulator(16, CPU)
     sums.add(x)
     wide = x.double()
     torch.testing.assert_close(sums.mean().double(), wide.T @ wide / 512, **TOLERANCE)
@@ -45,7 +45,7 @@ def test_inputs_of_16_bit_are_summed_in_float32() -> None:
 
 def test_drift_is_over_the_paired_rows_only() -> None:
     x, reference = activations(24), activations(24, seed=1)
-    sums = Hessian(24, CPU)
+    sums = HessianAccumulator(24, CPU)
     sums.add(x[:100], reference[:100])
     sums.add(x[100:130], reference[100:130])
     for batch in x[130:].split(200):
@@ -61,20 +61,20 @@ def test_drift_is_over_the_paired_rows_only() -> None:
 def test_dividing_the_drift_is_the_drift_of_divided_inputs() -> None:
     x, reference = activations(24), activations(24, seed=1)
     scale = torch.linspace(0.5, 2, 24)
-    sums, divided = Hessian(24, CPU), Hessian(24, CPU)
+    sums, divided = HessianAccumulator(24, CPU), HessianAccumulator(24, CPU)
     sums.add(x, reference)
     divided.add(x / scale, reference / scale)
     drift, wanted = sums.drift(), divided.drift()
     assert drift is not None
     assert wanted is not None
-    found = drift.divided(scale[:, None] * scale)
+    found = drift.divided_by(scale[:, None] * scale)
     torch.testing.assert_close(found.cross, wanted.cross, **TOLERANCE)
     torch.testing.assert_close(found.hessian, wanted.hessian, **TOLERANCE)
 
 
 def test_equal_streams_do_not_drift() -> None:
     x = activations(24)
-    alone, paired = Hessian(24, CPU), Hessian(24, CPU)
+    alone, paired = HessianAccumulator(24, CPU), HessianAccumulator(24, CPU)
     alone.add(x)
     paired.add(x, x)
     assert alone.drift() is None

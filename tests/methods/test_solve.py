@@ -10,18 +10,20 @@ from transformers import PreTrainedConfig
 from helpers.method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
 from quantkit.errors import NumericsError
 from quantkit.methods import solve as solve_module
-from quantkit.methods.gptq import factorise
-from quantkit.methods.hessian import Hessian
+from quantkit.methods.gptq import factorize
+from quantkit.methods.hessian import HessianAccumulator
 from quantkit.methods.rtn import rtn
 from quantkit.methods.scheme import Scheme
-from quantkit.methods.solve import Moments, Settings, matched, solve
+from quantkit.methods.solve import InputStats, SolverSettings, asymmetric_targets, solve
 from quantkit.models.families import Fold, MatrixGroup
 from quantkit.quantization.block import BlockQuantizer
 from quantkit.quantization.calibration import ActivationStream, LockstepForward
 from quantkit.quantization.report import MatrixReport
 
 METHODS = ["rtn", "awq", "gptq", "awq+gptq"]
-SETTINGS = Settings("gptq", act_order=True, damping=0.01, drift=0.5, sweeps=1, dtype=torch.bfloat16)
+SETTINGS = SolverSettings(
+    "gptq", act_order=True, damping=0.01, asymmetric_calibration=0.5, coordinate_descent_passes=1, dtype=torch.bfloat16
+)
 INDEFINITE = torch.eye(32) - 2 * torch.ones(32, 32)
 
 
@@ -31,7 +33,7 @@ INDEFINITE = torch.eye(32) - 2 * torch.ones(32, 32)
 def test_every_answer_can_be_stored(scheme: Scheme, method: str, dtype: torch.dtype) -> None:
     settings = replace(SETTINGS, method=method, dtype=dtype)
     weight = weights(6, 96)
-    quantized = solve(weight, Moments(second_moment(activations(96)), None, settings), scheme, settings)
+    quantized = solve(weight, InputStats(second_moment(activations(96)), None, settings), scheme, settings)
     assert_sound(quantized, 6, 96, dtype)
     assert quantized.scheme == scheme
 
@@ -41,7 +43,7 @@ def test_each_method_loses_less_than_the_one_before(scheme: Scheme) -> None:
     hessian, weight = second_moment(activations(96)), weights(32, 96)
     losses = []
     for settings in (replace(SETTINGS, method=method) for method in ("rtn", "awq", "gptq")):
-        losses.append(loss(weight, solve(weight, Moments(hessian, None, settings), scheme, settings), hessian))
+        losses.append(loss(weight, solve(weight, InputStats(hessian, None, settings), scheme, settings), hessian))
     # Clipping looks at a group alone, so over the whole matrix it may lose a little; absorbing the error never does.
     assert losses[1] < 1.1 * losses[0]
     assert losses[2] < 0.8 * min(losses[:2])
@@ -54,11 +56,11 @@ def test_without_inputs_there_is_only_rounding() -> None:
         assert torch.equal(quantized.codes, rtn(weight, scheme, torch.bfloat16).codes)
 
 
-def _paired(tokens: int = 300) -> tuple[Tensor, Tensor, Hessian]:
+def _paired(tokens: int = 300) -> tuple[Tensor, Tensor, HessianAccumulator]:
     """Inputs, what they were in the original model, and their moments; as many tokens again walk alone."""
     reference = activations(48, tokens)
     x = reference + 0.1 * activations(48, tokens, seed=5)
-    sums = Hessian(48, torch.device("cpu"))
+    sums = HessianAccumulator(48, torch.device("cpu"))
     sums.add(x, reference)
     sums.add(activations(48, tokens, seed=9))
     return x, reference, sums
@@ -77,7 +79,7 @@ def test_matched_solves_the_least_squares_problem(strength: float, monkeypatch: 
     wanted = torch.cat([(reference - x).double() @ weight.T, torch.zeros(48, 7, dtype=torch.float64)])
     change = torch.linalg.lstsq(system, wanted).solution.T
     # The ridge bounds the condition number near 1e3; float32 moments then give the solution to about 1e-4 of its size.
-    (found,) = matched([weight.float()], drift, strength)
+    (found,) = asymmetric_targets([weight.float()], drift, strength)
     torch.testing.assert_close(found.double() - weight, strength * change, rtol=0, atol=2e-4 * float(change.abs().max()))
 
 
@@ -87,31 +89,31 @@ def test_matching_brings_the_outputs_back() -> None:
     assert drift is not None
     wanted = reference @ weight.T
     before = float((x @ weight.T - wanted).square().sum())
-    (found,) = matched([weight], drift, 1.0)
+    (found,) = asymmetric_targets([weight], drift, 1.0)
     assert float((x @ found.T - wanted).square().sum()) < 0.9 * before
-    (found,) = matched([weight], drift, 0.0)
+    (found,) = asymmetric_targets([weight], drift, 0.0)
     assert torch.equal(found, weight)
 
 
 def test_gptq_aims_at_the_matched_weight() -> None:
     _, _, sums = _paired()
     weight, scheme = weights(7, 48), Scheme(4, 16, True)
-    moments = Moments(sums.mean(), drift := sums.drift(), SETTINGS)
+    stats = InputStats(sums.mean(), drift := sums.drift(), SETTINGS)
     assert drift is not None
     stacked = [weight, weights(5, 48)]
-    targets = moments.take_targets(stacked)
-    assert moments.drift is None
-    assert all(map(torch.equal, targets, matched(stacked, drift, SETTINGS.drift)))
-    target, quantized = targets[0], solve(targets[0], moments, scheme, SETTINGS)
-    assert loss(target, quantized, moments.hessian) < loss(weight, quantized, moments.hessian)
+    targets = stats.take_targets(stacked)
+    assert stats.drift is None
+    assert all(map(torch.equal, targets, asymmetric_targets(stacked, drift, SETTINGS.asymmetric_calibration)))
+    target, quantized = targets[0], solve(targets[0], stats, scheme, SETTINGS)
+    assert loss(target, quantized, stats.hessian) < loss(weight, quantized, stats.hessian)
 
 
 def test_a_hopeless_hessian_falls_back_to_rounding() -> None:
     weight, scheme = weights(6, 32), Scheme(4, 16, False)
-    assert factorise(INDEFINITE, 0.01, act_order=True) is None
-    moments = Moments(INDEFINITE, None, SETTINGS)
-    assert moments.inverse is None
-    quantized = solve(weight, moments, scheme, SETTINGS)
+    assert factorize(INDEFINITE, 0.01, act_order=True) is None
+    stats = InputStats(INDEFINITE, None, SETTINGS)
+    assert stats.factor is None
+    quantized = solve(weight, stats, scheme, SETTINGS)
     assert torch.equal(quantized.dequantize(), rtn(weight, scheme, torch.bfloat16).dequantize())
 
 
@@ -134,7 +136,7 @@ def _run_job(method: str, hidden: Tensor) -> tuple[BlockQuantizer, list[MatrixRe
     torch.manual_seed(0)
     reports: list[MatrixReport] = []
     schemes = {"first": Scheme(4, 16, True), "second": Scheme(3, 16, True)}
-    settings = replace(SETTINGS, method=method, drift=0.0)
+    settings = replace(SETTINGS, method=method, asymmetric_calibration=0.0)
     block = _Block()
     job = BlockQuantizer(block, "layers.0.", schemes, PreTrainedConfig(), settings, reports.append)
     job.written.unquantized["norm.weight"] = block.norm.weight.detach()
@@ -147,7 +149,7 @@ def _run_job(method: str, hidden: Tensor) -> tuple[BlockQuantizer, list[MatrixRe
 
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
 def test_the_job_reports_its_fall_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Hessian, "mean", lambda _self: INDEFINITE)
+    monkeypatch.setattr(HessianAccumulator, "mean", lambda _self: INDEFINITE)
     job, reports = _run_job(method, torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)))
     assert [report.name for report in reports] == ["layers.0.first", "layers.0.second"]
     for report in reports:
@@ -180,22 +182,23 @@ def test_an_input_that_is_not_finite_is_named() -> None:
 
 def test_moments_hold_no_factor_that_nobody_needs() -> None:
     for method in ("rtn", "awq"):
-        assert Moments(torch.eye(4), None, replace(SETTINGS, method=method)).inverse is None
+        assert InputStats(torch.eye(4), None, replace(SETTINGS, method=method)).factor is None
 
 
 def test_only_gptq_aims_beside_the_weight() -> None:
     _, _, sums = _paired()
     weight = weights(7, 48)
-    (target,) = Moments(sums.mean(), sums.drift(), replace(SETTINGS, method="awq")).take_targets([weight])
+    (target,) = InputStats(sums.mean(), sums.drift(), replace(SETTINGS, method="awq")).take_targets([weight])
     assert target is weight
 
 
 def test_coarse_grids_alone_are_swept_unless_the_recipe_says_so() -> None:
     hessian, weight = second_moment(activations(96)), weights(8, 96)
-    for bits, sweeps in ((2, 1), (3, 1), (4, 0), (8, 0)):
-        scheme, as_said = Scheme(bits, 32, True), replace(SETTINGS, sweeps=sweeps)
-        by_itself = replace(SETTINGS, sweeps=None)
-        found, wanted = (solve(weight, Moments(hessian, None, each), scheme, each) for each in (by_itself, as_said))
+    for bits, passes in ((2, 1), (3, 1), (4, 0), (8, 0)):
+        scheme, as_said = Scheme(bits, 32, True), replace(SETTINGS, coordinate_descent_passes=passes)
+        by_itself = replace(SETTINGS, coordinate_descent_passes=None)
+        found, wanted = (solve(weight, InputStats(hessian, None, each), scheme, each) for each in (by_itself, as_said))
         assert torch.equal(found.dequantize(), wanted.dequantize())
-        other = replace(SETTINGS, sweeps=1 - sweeps)
-        assert not torch.equal(solve(weight, Moments(hessian, None, other), scheme, other).dequantize(), wanted.dequantize())
+        other = replace(SETTINGS, coordinate_descent_passes=1 - passes)
+        differs = solve(weight, InputStats(hessian, None, other), scheme, other)
+        assert not torch.equal(differs.dequantize(), wanted.dequantize())

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from helpers import tiny
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.methods.scheme import Scheme
-from quantkit.methods.solve import Settings
+from quantkit.methods.solve import SolverSettings
 from quantkit.models.families import MatrixGroup
 from quantkit.models.streaming import StreamedModel
 from quantkit.quantization.block import BlockQuantizer
@@ -248,7 +248,9 @@ def test_hidden_states_are_not_modified(scene: Scene) -> None:
 def _job(scene: Scene, method: str, bits: int, keep_paused: bool) -> tuple[BlockQuantizer, list[Tensor], list[MatrixReport]]:
     """Quantize the block; what was written, and the outputs that the next block would have been calibrated with."""
     reports: list[MatrixReport] = []
-    settings = Settings(method, act_order=True, damping=0.01, drift=0.5, sweeps=1, dtype=torch.float32)
+    settings = SolverSettings(
+        method, act_order=True, damping=0.01, asymmetric_calibration=0.5, coordinate_descent_passes=1, dtype=torch.float32
+    )
     schemes = {name: Scheme(bits, 16, True) for name in scene.originals}
     job = BlockQuantizer(scene.block, "model.layers.1.", schemes, scene.config, settings, reports.append)
     plain = {name: value for name, value in scene.block.named_parameters() if name.removesuffix(".weight") not in schemes}

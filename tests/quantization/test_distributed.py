@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from helpers import tiny
 from helpers.command import ended, quantkit, start
 from quantkit.errors import NumericsError
-from quantkit.methods.hessian import PARTS, Hessian
+from quantkit.methods.hessian import PARTS, HessianAccumulator
 from quantkit.methods.scheme import Scheme
 from quantkit.quantization import block as block_job
 from quantkit.quantization.block import stack_matrices
@@ -113,7 +113,7 @@ def _at_measurement(number: int, act: Fault) -> None:
     """From here on this process does `act` when it measures a group's inputs for the `number`th time."""
     original, seen = block_job.accumulate_hessian, 0
 
-    def accumulate_hessian(*args: Any) -> Hessian:
+    def accumulate_hessian(*args: Any) -> HessianAccumulator:
         nonlocal seen
         seen += 1
         if seen == number:
@@ -207,9 +207,9 @@ def test_sums_of_shares_are_the_whole_sums(columns: int, size: int) -> None:
     batches = [torch.randn(2, 7, columns, generator=generator) for _ in range(6)]
     inputs = [(batches[0], batches[4]), (batches[1], batches[5]), (batches[2],), (batches[3],)]
     owners = _Of(0, size).assign_owners(PARTS)
-    whole = Hessian(columns, torch.device("cpu"))
+    whole = HessianAccumulator(columns, torch.device("cpu"))
     shares = [
-        Hessian(columns, torch.device("cpu"), [part for part, owner in enumerate(owners) if owner == rank])
+        HessianAccumulator(columns, torch.device("cpu"), [part for part, owner in enumerate(owners) if owner == rank])
         for rank in range(size)
     ]
     for sums in (whole, *shares):

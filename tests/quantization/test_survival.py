@@ -25,6 +25,8 @@ from quantkit.checkpoint.activations import Activations
 from quantkit.quantization import run as job
 from quantkit.quantization.calibration import LockstepForward
 from quantkit.quantization.memory import MemoryPlan
+from quantkit.recipe import Recipe
+from quantkit.utils.renamed_keys import RENAMED
 
 BLOCKS = 6
 METHODS = ("rtn", "gptq", "awq+gptq", "gptq and head")
@@ -209,6 +211,32 @@ def test_left_over_workspace_of_a_complete_artifact_is_deleted(
     assert "complete already" in done.err
     assert not partial(interrupted).exists()
     assert contents(interrupted) == contents(whole("gptq"))
+
+
+def use_old_keys(path: Path, *inside: str) -> None:
+    """Rename the keys of the recipe in a JSON file to those that earlier versions wrote."""
+    data = json.loads(path.read_text())
+    holder = functools.reduce(lambda each, key: each[key], inside, data)
+    current = {new: old for old, new in RENAMED.items()}
+    assert current.keys() <= holder["recipe"].keys()
+    holder["recipe"] = {current.get(key, key): value for key, value in holder["recipe"].items()}
+    path.write_text(json.dumps(data))
+
+
+def test_an_interrupted_run_with_old_keys_is_gone_on_with(source: Path, whole: Whole, interrupted: Path) -> None:
+    use_old_keys(partial(interrupted) / "run.json", "identity")
+    done = quantkit("quantize", source, "-o", interrupted, "--method", "gptq", *FAST)
+    assert "going on after block 3 of 6" in done.err
+    assert contents(interrupted) == contents(whole("gptq"))
+    assert json.loads((interrupted / "quantkit.json").read_text())["recipe"].keys() == Recipe.model_fields.keys()
+
+
+def test_a_complete_artifact_with_old_keys_is_recognised(source: Path, whole: Whole, interrupted: Path) -> None:
+    shutil.copytree(whole("gptq"), interrupted)
+    use_old_keys(interrupted / "quantkit.json")
+    done = quantkit("quantize", source, "-o", interrupted, "--method", "gptq", *FAST, "--json", "-")
+    assert "complete already" in done.err
+    assert json.loads(done.out)["recipe"] == json.loads((whole("gptq") / "quantkit.json").read_text())["recipe"]
 
 
 def test_another_artifact_is_no_reason_to_delete_a_workspace(source: Path, whole: Whole, interrupted: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
-from quantkit.methods.gptq import descend, factorise, gptq
+from quantkit.methods.gptq import coordinate_descent, factorize, gptq
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.rtn import rtn
 from quantkit.methods.scheme import Scheme
@@ -16,9 +16,9 @@ BF16 = torch.bfloat16
 
 
 def _damped(columns: int, seed: int = 0) -> Tensor:
-    inverse = factorise(second_moment(activations(columns, seed=seed)), 0.01, act_order=False)
-    assert inverse is not None
-    return inverse.hessian
+    factor = factorize(second_moment(activations(columns, seed=seed)), 0.01, act_order=False)
+    assert factor is not None
+    return factor.hessian
 
 
 def _row_losses(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Tensor:
@@ -27,14 +27,14 @@ def _row_losses(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> 
 
 
 @settings(max_examples=30, deadline=None)
-@given(scheme=st.sampled_from(SCHEMES), seed=st.integers(0, 1000), sweeps=st.integers(1, 4), rounded=st.booleans())
-def test_never_worse_than_its_start(scheme: Scheme, seed: int, sweeps: int, rounded: bool) -> None:
+@given(scheme=st.sampled_from(SCHEMES), seed=st.integers(0, 1000), passes=st.integers(1, 4), rounded=st.booleans())
+def test_never_worse_than_its_start(scheme: Scheme, seed: int, passes: int, rounded: bool) -> None:
     columns = 96
     hessian, weight = _damped(columns, seed), weights(6, columns, seed)
-    inverse = factorise(hessian, 0.01, act_order=True)
-    assert inverse is not None
-    start = rtn(weight, scheme, BF16) if rounded else gptq(weight, inverse, scheme, BF16, (1.0, 0.8))
-    better = descend(weight, start, hessian, BF16, sweeps)
+    factor = factorize(hessian, 0.01, act_order=True)
+    assert factor is not None
+    start = rtn(weight, scheme, BF16) if rounded else gptq(weight, factor, scheme, BF16, (1.0, 0.8))
+    better = coordinate_descent(weight, start, hessian, BF16, passes)
     assert_sound(better, 6, columns, BF16)
     before, after = _row_losses(weight, start, hessian), _row_losses(weight, better, hessian)
     # Steps are judged in float32, where the objective of a row is a sum of 96 products: 1e-6 of the signal's own size.
@@ -46,7 +46,7 @@ def test_never_worse_than_its_start(scheme: Scheme, seed: int, sweeps: int, roun
 def test_lowers_the_objective_of_plain_rounding(scheme: Scheme) -> None:
     hessian, weight = _damped(96), weights(16, 96)
     start = rtn(weight, scheme, BF16)
-    assert loss(weight, descend(weight, start, hessian, BF16, 2), hessian) < 0.8 * loss(weight, start, hessian)
+    assert loss(weight, coordinate_descent(weight, start, hessian, BF16, 2), hessian) < 0.8 * loss(weight, start, hessian)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 16, True), Scheme(3, 32, False), Scheme(4, -1, False)], ids=str)
@@ -54,8 +54,8 @@ def test_stops_only_where_no_code_can_move(scheme: Scheme) -> None:
     # The pull H @ E is carried along from step to step and never computed anew within a sweep. Were it stale anywhere, inside
     # a group or across groups, codes would come to rest beside the minimum that is computed from scratch here.
     hessian, weight = _damped(96), weights(8, 96)
-    found = descend(weight, rtn(weight, scheme, BF16), hessian, BF16, sweeps=60)
-    again = descend(weight, found, hessian, BF16, sweeps=1)
+    found = coordinate_descent(weight, rtn(weight, scheme, BF16), hessian, BF16, passes=60)
+    again = coordinate_descent(weight, found, hessian, BF16, passes=1)
     assert torch.equal(found.codes, again.codes)
     assert torch.equal(found.scales, again.scales)
     pull = (weight.double() - found.dequantize().double()) @ hessian.double()
@@ -71,7 +71,7 @@ def test_stops_only_where_no_code_can_move(scheme: Scheme) -> None:
 def test_no_sweep_changes_nothing() -> None:
     hessian, weight = _damped(96), weights(8, 96)
     start = rtn(weight, Scheme(4, 16, False), BF16)
-    same = descend(weight, start, hessian, BF16, sweeps=0)
+    same = coordinate_descent(weight, start, hessian, BF16, passes=0)
     assert torch.equal(same.codes, start.codes)
     assert torch.equal(same.dequantize(), start.dequantize())
 
@@ -84,5 +84,5 @@ def test_finds_the_grid_again(scale: float, zero: int) -> None:
     exact = rtn(weights(8, 96), scheme, BF16)
     zeros = (exact.zeros + float(zero)).clamp(0, 15).to(torch.uint8)
     start = QuantizedWeight(exact.codes, exact.scales * scale, zeros, scheme)
-    found = descend(exact.dequantize(), start, torch.block_diag(*[block] * 6), BF16, sweeps=1)
+    found = coordinate_descent(exact.dequantize(), start, torch.block_diag(*[block] * 6), BF16, passes=1)
     assert torch.equal(found.dequantize(), exact.dequantize())
