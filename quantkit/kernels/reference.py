@@ -26,7 +26,9 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) ->
     return (grouped * scales.float()[..., None]).reshape(rows, columns)
 
 
-def matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bias: Tensor | None = None) -> Tensor:
+def dequant_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bias: Tensor | None = None
+) -> Tensor:
     """x W^T + bias, where W is `dequantize` of the rest.
 
     Args:
@@ -60,14 +62,14 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return (x.float() * inverse[:, None]).round().to(torch.int8), largest / most
 
 
-def quantized_matmul(
+def w4a8_matmul(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, activation_bits: int, bias: Tensor | None = None
 ) -> Tensor:
     """x W^T + bias with x rounded to integers q times a scale s_x a row, the draft pass of QSpec (arXiv 2410.11305):
 
         s_x * sum over groups g of s_g * (sum of q_x * q_w - z_g * sum of q_x) + bias
 
-    The inner sums are integers. Arguments as for `matmul`, x [M, K]; activation_bits as `bits` of `quantize_rows`.
+    The inner sums are integers. Arguments as for `dequant_matmul`, x [M, K]; activation_bits as `bits` of `quantize_rows`.
 
     Returns:
         float32 [M, N].

@@ -26,7 +26,7 @@ class Sample:
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The oracle's product, float32."""
-        return reference.matmul(x, self.codes, self.scales, self.zeros, self.planes.group_size, bias)
+        return reference.dequant_matmul(x, self.codes, self.scales, self.zeros, self.planes.group_size, bias)
 
 
 def sample(

@@ -1,4 +1,4 @@
-"""The Hadamard transform on a CPU: by the native kernel, or by torch where there is none. Both give the same to the bit."""
+"""The Hadamard transform on a CPU: by the native kernel, or by torch without one. Both give the same bits."""
 
 from ctypes import c_int64, c_void_p
 
@@ -26,6 +26,6 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     if lib is None or x.dtype == torch.float64:
         return reference.hadamard(x, block)
     out = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    sizes = c_int64(out.numel() // columns), c_int64(columns), c_int64(block)
-    lib.quantkit_hadamard(c_void_p(out.data_ptr()), *sizes, library.threads())
+    rows = out.numel() // columns
+    lib.quantkit_hadamard(c_void_p(out.data_ptr()), c_int64(rows), c_int64(columns), c_int64(block), library.threads())
     return out.to(x.dtype)

@@ -1,7 +1,8 @@
-"""Native CPU kernels: C sources compiled on first use with the system's compiler and loaded through ctypes.
+"""Native CPU kernels: C sources that are compiled on first use with the system's compiler and loaded through ctypes.
 
-A binary of our own would have to be built for every processor; a compiler on the spot builds for the one at hand and needs
-no headers but its own. Where there is no compiler, or it fails, `load` returns None and callers fall back to torch.
+Shipped binaries would have to exist for every kind of processor. Compiling on the spot builds for the processor at hand, and
+needs no headers but the compiler's own. If there is no compiler, or it fails, `load` returns None and callers fall back to
+torch.
 """
 
 import ctypes
@@ -23,45 +24,70 @@ from quantkit.utils.cache_dir import cache_dir
 _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "csrc"
 _SOURCES = (
-    *("matmul.c", "packed.c", "packed_input.c", "rounded.c", "dense.c", "pack.c"),
-    *("paging.c", "cache.c", "cache_write.c", "attention.c", "hadamard.c", "decoder.c", "row_maximum.c", "team.c"),
+    "attention.c",
+    "attention_plan.c",
+    "decoder.c",
+    "dense.c",
+    "hadamard.c",
+    "kv_read.c",
+    "kv_write.c",
+    "matmul.c",
+    "pack.c",
+    "packed.c",
+    "packed_input.c",
+    "row_max.c",
+    "threads.c",
+    "w4a8.c",
 )
-_HEADERS = ("vec.h", "team.h", "matmul.h", "attention.h", "hadamard.h", "decoder.h")
+_HEADERS = (
+    "attention.h",
+    "decoder.h",
+    "dense.h",
+    "hadamard.h",
+    "kv_cache.h",
+    "matmul.h",
+    "matrix.h",
+    "packed.h",
+    "threads.h",
+    "vec.h",
+    "w4a8.h",
+)
 
-#: No -ffast-math: sums keep their order, NaN and infinity their meaning. Contraction to fused multiply-add stays on.
+#: Without -ffast-math, so that sums keep their order and NaN and infinity their meaning. Multiplications and additions are
+#: contracted to fused multiply-adds.
 _FLAGS = (
     *("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
 
-#: On AMD processors GCC splits long chains of fused multiply-adds, some and not others: slower, and results would differ
-#: between two instances of the same formula. The others keep a sum of integers in the order in which it is written: GCC would
-#: gather its products first, more of them than there are registers.
+#: avoid-fma-max-bits=0: for AMD processors GCC splits some long chains of fused multiply-adds and not others. That is slower,
+#: and two instances of the same formula would give different results. The other two flags keep sums of integers in the order
+#: in which they are written: GCC would compute all products first, and there are more of them than registers.
 _GCC_FLAGS = ("--param=avoid-fma-max-bits=0", "-fno-tree-reassoc", "-fno-tree-ter")
 
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be built or loaded, which is logged as a warning, once.
+    """The compiled kernels. None if they cannot be built or loaded, which is logged once as a warning.
 
-    Takes some seconds the first time on a machine; the result is kept in the user's cache.
+    The first call on a machine takes several seconds, for the compiler; the library is kept in the user's cache.
     """
     try:
         loaded = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
-        _LOG.warning("no native CPU kernels (%s): torch's serve, more slowly; install a C compiler such as gcc", error)
+        _LOG.warning("no native CPU kernels (%s): using torch's slower ones; install a C compiler such as gcc", error)
         return None
     loaded.quantkit_prepared_floats.restype = ctypes.c_int64
     return loaded
 
 
 def threads() -> int:
-    """Threads that a call should use: torch's own, whose OpenMP runtime the kernels share (see team.h)."""
+    """How many threads a call should use: as many as torch does, whose OpenMP runtime the kernels share (see threads.h)."""
     return torch.get_num_threads()
 
 
 def _built() -> Path:
-    """Path of the shared library, compiled if it is not in the cache."""
+    """Path of the shared library, which is compiled unless the cache has it already."""
     command = _compiler()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     flags = _FLAGS if "clang" in version else _FLAGS + _GCC_FLAGS
@@ -71,7 +97,7 @@ def _built() -> Path:
     path = cache_dir() / "native" / f"{recipe.hexdigest()[:24]}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place, so that two processes may build at once and neither loads half a file.
+        # Renamed into place: two processes may build at the same time, and neither loads an incomplete file.
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             out = Path(scratch) / "kernels.so"
             sources = [str(_FOLDER / name) for name in _SOURCES]
@@ -84,7 +110,7 @@ def _run(command: list[str]) -> None:
     """Run the compiler.
 
     Raises:
-        OSError: it failed; holds the first line of what it said.
+        OSError: it failed; the message is the first line of its output.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
@@ -92,10 +118,10 @@ def _run(command: list[str]) -> None:
 
 
 def _compiler() -> list[str]:
-    """$CC, or the first compiler found.
+    """The command in $CC, or else the first compiler found.
 
     Raises:
-        OSError: there is none.
+        OSError: no compiler was found.
     """
     if own := os.environ.get("CC"):
         return shlex.split(own)
@@ -106,7 +132,7 @@ def _compiler() -> list[str]:
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """A description of the processor: what -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

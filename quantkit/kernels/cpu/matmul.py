@@ -1,9 +1,9 @@
-"""Matrices on a CPU: our native kernels where a C compiler is found, torch's own elsewhere.
+"""Matrix products on a CPU: by our native kernels if there is a C compiler, else by torch's.
 
-Native kernels add up in float32 whatever the types of weights and inputs are; a row's result does not depend on
-the other rows of the call, nor on the number of threads. Packed weights are multiplied as they are (W4A16): the sum of
-codes times inputs of each group, minus zero point times the sum of inputs, times the scale. For that, inputs become integers
-of 16 bits, relative to the largest of their group (native/packed_input.c), and sums within a group are exact.
+The native kernels accumulate in float32 for all types of weights and inputs. A row's result depends neither on the other rows
+of the call nor on the number of threads. Packed weights are multiplied without dequantizing them (W4A16): per group, the sum
+of codes times inputs, minus the zero point times the sum of inputs, times the scale. For that, inputs are quantized to 16-bit
+integers relative to the largest of their group (csrc/packed_input.c), and sums within a group are exact.
 """
 
 from ctypes import CDLL, byref, c_int64, c_void_p
@@ -17,28 +17,28 @@ from torch.nn.functional import linear
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import library, structs
 
-#: Weight rows that lie together in a packed weight (TILE in matmul.h).
+#: Rows of a packed weight that are interleaved (TILE in matrix.h).
 _TILE = 32
 
-#: Where the processor multiplies bfloat16, torch's matrix product overtakes ours at about this many rows.
+#: From about this many rows on, torch's matrix product is faster than ours on processors that multiply bfloat16.
 _BF16_ROWS = 64
 
-#: Weight rows that are dequantized at a time: they stay in the cache until they are used.
+#: Weight rows that are dequantized at a time: few enough to stay in the processor's cache until they are used.
 _PANEL_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class CpuWeight:
-    """A matrix [N, K] as its kernel wants it.
+    """A weight [N, K] in the layout that its kernel reads.
 
     Attributes:
         layout: "dense": `data` [N, K] in float32, bfloat16 or float16, as it was given;
-            "tiles": packed for the native kernels (matmul.h describes the arrays), `scales` in float16 where that is exact, no
-            `zeros` where all zero points are `zero`;
-            "int4": packed by torch, `scales` bfloat16 [G, N, 2] of scale and 0, `zeros` float32 [N, G] of (8 - zero) * scale;
-            "codes": uint8 [N, K], `scales` float32 [N, G], `zeros` uint8 [N, G].
-        shape: N, K.
-        bits: of a stored code; 0 for dense.
+            "tiles": packed for the native kernels (matrix.h describes the arrays); `scales` are float16 if that is exact, else
+            float32; `zeros` is None if all zero points equal `zero`;
+            "int4": packed by torch; `scales` bfloat16 [G, N, 2] hold scale and 0, `zeros` float32 [N, G] hold (8 - zero) *
+            scale; "codes": `data` uint8 [N, K], `scales` float32 [N, G], `zeros` uint8 [N, G].
+        shape: (N, K).
+        bits: bits per stored code; 0 for dense.
         group_size: columns that share a scale; K for dense.
         data, scales, zeros, zero: see layout.
     """
@@ -54,26 +54,30 @@ class CpuWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a product with one row reads."""
+        """Bytes of the weight that a product reads."""
         return sum(tensor.nbytes for tensor in (self.data, self.scales, self.zeros) if tensor is not None)
 
     @property
     def is_float32(self) -> bool:
-        """Whether it is dense and float32: then products are float32's own, whatever the number of rows."""
+        """Whether it is dense and float32: then products are computed in float32 for any number of rows."""
         return self.layout == "dense" and self.data.dtype == torch.float32
 
-    def matrix(self, bias: Tensor | None = None, activation_bits: int = 0, order: Tensor | None = None) -> structs.Matrix:
-        """What the native kernels take. It borrows: the caller keeps the weight, `bias` (float32 [N]) and `order` alive.
+    def matrix(
+        self, bias: Tensor | None = None, activation_bits: int = 0, column_perm: Tensor | None = None
+    ) -> structs.Matrix:
+        """The weight as the native kernels take it. It holds addresses only: the caller keeps all tensors alive.
 
         Args:
-            activation_bits: 4 or 8 rounds inputs to as many (see `reference.quantized_matmul`), for "tiles" only; 0 does not.
-            order: int32 [K], the column of x that each column of W multiplies, for "tiles" only; None: the same.
+            bias: float32 [N] or None.
+            activation_bits: 4 or 8: quantize inputs to that many bits (see `reference.w4a8_matmul`), for "tiles" only; 0: do
+                not.
+            column_perm: int32 [K], the column of x that each column of W multiplies, for "tiles" only; None: the same column.
         """
         assert self.layout in ("dense", "tiles"), self.layout
-        assert self.layout == "tiles" or (not activation_bits and order is None)
-        arrays = (structs.address(tensor) for tensor in (self.data, self.scales, self.zeros, bias, order))
-        kind = structs.TYPES[(self.data if self.scales is None else self.scales).dtype]
-        return structs.Matrix(*arrays, *self.shape, self.group_size, self.bits, kind, activation_bits, self.zero)
+        assert self.layout == "tiles" or (not activation_bits and column_perm is None)
+        arrays = (structs.address(tensor) for tensor in (self.data, self.scales, self.zeros, bias, column_perm))
+        element_type = structs.TYPES[(self.data if self.scales is None else self.scales).dtype]
+        return structs.Matrix(*arrays, *self.shape, self.group_size, self.bits, element_type, activation_bits, self.zero)
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int) -> CpuWeight:
@@ -84,7 +88,7 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: in
         scales: float32 [N, G].
         zeros: uint8 [N, G].
         bits: 2, 3, 4 or 8; 3-bit codes are stored in 4.
-        group_size: K / G; -1 for one group a row.
+        group_size: K / G; -1 for one group per row.
     """
     rows, columns = codes.shape
     group = columns if group_size == -1 else group_size
@@ -118,16 +122,18 @@ def _tiles(lib: CDLL, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, g
 
 
 def pack_dense(weight: Tensor) -> CpuWeight:
-    """A dense matrix [N, K] in float32, bfloat16 or float16, without a copy: it may be mapped from a file."""
+    """A dense weight [N, K] in float32, bfloat16 or float16. It is not copied if contiguous, so it may be mapped from a
+    file.
+    """
     assert weight.dtype in structs.TYPES, weight.dtype
     rows, columns = weight.shape
     return CpuWeight("dense", (rows, columns), 0, columns, weight.contiguous())
 
 
 def dequantize(weight: CpuWeight, first: int = 0, last: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows first .. last-1 (all by default) as they are multiplied: [rows, K] in float32 or bfloat16.
+    """Rows first .. last-1 (all by default) with the values that products use: [rows, K] in float32 or bfloat16.
 
-    The "int4" layout has its scales rounded to bfloat16, and its products too.
+    In the "int4" layout, scales are rounded to bfloat16, and so are products.
     """
     last = weight.shape[0] if last is None else last
     if weight.layout == "tiles":
@@ -156,8 +162,8 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
         bias: [N] in any floating type.
 
     Returns:
-        [M, N] in x's dtype, accumulated in float32. Natively inputs are rounded for packed weights only, by at most
-        2^-16 of the largest of their group; a row that holds NaN or infinity gives NaN. torch's fall-backs round them to the
+        [M, N] in x's dtype, accumulated in float32. The native kernels round inputs for packed weights only, by at most 2^-16
+        of the largest of their group; a row that holds NaN or infinity gives NaN. Without them, torch rounds inputs to the
         type of a dense weight, and to bfloat16 for "int4".
     """
     assert x.shape[1] == weight.shape[1], f"{tuple(x.shape)} against {weight.shape}"
@@ -176,7 +182,7 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
 
 
 def native_matmul(lib: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | None, activation_bits: int = 0) -> Tensor:
-    """`matmul` by the native kernels, for the layouts "dense" and "tiles"; activation_bits as for `CpuWeight.matrix`."""
+    """`matmul` by the native kernels, for the layouts "dense" and "tiles"; `activation_bits` as for `CpuWeight.matrix`."""
     wide = x.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     matrix = byref(weight.matrix(bias, activation_bits))
@@ -188,11 +194,12 @@ def native_matmul(lib: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | None, 
 
 
 def native_is_best(rows: int, *, float32: bool) -> bool:
-    """Whether native kernels are the ones for that many rows: they exist, and torch does not multiply bfloat16 faster.
+    """Whether to use the native kernels: they exist, and torch would not be faster in bfloat16.
 
     Args:
-        rows: of the inputs.
-        float32: the weights are (see `CpuWeight.is_float32`), so that bfloat16 would round what nobody asked to be rounded.
+        rows: number of input rows.
+        float32: whether the weights are float32 (see `CpuWeight.is_float32`): then multiplying in bfloat16 would lose
+            accuracy.
     """
     return library.load() is not None and (float32 or rows < _BF16_ROWS or not _multiplies_bf16())
 
@@ -203,7 +210,9 @@ def _multiplies_bf16() -> bool:
 
 
 def _panel_matmul(x: Tensor, weight: CpuWeight) -> Tensor:
-    """Many rows in bfloat16: panels of the weight are dequantized one after the other, so that no copy of it is made."""
+    """Multiplies many rows in bfloat16. The weight is dequantized panel by panel, so that there is never a copy of all of
+    it.
+    """
     half = x.to(torch.bfloat16)
     starts = range(0, weight.shape[0], _PANEL_ROWS)
     panels = (dequantize(weight, at, min(at + _PANEL_ROWS, weight.shape[0]), torch.bfloat16) for at in starts)
@@ -211,7 +220,7 @@ def _panel_matmul(x: Tensor, weight: CpuWeight) -> Tensor:
 
 
 def _int4_matmul(x: Tensor, weight: CpuWeight) -> Tensor:
-    """torch's int4 product knows the zero point 8 only; the rest of a group's zero point is added in float32."""
+    """torch's int4 product supports only the zero point 8; the remainder of each zero point is added in float32."""
     assert weight.scales is not None
     assert weight.zeros is not None
     half, group = x.to(torch.bfloat16).contiguous(), weight.group_size

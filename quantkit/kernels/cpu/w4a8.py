@@ -1,6 +1,7 @@
-"""Packed matrices times activations that are rounded to integers, on a CPU: what a QSpec draft computes.
+"""Packed weights times activations that are quantized to integers, on a CPU: what a QSpec draft computes.
 
-Integers of 4 bits are multiplied as integers of 8: processors have no smaller ones, so they cost the same and are worse.
+4-bit activations are multiplied as 8-bit integers, because processors have no smaller ones: they are no faster, and less
+accurate.
 """
 
 from torch import Tensor
@@ -12,17 +13,17 @@ from quantkit.kernels.cpu.matmul import CpuWeight
 
 
 def w4a8_matmul(x: Tensor, weight: CpuWeight, activation_bits: int, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with every row of x rounded to integers (see `reference.quantized_matmul`).
+    """x W^T + bias, with every row of x quantized to integers (see `reference.w4a8_matmul`).
 
     Args:
         x: [M, K] in float32, bfloat16 or float16, finite.
-        weight: from `cpu_matmul.pack`.
+        weight: from `matmul.pack`.
         activation_bits: 4 or 8.
         bias: [N] in any floating type.
 
     Returns:
-        [M, N] in x's dtype. Natively sums within a group are exact integers; torch's fall-backs multiply the integers as
-        `cpu_matmul.matmul` multiplies any x.
+        [M, N] in x's dtype. In the native kernel, sums within a group are exact integers. Without it, `matmul.matmul`
+        multiplies the integers like any other x.
     """
     assert activation_bits in (4, 8), activation_bits
     assert weight.layout != "dense"

@@ -48,7 +48,7 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation_bits: in
     """x W^T + bias for x [..., K]; the result is [..., N] in x's dtype.
 
     Args:
-        activation_bits: 4 or 8 rounds x to as many (see `reference.quantized_matmul`), for packed weights only; 0 does not.
+        activation_bits: 4 or 8 rounds x to as many (see `reference.w4a8_matmul`), for packed weights only; 0 does not.
     """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Tensor):

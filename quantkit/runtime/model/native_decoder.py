@@ -161,7 +161,7 @@ class NativeDecoder:
         model, tokens, rows = self._model, len(batch.token_ids), len(batch.logit_rows)
         logits = torch.empty(rows, model.head.weight.shape[0])
         addresses = (structs.address(tensor) for tensor in (batch.block_table, batch.query_start, batch.seq_lens))
-        pages = structs.Pages(*addresses, self._open_pages, *batch.block_table.shape, self._block_size, draft)
+        pages = structs.PagedBatch(*addresses, self._open_pages, *batch.block_table.shape, self._block_size, draft)
         addresses = (
             structs.address(tensor) for tensor in (batch.token_ids, batch.positions, batch.slot_mapping, batch.logit_rows)
         )
@@ -193,16 +193,16 @@ def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache,
     assert not any(projection.hadamard for projection in (layer.qkv, layer.out, layer.gate_up, model.head))
     assert keys.shape == values.shape
     assert keys.shape[2:] == (model.kv_heads, width)
-    assert structs.kind(keys) == structs.kind(values)
+    assert structs.cache_type(keys) == structs.cache_type(values)
     all_heads = layer.norm_query is not None and len(layer.norm_query) != width
-    shape = structs.Heads(
+    shape = structs.AttentionConfig(
         *(_floats(layer.sinks), model.heads, model.kv_heads, width, width),
-        *(layer.window, structs.kind(keys), layer.scale, layer.softcap),
+        *(layer.window, structs.cache_type(keys), layer.scale, layer.softcap),
     )
     matrices = (_matrix(projection, activation_bits) for projection in (layer.qkv, layer.out, layer.gate_up, layer.down))
     norms = (layer.norm_attention, layer.norm_attention_out, layer.norm_mlp, layer.norm_mlp_out)
     vectors = (_floats(vector) for vector in (*norms, layer.norm_query, layer.norm_key))
-    caches = structs.store(keys), structs.store(values)
+    caches = structs.kv_arrays(keys), structs.kv_arrays(values)
     return structs.Layer(*matrices, *vectors, shape, all_heads, layer.rope, layer.down.hadamard, *caches)
 
 

@@ -57,9 +57,9 @@ def _assert_close(found: Tensor, x: Tensor, weight: Weight, bias: Tensor | None 
     sums, of codes and of zero points, that make up one product. The native kernels' sums are of integers and exact, but their
     inputs are rounded: by half of 1/32767 of the largest of a group, and a little for the rounding of the quotient. The result
     is rounded to x's type."""
-    wanted = reference.matmul(x, weight.codes, weight.scales, weight.zeros, weight.group, bias)
-    size = reference.matmul(x.abs(), weight.codes, weight.scales, torch.zeros_like(weight.zeros), weight.group)
-    size += reference.matmul(x.abs(), torch.zeros_like(weight.codes), -weight.scales, weight.zeros, weight.group)
+    wanted = reference.dequant_matmul(x, weight.codes, weight.scales, weight.zeros, weight.group, bias)
+    size = reference.dequant_matmul(x.abs(), weight.codes, weight.scales, torch.zeros_like(weight.zeros), weight.group)
+    size += reference.dequant_matmul(x.abs(), torch.zeros_like(weight.codes), -weight.scales, weight.zeros, weight.group)
     groups = x.float().abs().unflatten(1, (weight.scales.shape[1], -1))
     moved = 0.501 / 32767 * groups.amax(-1, keepdim=True).expand_as(groups).flatten(1) @ weight.dense.abs().T
     assert found.dtype == x.dtype

@@ -27,9 +27,9 @@ def _assert_close(found: Tensor, x: Tensor, weight: Sample, bits: int, bias: Ten
     magnitudes (2^-20 covers some 50 groups). The result is rounded to x's type: a last place, where the interpreter
     truncates."""
     group = weight.planes.group_size
-    wanted = reference.quantized_matmul(x, weight.codes, weight.scales, weight.zeros, group, bits, bias)
+    wanted = reference.w4a8_matmul(x, weight.codes, weight.scales, weight.zeros, group, bits, bias)
     codes, scales = reference.quantize_rows(x, bits)
-    size = reference.matmul(codes.abs() * scales[:, None], weight.codes, weight.scales, -weight.zeros.int(), group)
+    size = reference.dequant_matmul(codes.abs() * scales[:, None], weight.codes, weight.scales, -weight.zeros.int(), group)
     allowed = 2.0**-20 * size + torch.finfo(x.dtype).eps * wanted.abs() + torch.finfo(x.dtype).tiny
     assert found.dtype == x.dtype
     assert found.shape == wanted.shape

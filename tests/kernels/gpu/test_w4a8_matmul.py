@@ -40,10 +40,10 @@ def _rows(rows: int, columns: int) -> Tensor:
 def _assert_close(found: Tensor, x: Tensor, parts: Parts, group: int, bits: int, bias: Tensor | None = None) -> None:
     """Sums of integers are exact, or in float32 off by the rounding of sums of K terms, typically 2^-24 sqrt(K) of their
     magnitude; so are the sums over groups. The result is rounded to x's type."""
-    wanted = reference.quantized_matmul(x, *parts, group, bits, bias)
+    wanted = reference.w4a8_matmul(x, *parts, group, bits, bias)
     inputs, scales = reference.quantize_rows(x, bits)
-    size = reference.matmul(inputs.abs() * scales[:, None], parts[0], parts[1], torch.zeros_like(parts[2]), group)
-    size += reference.matmul(inputs.abs() * scales[:, None], torch.zeros_like(parts[0]), -parts[1], parts[2], group)
+    size = reference.dequant_matmul(inputs.abs() * scales[:, None], parts[0], parts[1], torch.zeros_like(parts[2]), group)
+    size += reference.dequant_matmul(inputs.abs() * scales[:, None], torch.zeros_like(parts[0]), -parts[1], parts[2], group)
     allowed = 2.0**-19 * size + torch.finfo(x.dtype).eps * wanted.abs() + 1e-30
     assert found.dtype == x.dtype
     assert found.shape == wanted.shape
@@ -68,8 +68,8 @@ def test_rounded_rows(activation_bits: int) -> None:
 def test_the_oracle_multiplies_what_was_rounded(activation_bits: int) -> None:
     parts, x = _sample(20, 128, 32, 4), _rows(4, 128)
     codes, scales = reference.quantize_rows(x, activation_bits)
-    found = reference.quantized_matmul(x, *parts, 32, activation_bits)
-    torch.testing.assert_close(found, reference.matmul(codes * scales[:, None], *parts, 32), rtol=1e-5, atol=1e-5)
+    found = reference.w4a8_matmul(x, *parts, 32, activation_bits)
+    torch.testing.assert_close(found, reference.dequant_matmul(codes * scales[:, None], *parts, 32), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -100,7 +100,7 @@ def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = cpu_matmul.pack(parts[0], parts[1].to(torch.bfloat16).float(), parts[2], 4, 64)
     assert packed.layout == "int4"
     codes, scales = reference.quantize_rows(x, 8)
-    wanted = reference.quantized_matmul(x, parts[0], parts[1].to(torch.bfloat16).float(), parts[2], 64, 8)
+    wanted = reference.w4a8_matmul(x, parts[0], parts[1].to(torch.bfloat16).float(), parts[2], 64, 8)
     bound = 2.0**-7 * (codes.float().abs() * scales[:, None]) @ (8.1 * parts[1].repeat_interleave(64, 1)).T
     assert bool(((w4a8_matmul(x, packed, 8) - wanted).abs() <= bound).all())
 

@@ -1,17 +1,17 @@
-/* Dense weights, row-major as they lie in a checkpoint: lanes run along the columns, several rows at a time. */
-#include "matmul.h"
-#include "team.h"
+/* Dense weights, row-major as in a checkpoint: lanes run along the columns, several rows at a time. */
+#include "dense.h"
+#include "threads.h"
 #include "vec.h"
 
-/* One step of 2 * LANES columns: `count` rows of a dense weight times `rows` rows of x. */
+/* Multiplies `count` rows of a dense weight with `rows` rows of x over 2 * LANES columns. */
 INLINE void dense_step(int type, int count, int rows, const char *weight, int64_t weight_stride, const float *x,
                        int64_t x_stride, vf acc[8][4]) {
 #pragma GCC unroll 8
     for (int i = 0; i < count; i++) {
         const char *from = weight + i * weight_stride;
         vu words = load_words(from);
-        vf low = type == F32 ? (vf)words : even_half(words, type);
-        vf high = type == F32 ? load((const float *)from + LANES) : odd_half(words, type);
+        vf low = type == F32 ? (vf)words : even_elements(words, type);
+        vf high = type == F32 ? load((const float *)from + LANES) : odd_elements(words, type);
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++) {
             acc[i][m] += low * load(x + m * x_stride);
@@ -20,8 +20,8 @@ INLINE void dense_step(int type, int count, int rows, const char *weight, int64_
     }
 }
 
-/* Rows n .. n+count-1 of a dense weight times `rows` rows of x; lanes run along the columns. The tail is copied and padded
-   by zeros, because the row behind it is another one's. Constants of each instance: type, count, rows. */
+/* Multiplies rows n .. n+count-1 of a dense weight with `rows` rows of x. The last columns are copied and padded with zeros,
+   because the next row follows them in memory. type, count and rows are compile-time constants of each instance. */
 INLINE void dense_block(int type, int count, int rows, const Matrix *w, int64_t n, const float *x, int64_t x_stride,
                         float *out, int64_t out_stride) {
     enum { STEP = 2 * LANES };
@@ -35,7 +35,7 @@ INLINE void dense_block(int type, int count, int rows, const Matrix *w, int64_t 
     for (int64_t k = 0; k < whole; k += STEP) {
         const char *from = weight + k * size;
 #pragma GCC unroll 8
-        for (int i = 0; i < count; i++) __builtin_prefetch(from + (count + i) * stride); /* the rows behind these */
+        for (int i = 0; i < count; i++) __builtin_prefetch(from + (count + i) * stride); /* the next rows */
         dense_step(type, count, rows, from, stride, x + k, x_stride, acc);
     }
     if (whole < w->columns) {
@@ -67,16 +67,20 @@ typedef void DenseBlock(const Matrix *w, int64_t n, const float *x, int64_t x_st
      [4] = {0, 0, dense_##TYPE##_4_2}, [8] = {0, dense_##TYPE##_8_1}}
 DENSE_TYPE(F32) DENSE_TYPE(BF16) DENSE_TYPE(F16)
 
-/* By type, rows of the weight and rows of x: at most 12 sums. */
+/* By type, rows of the weight and rows of x; no instance has more than 12 sums. */
 static DenseBlock *const DENSE_BLOCK[3][9][5] = {DENSE_TABLE(F32), DENSE_TABLE(BF16), DENSE_TABLE(F16)};
+
+void prepare_dense(const Matrix *w, const float *x, float *prepared) {
+    to_lane_order(w->type == F32 ? F32 : BF16, x, w->columns, 1, prepared);
+}
 
 void dense_share(const Matrix *w, const float *x, int64_t m, float *out) {
     const int64_t stride = prepared_floats(w), most = m == 1 ? 8 : m == 2 ? 4 : 3;
-    const Range share = my_share(w->rows);
+    const Range share = thread_range(w->rows);
     for (int64_t n = share.first, count; n < share.last; n += count) {
         count = n + most <= share.last ? most : 1;
         for (int64_t row = 0; row < m; row += 4) {
-            DenseBlock *block = DENSE_BLOCK[w->type][count][smaller(4, m - row)];
+            DenseBlock *block = DENSE_BLOCK[w->type][count][min_i64(4, m - row)];
             block(w, n, x + row * stride, stride, out + row * w->rows, w->rows);
         }
     }

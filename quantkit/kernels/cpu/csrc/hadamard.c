@@ -1,14 +1,14 @@
 /* x H with the orthonormal Hadamard matrix: log2(block) steps of sums and differences, neighbours first.
 
-   All additions are of the same numbers in the same order as in the reference, so results are equal to the bit. */
+   The same numbers are added in the same order as in the reference, so the results are equal to the bit. */
 #include "hadamard.h"
-#include "team.h"
+#include "threads.h"
 #include "vec.h"
 
 #include <math.h>
 
-/* The elements that are `step` lanes away. */
-INLINE vf partners(vf v, vi lane, int step) {
+/* For each lane, the element of the lane that is `step` lanes away (lane xor step). */
+INLINE vf lanes_apart(vf v, vi lane, int step) {
 #ifdef __clang__
     vf other;
     for (int i = 0; i < LANES; i++) other[i] = v[i ^ step];
@@ -18,22 +18,22 @@ INLINE vf partners(vf v, vi lane, int step) {
 #endif
 }
 
-/* Steps between elements of one vector, below `block`. */
-INLINE vf within(vf v, int64_t block) {
+/* The steps that combine elements of one vector: those below `block`. */
+INLINE vf hadamard_in_vector(vf v, int64_t block) {
     vi lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
 #pragma GCC unroll 4
     for (int step = 1; step < LANES; step *= 2) {
         if (step >= block) break;
-        const vf other = partners(v, lane, step);
-        v = choose((lane & step) != 0, other - v, v + other);
+        const vf other = lanes_apart(v, lane, step);
+        v = vec_select((lane & step) != 0, other - v, v + other);
     }
     return v;
 }
 
-/* x [n], n a multiple of LANES and of block. */
-static void vectors(float *x, int64_t n, int64_t block, float scale) {
-    for (int64_t i = 0; i < n; i += LANES) store(x + i, within(load(x + i), block));
+/* Transforms x [n] in place; n is a multiple of LANES and of block. */
+static void transform_vectors(float *x, int64_t n, int64_t block, float scale) {
+    for (int64_t i = 0; i < n; i += LANES) store(x + i, hadamard_in_vector(load(x + i), block));
     for (int64_t step = LANES; step < block; step *= 2)
         for (int64_t i = 0; i < n; i += 2 * step)
             for (int64_t j = i; j < i + step; j += LANES) {
@@ -48,11 +48,11 @@ void hadamard_row(float *x, int64_t n, int64_t block) {
     if (!block) return;
     const float scale = (float)(1.0 / sqrt((double)block));
     const int64_t whole = block < LANES ? n / LANES * LANES : n;
-    vectors(x, whole, block, scale);
+    transform_vectors(x, whole, block, scale);
     if (whole == n) return;
-    float rest[LANES] = {0}; /* blocks smaller than a vector may leave a part of one */
+    float rest[LANES] = {0}; /* with blocks smaller than a vector, n may end within one */
     memcpy(rest, x + whole, sizeof(float) * (n - whole));
-    vectors(rest, LANES, block, scale);
+    transform_vectors(rest, LANES, block, scale);
     memcpy(x + whole, rest, sizeof(float) * (n - whole));
 }
 
@@ -60,12 +60,12 @@ typedef struct { float *x; int64_t rows, columns, block; } HadamardCall;
 
 static void hadamard_body(void *argument) {
     const HadamardCall *c = argument;
-    for (Range r = my_share(c->rows); r.first < r.last; r.first++)
+    for (Range r = thread_range(c->rows); r.first < r.last; r.first++)
         hadamard_row(c->x + r.first * c->columns, c->columns, c->block);
 }
 
-/* Every row of x [rows, columns], in place. */
+/* Transforms every row of x [rows, columns] in place. */
 EXPORT void quantkit_hadamard(float *x, int64_t rows, int64_t columns, int64_t block, int threads) {
     HadamardCall call = {x, rows, columns, block};
-    run_team(hadamard_body, &call, (unsigned)threads);
+    run_threads(hadamard_body, &call, (unsigned)threads);
 }

@@ -1,14 +1,14 @@
-/* Vectors of floats by the vector extensions of GCC and Clang: 8 lanes, 16 where the processor has AVX-512.
+/* Vectors of floats, through the vector extensions of GCC and Clang: 8 lanes, or 16 if the processor has AVX-512.
 
-   Nothing here names an instruction set; a machine without 32-byte registers gets the same results from smaller ones.
-   Sums over lanes are taken in one fixed order, so that a result depends on its operands only. */
+   The code is independent of the instruction set: a machine without 32-byte registers computes the same results with smaller
+   ones. Sums over lanes are taken in one fixed order, so that a result depends on its operands only. */
 #ifndef QUANTKIT_VEC_H
 #define QUANTKIT_VEC_H
 
 #include <stdint.h>
 #include <string.h>
 
-#ifndef LANES /* may be given, to test one width on a processor of the other */
+#ifndef LANES /* -DLANES=n tests another width than the processor's own */
 #ifdef __AVX512F__
 #define LANES 16
 #else
@@ -18,11 +18,11 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* For inner loops: a function of its own has all registers to itself. */
+/* For inner loops: in a separate function, the compiler can use all registers for them. */
 #define NOINLINE __attribute__((noinline))
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
@@ -30,23 +30,24 @@ typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vs __attribute__((vector_size(2 * LANES)));
 
-/* Element types of dense matrices (the first three) and of KV caches; F8 is e4m3, I8 and I4 are codes. */
+/* Element types of dense matrices (the first three) and of KV caches (all). F8 is float8 e4m3; I8 and I4 are codes. */
 enum { F32 = 0, BF16 = 1, F16 = 2, F8 = 3, I8 = 4, I4 = 5 };
 
 INLINE vf load(const float *from) { vf v; memcpy(&v, from, sizeof v); return v; }
 INLINE vu load_words(const void *from) { vu v; memcpy(&v, from, sizeof v); return v; }
-/* A load that the compiler may not repeat as an operand of several instructions: load ports are scarcer than registers. */
+/* A load that the compiler must do once, instead of as a memory operand of several instructions: load ports are scarcer than
+   registers. */
 INLINE vf load_once(const void *from) { return *(const volatile vf *)from; }
 INLINE void store(float *to, vf v) { memcpy(to, &v, sizeof v); }
 
-/* The first `count` lanes; the others are 0, or stay in the register. */
-INLINE vf load_some(const float *from, int64_t count) {
+/* Load or store the first `count` lanes only; the other lanes are loaded as 0. */
+INLINE vf load_partial(const float *from, int64_t count) {
     float part[LANES] = {0};
     if (count >= LANES) return load(from);
     if (count > 0) memcpy(part, from, sizeof(float) * count);
     return load(part);
 }
-INLINE void store_some(float *to, vf v, int64_t count) {
+INLINE void store_partial(float *to, vf v, int64_t count) {
     if (count >= LANES) store(to, v);
     else memcpy(to, &v, sizeof(float) * count);
 }
@@ -55,8 +56,8 @@ INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE float bits_to_float(uint32_t bits) { float f; memcpy(&f, &bits, sizeof f); return f; }
 INLINE uint32_t float_to_bits(float f) { uint32_t bits; memcpy(&bits, &f, sizeof bits); return bits; }
 
-/* IEEE half to float by integer steps: the exponent is rebiased by a multiplication, which is exact for subnormals too.
-   Infinity and NaN do not survive: they read as values of 65536 and more. */
+/* IEEE half to float with integer operations. A multiplication rebiases the exponent, which is exact for subnormals too.
+   Infinity and NaN are not preserved: they read as values of 65536 and more. */
 #define HALF_REBIAS 5.192296858534828e33f /* 2^112 */
 
 INLINE vf half_to_float(vu half) {
@@ -71,16 +72,16 @@ INLINE float from_half(uint16_t half) {
 
 INLINE float from_bf16(uint16_t bits) { return bits_to_float((uint32_t)bits << 16); }
 
-/* A word holds two neighbours of a 16-bit array: LANES words give the even elements, then the odd ones. Everything that
-   meets such a vector is put into the same order beforehand; no unpacking instruction is needed then. */
-INLINE vf even_half(vu words, int type) { return type == BF16 ? (vf)(words << 16) : half_to_float(words & 0xffffu); }
-INLINE vf odd_half(vu words, int type) { return type == BF16 ? (vf)(words & 0xffff0000u) : half_to_float(words >> 16); }
+/* Lane order. A 32-bit word holds two neighbours of a 16-bit array, so LANES words give a vector of the even elements and a
+   vector of the odd ones. The other operand is put into the same order beforehand; then no unpacking instruction is needed. */
+INLINE vf even_elements(vu words, int type) { return type == BF16 ? (vf)(words << 16) : half_to_float(words & 0xffffu); }
+INLINE vf odd_elements(vu words, int type) { return type == BF16 ? (vf)(words & 0xffff0000u) : half_to_float(words >> 16); }
 
-/* scale * x [n] into the order of a type's vectors, padded by zeros to a multiple of 2 * LANES; F32 stays as it is. */
-INLINE void to_order(int type, const float *x, int64_t n, float scale, float *to) {
+/* scale * x [n] in the lane order of a type, padded with zeros to a multiple of 2 * LANES. For F32 the order is unchanged. */
+INLINE void to_lane_order(int type, const float *x, int64_t n, float scale, float *to) {
     for (int64_t k = 0; k < n; k += 2 * LANES, to += 2 * LANES) {
         float part[2 * LANES] = {0};
-        if (n - k >= 2 * LANES) memcpy(part, x + k, sizeof part); /* of a length that the compiler knows */
+        if (n - k >= 2 * LANES) memcpy(part, x + k, sizeof part); /* a length that the compiler knows */
         else memcpy(part, x + k, sizeof(float) * (n - k));
         for (int i = 0; i < LANES; i++) {
             to[i] = scale * part[type == F32 ? i : 2 * i];
@@ -89,8 +90,8 @@ INLINE void to_order(int type, const float *x, int64_t n, float scale, float *to
     }
 }
 
-/* The way back, n elements. */
-INLINE void from_order(int type, const float *x, int64_t n, float scale, float *to) {
+/* The inverse of `to_lane_order`, for n elements. */
+INLINE void from_lane_order(int type, const float *x, int64_t n, float scale, float *to) {
     for (int64_t k = 0; k < n; k += 2 * LANES, x += 2 * LANES) {
         float part[2 * LANES];
         for (int i = 0; i < LANES; i++) {
@@ -102,7 +103,7 @@ INLINE void from_order(int type, const float *x, int64_t n, float scale, float *
     }
 }
 
-/* Round to nearest even, as torch does; a half out of range becomes infinity. */
+/* Round to nearest even, as torch does. A half out of range becomes infinity. */
 INLINE uint16_t to_bf16(float value) {
     uint32_t bits = float_to_bits(value);
     if (value != value) return 0x7fc0;
@@ -113,7 +114,7 @@ INLINE uint16_t to_half(float value) {
     uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
     if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
-    if (magnitude < 0x38800000) /* subnormal: adding 1/2 leaves the half's bits at the bottom of the sum */
+    if (magnitude < 0x38800000) /* subnormal: adding 1/2 leaves the half's bits in the lowest bits of the sum */
         return (uint16_t)(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000));
     return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
@@ -126,17 +127,17 @@ INLINE float lane_sum(vf v) {
     return part[0];
 }
 
-INLINE float lane_maximum(vf v) {
+INLINE float lane_max(vf v) {
     float most = v[0];
     for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
     return most;
 }
 
-/* Of x [n]; NaN where there is one. Magnitudes are compared as integers, which puts NaN above infinity. */
-INLINE float largest_magnitude(const float *x, int64_t n) {
+/* The largest magnitude of x [n]; NaN if x holds a NaN. Magnitudes are compared as integers, which orders NaN above infinity. */
+INLINE float max_abs(const float *x, int64_t n) {
     vi most = {0};
     for (int64_t k = 0; k < n; k += LANES) {
-        const vi magnitude = (vi)load_some(x + k, n - k) & 0x7fffffff, more = magnitude > most;
+        const vi magnitude = (vi)load_partial(x + k, n - k) & 0x7fffffff, more = magnitude > most;
         most = (more & magnitude) | (~more & most);
     }
     int32_t largest = most[0];
@@ -144,13 +145,15 @@ INLINE float largest_magnitude(const float *x, int64_t n) {
     return bits_to_float((uint32_t)largest);
 }
 
-INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-INLINE vf at_least(vf v, vf floor) { return choose(v < floor, floor, v); }
-INLINE vf at_most(vf v, vf ceiling) { return choose(v > ceiling, ceiling, v); }
+INLINE vf vec_select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+/* Element by element; NaN in v stays. */
+INLINE vf vec_max(vf v, vf floor) { return vec_select(v < floor, floor, v); }
+INLINE vf vec_min(vf v, vf ceiling) { return vec_select(v > ceiling, ceiling, v); }
 
-/* e^x to about 1 unit in the last place (Cephes expf); below -87.3 it stays at 1e-38, above 88.7 at 3e38; NaN stays NaN. */
-INLINE vf exp_lanes(vf x) {
-    x = at_most(at_least(x, splat(-87.33654f)), splat(88.37f));
+/* e^x to about 1 unit in the last place (Cephes expf). x is clamped to -87.33654 .. 88.37, so the result stays in about 1e-38
+   .. 2e38; NaN stays NaN. */
+INLINE vf vec_exp(vf x) {
+    x = vec_min(vec_max(x, splat(-87.33654f)), splat(88.37f));
     vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
     vf r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
@@ -164,6 +167,6 @@ INLINE vf exp_lanes(vf x) {
     return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
-INLINE vf tanh_lanes(vf x) { return 1.0f - 2.0f / (1.0f + exp_lanes(2.0f * x)); }
+INLINE vf vec_tanh(vf x) { return 1.0f - 2.0f / (1.0f + vec_exp(2.0f * x)); }
 
 #endif

@@ -196,7 +196,7 @@ def rounded_gemm(x: RoundedRows, weight: PlaneWeight, bias: Tensor | None, dtype
 
 
 def w4a8_matmul(x: Tensor, weight: PlaneWeight, activation_bits: int, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with every row of x rounded to integers (see `reference.quantized_matmul`).
+    """x W^T + bias with every row of x rounded to integers (see `reference.w4a8_matmul`).
 
     Args:
         x: [M, K], float16, bfloat16 or float32, finite, on the current CUDA device (any device under Triton's interpreter).
