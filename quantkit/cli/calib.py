@@ -1,15 +1,16 @@
 """`quantkit calib`: texts to calibrate and evaluate on."""
 
-from rich.table import Table
-
 from quantkit.cli import options
-from quantkit.data.corpus import text_sets
-
-EXAMPLE = "Example: quantkit quantize demo -o out --calib wikitext2   (or a .txt, .jsonl or .parquet file, or hf:DATASET)"
+from quantkit.cli.verb import verb
 
 
+@verb(example="Example: quantkit quantize demo -o out --calib wikitext2   (or a .txt, .jsonl or .parquet file, or hf:DATASET)")
 def calib(json_file: options.JsonFile = None) -> None:
     """List the text sets that ship with quantkit; each is a value of `quantize --calib` and `eval --text`."""
+    from rich.table import Table
+
+    from quantkit.data.corpus import text_sets
+
     options.require_writable(json_file)
     table = Table("set", "dataset", "split", "column", "chat", "licence", "description")
     sets = text_sets()

@@ -5,13 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from quantkit.checkpoint.locate import locate
 from quantkit.cli import options
-from quantkit.formats import convert as job
-
-EXAMPLE = "Example: quantkit convert demo-w4 demo-w4-gptq --format gptq"
+from quantkit.cli.verb import verb
 
 
+@verb(
+    example="Example: quantkit convert demo-w4 demo-w4-gptq --format gptq",
+    when_interrupted="the same command goes on after the last finished shard",
+)
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Quantized model folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new artifact; must not exist.")],
@@ -22,6 +23,10 @@ def convert(
 ) -> None:
     """Change an artifact's format without changing a single weight; refused where the format cannot hold the grid."""
     options.require_writable(json_file)
+
+    from quantkit.checkpoint.locate import locate
+    from quantkit.formats import convert as job
+
     matrices = job.convert(locate(source), out, format_, overwrite=overwrite)
     if str(json_file) != "-":
         typer.echo(f"written: {out} ({matrices} matrices as {format_}, every weight unchanged)")

@@ -10,15 +10,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from quantkit.checkpoint.locate import locate
-from quantkit.checkpoint.reader import Checkpoint
 from quantkit.cli import options
+from quantkit.cli.verb import verb
 from quantkit.errors import QuantkitError
-from quantkit.formats import deploy as job
-
-EXAMPLE = "Example: quantkit deploy vllm demo-w4 --tensor-parallel 3 -- --max-model-len 4096"
 
 
+@verb(example="Example: quantkit deploy vllm demo-w4 --tensor-parallel 3 -- --max-model-len 4096")
 def deploy(
     engine: Annotated[Literal["vllm", "sglang"], typer.Argument(metavar="vllm|sglang", help="Who serves.")],
     model: options.Model,
@@ -32,6 +29,11 @@ def deploy(
 ) -> None:
     """Check that vLLM or SGLang loads MODEL, and print the command that serves it."""
     options.require_writable(json_file)
+
+    from quantkit.checkpoint.locate import locate
+    from quantkit.checkpoint.reader import Checkpoint
+    from quantkit.formats import deploy as job
+
     folder = locate(model)
     named = str(folder) if model == "demo" or Path(model).expanduser().is_dir() else model
     found = job.deployment(Checkpoint(folder), named, engine, tensor_parallel, extra or ())

@@ -3,25 +3,25 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.checkpoint.locate import locate
-from quantkit.cli import options, tables
+from quantkit.cli import options
 from quantkit.cli.engine_options import EngineOptions
-from quantkit.cli.eval_tasks import evaluate_tasks
+from quantkit.cli.verb import verb
 from quantkit.errors import RecipeError
-from quantkit.evaluation.card import write_card as write_measured
-from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalReport, EvalRequest, run_evaluation
-from quantkit.evaluation.speed import measure_apart
-from quantkit.formats.model_card import require_measurable
 from quantkit.runtime.kv_cache.eviction import FULL, Budget
-from quantkit.utils.device import resolve_device
 
-EXAMPLE = "Example: quantkit eval demo-w4 --baseline demo --max-ppl-increase 5% --max-kl 0.2   (exit status 1 if a gate fails)"
+if TYPE_CHECKING:
+    from quantkit.evaluation.run import EvalReport
 
 
+@verb(
+    example="Example: quantkit eval demo-w4 --baseline demo --max-ppl-increase 5% --max-kl 0.2   "
+    "(exit status 1 if a gate fails)",
+    when_out_of_memory="lower --seq-len, or use another --device",
+)
 def evaluate(
     model: options.Model,
     baseline: Annotated[str | None, typer.Option(metavar="REF", help="Model to compare with, usually the original.")] = None,
@@ -66,6 +66,8 @@ def evaluate(
             )
         if not Path(model).is_dir():
             raise RecipeError(f"--write-card: {model} is no local folder; download the artifact into one first")
+        from quantkit.formats.model_card import require_measurable
+
         require_measurable(Path(model))
     if speed:
         if gated or tasks is not None:
@@ -80,6 +82,8 @@ def evaluate(
     if tasks is not None:
         if gated:
             raise RecipeError("--tasks measures neither perplexity nor KL, so these cannot gate it; run eval twice")
+        from quantkit.cli.eval_tasks import evaluate_tasks
+
         models = {} if baseline is None else {"baseline": baseline}
         engine = EngineOptions(device, kv_dtype=kv_dtype or "auto", kv_policy=kv_policy, kv_budget=kv_budget)
         wanted = {"names": tasks.split(","), "limit": limit, "folder": task_dir, "num_fewshot": num_fewshot, "chat": chat}
@@ -89,6 +93,13 @@ def evaluate(
         raise RecipeError(
             "--limit, --task-dir, --num-fewshot and --chat are about tasks of the harness; name some with --tasks"
         )
+    budget = Budget(kv_policy, kv_budget)
+
+    from quantkit.checkpoint.locate import locate
+    from quantkit.cli import tables
+    from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalRequest, run_evaluation
+    from quantkit.utils.device import resolve_device
+
     request = EvalRequest(
         model=locate(model),
         baseline=None if baseline is None else locate(baseline),
@@ -97,7 +108,7 @@ def evaluate(
         seq_len=seq_len,
         device=resolve_device(device),
         kv_dtype=kv_dtype,
-        budget=Budget(kv_policy, kv_budget),
+        budget=budget,
     )
     with tables.stage_bar(enabled=not quiet and sys.stderr.isatty()) as advance:
         report = run_evaluation(request, advance)
@@ -109,6 +120,8 @@ def evaluate(
             err=True,
         )
     if write_card and baseline is not None:
+        from quantkit.evaluation.card import write_card as write_measured
+
         write_measured(Path(model), report, baseline)
     failures = _failures(report, increase, max_kl)
     options.write_json(json_file, report.to_json() | {"failed_gates": failures})
@@ -120,6 +133,11 @@ def evaluate(
 
 def _speed(model: str, baseline: str | None, device: str, json_file: Path | None, *, quiet: bool) -> None:
     """Measure models one after another, each in a process of its own."""
+    from quantkit.checkpoint.locate import locate
+    from quantkit.cli import tables
+    from quantkit.evaluation.speed import measure_apart
+    from quantkit.utils.device import resolve_device
+
     names = [name for name in (baseline, model) if name is not None]
     reports = []
     for name in names:
@@ -130,7 +148,7 @@ def _speed(model: str, baseline: str | None, device: str, json_file: Path | None
     options.write_json(json_file, dict(zip(("baseline", "model")[-len(reports) :], map(asdict, reports), strict=True)))
 
 
-def _failures(report: EvalReport, max_increase: float | None, max_kl: float | None) -> list[str]:
+def _failures(report: "EvalReport", max_increase: float | None, max_kl: float | None) -> list[str]:
     failures = []
     if max_increase is not None and report.ppl_increase is not None and not report.ppl_increase <= max_increase:
         failures.append(f"perplexity rose by {report.ppl_increase:.2%}, allowed is {max_increase:.2%}")

@@ -6,24 +6,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from quantkit.cli import options, tables
-from quantkit.cli.completions import Completions, cut_short
-from quantkit.cli.engine_options import EngineOptions, with_engine
-from quantkit.data.prompts import LocatedPrompt, read_prompts
+from quantkit.cli import options
+from quantkit.cli.engine_options import LESS_MEMORY, EngineOptions, with_engine
+from quantkit.cli.verb import verb
 from quantkit.errors import RequestError
-from quantkit.runtime.core.output import Output
-from quantkit.runtime.core.request import SamplingParams
-from quantkit.runtime.session import Session, Summary
 
-EXAMPLE = 'Example: quantkit generate demo-w4 --chat "Why is the sky blue?" --max-tokens 100 --spec ngram'
+if TYPE_CHECKING:
+    from quantkit.runtime.core.output import Output
+    from quantkit.runtime.session import Session, Summary
 
 
+@verb(
+    example='Example: quantkit generate demo-w4 --chat "Why is the sky blue?" --max-tokens 100 --spec ngram',
+    when_out_of_memory=LESS_MEMORY,
+)
 @with_engine
 def generate(
     model: options.Model,
@@ -59,6 +59,13 @@ def generate(
         raise RequestError("name either a prompt or a file of prompts with --prompts, not both and not neither")
     if logprobs is not None and json_file is None:
         raise RequestError("--logprobs are only in --json; add --json FILE, or --json - for stdout")
+    schema = None if json_schema is None else _read_schema(json_schema)
+
+    from quantkit.cli import tables
+    from quantkit.cli.completions import Completions
+    from quantkit.data.prompts import LocatedPrompt, read_prompts
+    from quantkit.runtime.core.request import SamplingParams
+
     params = SamplingParams(
         max_tokens=max_tokens,
         n=samples,
@@ -75,7 +82,6 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    schema = None if json_schema is None else _read_schema(json_schema)
     given = [LocatedPrompt(prompt)] if prompt is not None else read_prompts(prompts) if prompts is not None else []
     session = engine.open(model)
     if not quiet:
@@ -108,8 +114,13 @@ def generate(
         raise typer.Exit(1)
 
 
-def _tell(outputs: list[Output], summary: Summary, session: Session, total: int, max_tokens: int, *, quiet: bool) -> None:
+def _tell(
+    outputs: "list[Output]", summary: "Summary", session: "Session", total: int, max_tokens: int, *, quiet: bool
+) -> None:
     """On stderr: the run in numbers, and what is less than was asked for."""
+    from quantkit.cli import tables
+    from quantkit.cli.completions import cut_short
+
     if outputs and not quiet:
         typer.echo(tables.generated(summary), err=True)
         if summary.speculation is not None:
@@ -133,15 +144,18 @@ def _read_schema(path: Path) -> Any:
         raise RequestError(f"--json-schema {path}: cannot be read ({reason}); name a file with a JSON schema") from None
 
 
-def _write(output: Output) -> None:
+def _write(output: "Output") -> None:
     """Text as it comes."""
     sys.stdout.write(output.text)
     sys.stdout.flush()
 
 
 @contextmanager
-def _progress(total: int, *, enabled: bool) -> Iterator[Callable[[Output], None]]:
+def _progress(total: int, *, enabled: bool) -> "Iterator[Callable[[Output], None]]":
     """A bar of finished samples."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("samples"),
         BarColumn(),
@@ -153,7 +167,7 @@ def _progress(total: int, *, enabled: bool) -> Iterator[Callable[[Output], None]
         task = progress.add_task("samples", total=total, rate="")
         started, tokens = time.monotonic(), 0
 
-        def advance(output: Output) -> None:
+        def advance(output: "Output") -> None:
             nonlocal tokens
             tokens += len(output.token_ids)
             done = int(output.finish_reason is not None)

@@ -1,19 +1,19 @@
 """`quantkit inspect`: what a model folder holds, without loading it."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.checkpoint.locate import locate
-from quantkit.checkpoint.reader import Checkpoint, read_json
-from quantkit.cli import options, tables
+from quantkit.cli import options
+from quantkit.cli.verb import verb
 from quantkit.errors import CheckpointError
-from quantkit.formats.artifact import PackedReader, bits_per_weight
 
-EXAMPLE = "Example: quantkit inspect demo-w4"
+if TYPE_CHECKING:
+    from quantkit.checkpoint.reader import Checkpoint
 
 
+@verb(example="Example: quantkit inspect demo-w4")
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Model folder, quantized or not; or 'demo'.")],
     json_file: options.JsonFile = None,
@@ -21,6 +21,11 @@ def inspect(
 ) -> None:
     """Show what a model folder holds: architecture, format, schemes, size, and how it was made."""
     options.require_writable(json_file)
+
+    from quantkit.checkpoint.locate import locate
+    from quantkit.checkpoint.reader import Checkpoint
+    from quantkit.cli import tables
+
     checkpoint = Checkpoint(locate(path))
     facts = _facts(checkpoint)
     rows = [(name, str(value)) for name, value in facts.items() if not isinstance(value, dict | list)]
@@ -30,7 +35,10 @@ def inspect(
     options.write_json(json_file, facts | {"engines": [engine.__dict__ for engine in facts["engines"]]})
 
 
-def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
+    from quantkit.cli import tables
+    from quantkit.formats.artifact import PackedReader, bits_per_weight
+
     facts: dict[str, Any] = {
         "architecture": checkpoint.config["model_type"],
         "shards": len(checkpoint.files),
@@ -57,6 +65,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _history(made: Path) -> dict[str, Any]:
     """How the artifact was made."""
+    from quantkit.checkpoint.reader import read_json
+
     report = read_json(made)
     try:
         return {

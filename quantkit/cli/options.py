@@ -1,17 +1,18 @@
-"""Options that several verbs share, and how their values are read."""
+"""Options that several verbs share, and how their values are read. `--help` imports this module, so it imports no torch."""
 
 import json
 import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from quantkit.errors import QuantkitError, RecipeError, ResourceError
-from quantkit.runtime.speculative.adaptive_length import MOST_DRAFTED
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, Hub id, or 'demo' (SmolLM2-135M-Instruct).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -45,6 +46,8 @@ def draft_length(text: str) -> int | None:
     Raises:
         RecipeError: it is neither, or out of bounds.
     """
+    from quantkit.runtime.speculative.adaptive_length import MOST_DRAFTED
+
     if text == "auto":
         return None
     if not (text.isdecimal() and 1 <= int(text) <= MOST_DRAFTED):
@@ -69,8 +72,13 @@ def fraction(text: str | None, option: str) -> float | None:
     return value
 
 
-def console(json_file: Path | None, *, quiet: bool = False) -> Console:
-    """Where tables go: stdout, or stderr when JSON takes it. Files and pipes get lines long enough for names of matrices."""
+def console(json_file: Path | None, *, quiet: bool = False) -> "Console":
+    """Where tables go: stdout, or stderr if JSON goes to stdout.
+
+    Files and pipes get lines of 160 characters, so that names of matrices are not cut.
+    """
+    from rich.console import Console
+
     stderr = str(json_file) == "-"
     wide = None if (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ else 160
     return Console(stderr=stderr, quiet=quiet, width=wide)

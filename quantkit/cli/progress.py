@@ -3,13 +3,16 @@
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from quantkit.quantization.report import MatrixReport
 from quantkit.utils.resources import peak_memory
+
+if TYPE_CHECKING:
+    from quantkit.quantization.report import MatrixReport
 
 
 class RunProgress:
@@ -43,7 +46,7 @@ class RunProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def matrix(self, report: MatrixReport) -> None:
+    def matrix(self, report: "MatrixReport") -> None:
         """A matrix was quantized."""
         self._last = report
         if self._bar is not None:
@@ -78,5 +81,5 @@ def _memory() -> str:
     return f"{peak_memory() / 2**20:,.0f} MiB peak"
 
 
-def _layer(report: MatrixReport) -> str:
+def _layer(report: "MatrixReport") -> str:
     return f"{report.name} error {report.output_error:.2e}"

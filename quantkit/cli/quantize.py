@@ -5,19 +5,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from quantkit.checkpoint.locate import locate
-from quantkit.cli import options, tables
-from quantkit.cli.progress import RunProgress
-from quantkit.quantization.distributed import init_distributed
-from quantkit.quantization.estimate import estimate_run
-from quantkit.quantization.run import QuantizeRequest, join_as_worker, quantize_model
-from quantkit.recipe import load_recipe, recorded_computing
-from quantkit.utils.device import resolve_device
-from quantkit.utils.resources import available_memory
-
-EXAMPLE = "Example: quantkit quantize demo -o demo-w4 --recipe awq+gptq-w4   (then: quantkit eval demo-w4 --baseline demo)"
+from quantkit.cli import options
+from quantkit.cli.verb import verb
 
 
+@verb(
+    example="Example: quantkit quantize demo -o demo-w4 --recipe awq+gptq-w4   (then: quantkit eval demo-w4 --baseline demo)",
+    when_interrupted="the same command goes on after the last finished block",
+    when_out_of_memory="lower --seq-len or --max-memory, or use another --device",
+)
 def quantize(
     model: options.Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the artifact; must not exist.")],
@@ -63,16 +59,28 @@ def quantize(
     calibration = {"source": calib, "samples": samples, "seq_len": seq_len}
     overrides = {name: value for name, value in given.items() if value is not None}
     overrides["calibration"] = {name: value for name, value in calibration.items() if value is not None}
+    options.require_writable(json_file)
+    from quantkit.recipe import load_recipe, recorded_computing
+
+    resolved = load_recipe(recipe, overrides)
+    memory = None if max_memory is None else options.byte_size(max_memory, "--max-memory")
+
+    from quantkit.checkpoint.locate import locate
+    from quantkit.cli import tables
+    from quantkit.cli.progress import RunProgress
+    from quantkit.quantization.distributed import init_distributed
+    from quantkit.quantization.estimate import estimate_run
+    from quantkit.quantization.run import QuantizeRequest, join_as_worker, quantize_model
+    from quantkit.utils.device import resolve_device
+    from quantkit.utils.resources import available_memory
+
     with init_distributed() as process_group:
-        options.require_writable(json_file)
         request = QuantizeRequest(
             folder=locate(model),
             out=out,
-            recipe=load_recipe(recipe, overrides),
+            recipe=resolved,
             device=process_group.local_device(resolve_device(device)),
-            max_memory=available_memory() // 2 // process_group.size
-            if max_memory is None
-            else options.byte_size(max_memory, "--max-memory"),
+            max_memory=available_memory() // 2 // process_group.size if memory is None else memory,
             overwrite=overwrite,
             compute_settings=recorded_computing(recipe),
         )

@@ -1,16 +1,17 @@
 """`quantkit recipes`: what ships."""
 
-import yaml
-from rich.table import Table
-
 from quantkit.cli import options
-from quantkit.recipe import builtin_recipes, load_recipe, resolved_json
-
-EXAMPLE = "Example: quantkit recipes --json - | jq '.\"gptq-w4\"'"
+from quantkit.cli.verb import verb
 
 
+@verb(example="Example: quantkit recipes --json - | jq '.\"gptq-w4\"'")
 def recipes(json_file: options.JsonFile = None) -> None:
     """List the recipes that ship with quantkit; any of them is a value of `quantize --recipe`."""
+    import yaml
+    from rich.table import Table
+
+    from quantkit.recipe import builtin_recipes, load_recipe, resolved_json
+
     options.require_writable(json_file)
     texts = builtin_recipes()
     table = Table("recipe", "method", "bits", "group", "grid", "description")

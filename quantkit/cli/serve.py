@@ -6,13 +6,16 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli import options, tables
-from quantkit.cli.engine_options import EngineOptions, with_engine
+from quantkit.cli import options
+from quantkit.cli.engine_options import LESS_MEMORY, EngineOptions, with_engine
+from quantkit.cli.verb import verb
 from quantkit.errors import QuantkitError
 
-EXAMPLE = "Example: quantkit serve demo-w4 --port 8000 --spec ngram   (then: curl localhost:8000/v1/models)"
 
-
+@verb(
+    example="Example: quantkit serve demo-w4 --port 8000 --spec ngram   (then: curl localhost:8000/v1/models)",
+    when_out_of_memory=LESS_MEMORY,
+)
 @with_engine
 def serve(
     model: options.Model,
@@ -37,14 +40,16 @@ def serve(
 
     SIGTERM lets running requests end, a second one cuts them.
     """
+    if api_key == "":
+        raise QuantkitError("--api-key is empty; give a key, or leave it and QUANTKIT_API_KEY out")
+    size = options.byte_size(max_body, "--max-body")
     try:
         from quantkit.server.app import ServerConfig, create_app
         from quantkit.server.process import run
     except ModuleNotFoundError as error:
         raise QuantkitError(f'quantkit serve needs {error.name}; pip install "quantkit[serve]"') from None
-    if api_key == "":
-        raise QuantkitError("--api-key is empty; give a key, or leave it and QUANTKIT_API_KEY out")
-    size = options.byte_size(max_body, "--max-body")
+    from quantkit.cli import tables
+
     if api_key is None and not _loopback(host):
         typer.echo(f"warning: everybody who reaches {host}:{port} can use this server; set --api-key", err=True)
     session = engine.open(model)

@@ -4,19 +4,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from quantkit.evaluation.run import EvalReport, EvalRow
-from quantkit.evaluation.speed import SpeedReport
-from quantkit.formats import Engine
-from quantkit.quantization.estimate import RunEstimate
-from quantkit.quantization.report import RunReport
-from quantkit.runtime.kv_cache.cache import KVCache
-from quantkit.runtime.session import Summary
-from quantkit.runtime.speculative.metrics import SpeculationStats
+if TYPE_CHECKING:
+    from quantkit.evaluation.run import EvalReport, EvalRow
+    from quantkit.evaluation.speed import SpeedReport
+    from quantkit.formats import Engine
+    from quantkit.quantization.estimate import RunEstimate
+    from quantkit.quantization.report import RunReport
+    from quantkit.runtime.kv_cache.cache import KVCache
+    from quantkit.runtime.session import Summary
+    from quantkit.runtime.speculative.metrics import SpeculationStats
 
 
 def size(count: int) -> str:
@@ -50,13 +52,15 @@ def named(name: str, *values: str) -> Table:
     return Table(Column(name, overflow="fold"), *(Column(value, no_wrap=True) for value in values), title_justify="left")
 
 
-def engine_rows(engines: list[Engine]) -> list[tuple[str, str]]:
+def engine_rows(engines: "list[Engine]") -> list[tuple[str, str]]:
     """One row an engine."""
     return [(f"loads in {e.name}", ("yes" if e.loads else "no") + (f" ({e.note})" if e.note else "")) for e in engines]
 
 
-def run_tables(report: RunReport, out: Path) -> list[Table]:
+def run_tables(report: "RunReport", out: Path) -> list[Table]:
     """The end of `quantize`: totals, engines and the worst five matrices."""
+    from quantkit.formats import Engine
+
     totals = report.totals
     rows = [
         ("matrices", f"{totals.matrices} quantized, {len(report.unquantized)} kept in 16 bit"),
@@ -82,7 +86,7 @@ def run_tables(report: RunReport, out: Path) -> list[Table]:
     return [pairs(f"written: {out}", rows), worst]
 
 
-def plan_table(plan: RunEstimate) -> Table:
+def plan_table(plan: "RunEstimate") -> Table:
     """`quantize --plan`."""
     schemes: dict[str, list[str]] = {}
     for name, scheme in plan.schemes.items():
@@ -106,7 +110,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{len(names)} matrices, {names[0]} ... {names[-1]}"
 
 
-def eval_table(report: EvalReport, model: str, baseline: str | None) -> Table:
+def eval_table(report: "EvalReport", model: str, baseline: str | None) -> Table:
     """`quantkit eval`."""
     table = named("model", "perplexity", "change", "KL mean", "KL p99", "top-1", "bits/weight", "size")
     table.title = f"{report.windows} windows of {report.seq_len} tokens, text: {report.text}"
@@ -114,7 +118,7 @@ def eval_table(report: EvalReport, model: str, baseline: str | None) -> Table:
         kept = "" if report.kv_budget is None else f", {report.kv_policy} within {report.kv_budget:,} tokens"
         table.caption = f"{model}: KV cache {report.kv_dtype or 'auto'}, {report.kv_bytes_per_token:,.0f} bytes a token{kept}"
 
-    def row(name: str, entry: EvalRow, change: str) -> None:
+    def row(name: str, entry: "EvalRow", change: str) -> None:
         m = entry.metrics
         table.add_row(
             name,
@@ -135,12 +139,12 @@ def eval_table(report: EvalReport, model: str, baseline: str | None) -> Table:
     return table
 
 
-def speed_table(reports: list[SpeedReport]) -> Table:
+def speed_table(reports: "list[SpeedReport]") -> Table:
     """`quantkit eval --speed`: a column a model, a row a number, the formula beside it."""
     table = named("", *[report.name for report in reports], "what it is")
     table.title = f"device {reports[0].device}, {reports[0].threads} threads"
 
-    def row(name: str, cell: Callable[[SpeedReport], str], meaning: str) -> None:
+    def row(name: str, cell: "Callable[[SpeedReport], str]", meaning: str) -> None:
         table.add_row(name, *map(cell, reports), meaning)
 
     for name in reports[0].rates:
@@ -161,19 +165,19 @@ def speed_table(reports: list[SpeedReport]) -> Table:
     return table
 
 
-def kv_plan(cache: KVCache, draft: KVCache | None = None) -> str:
+def kv_plan(cache: "KVCache", draft: "KVCache | None" = None) -> str:
     """A line about the memory of a model that is about to run, and one about its draft model's."""
     caches = {"": cache} if draft is None else {"": cache, " of the draft model": draft}
     return "\n".join(_kv_plan(each, of) for of, each in caches.items())
 
 
-def _kv_plan(cache: KVCache, of: str) -> str:
+def _kv_plan(cache: "KVCache", of: str) -> str:
     pages = f", {size(cache.open_bytes)} of it open pages" if cache.open_bytes else ""
     tokens = f"{cache.num_tokens:,} tokens of {cache.bytes_per_token:,.0f} bytes"
     return f"KV cache {cache.format.name}{of}: {size(cache.nbytes)} for {tokens}{pages}"
 
 
-def generated(summary: Summary) -> str:
+def generated(summary: "Summary") -> str:
     """One line about a run of `quantkit generate`."""
     decode = "" if summary.decode_tps is None else f", {summary.decode_tps:.1f} tokens/s each"
     blocks = {"dropped": summary.evicted_blocks, "offloaded": summary.offloaded_blocks, "fetched": summary.fetched_blocks}
@@ -187,7 +191,7 @@ def generated(summary: Summary) -> str:
     )
 
 
-def speculated(stats: SpeculationStats) -> str:
+def speculated(stats: "SpeculationStats") -> str:
     """One line about a run's drafts."""
     if stats.acceptance_rate is None or stats.mean_accepted_length is None:
         return "speculation: nothing was drafted"

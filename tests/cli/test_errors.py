@@ -1,12 +1,12 @@
-"""What ends a verb from outside is explained in that verb's own options."""
+"""Ctrl-C and a lack of memory are explained in terms of the verb's own options."""
 
 from pathlib import Path
 
 import pytest
 
 from helpers.command import quantkit
-from quantkit.cli import _explain
 from quantkit.cli.engine_options import EngineOptions
+from quantkit.cli.verbs import VERBS
 
 MEMORY = "error: memory ran out; free some, lower --kv-memory or --max-batch, or use another --device, and try again\n"
 
@@ -37,7 +37,7 @@ def test_verbs_that_run_the_engine(
     ],
 )
 def test_every_verb_names_its_own_options(verb: str, interrupted: str, memory: str) -> None:
-    assert _explain(KeyboardInterrupt(), verb) == (interrupted, 130)
-    message, status = _explain(MemoryError(), verb)
+    assert VERBS[verb].explain(KeyboardInterrupt()) == (interrupted, 130)
+    message, status = VERBS[verb].explain(MemoryError())
     assert status == 2
     assert memory in str(message)

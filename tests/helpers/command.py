@@ -5,9 +5,11 @@ process a fault: a callable that runs in it before the command does.
 """
 
 import io
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +26,17 @@ FAST = ("--samples", "80", "--seq-len", "64")
 _PATIENCE = 120.0
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["pytest", "quantkit.cli", "transformers.models.llama.modeling_llama"])
+
+
+#: Runs `quantkit ARGUMENTS` and prints, as the last line of stderr, which modules it has imported.
+REPORT_IMPORTS = """
+import json, sys
+from quantkit.cli import main
+try:
+    main()
+finally:
+    print(json.dumps(sorted(sys.modules)), file=sys.stderr)
+"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,14 @@ def refused(*arguments: object) -> str:
     (line,) = (each for each in done.err.splitlines() if not each.startswith("KV cache "))
     assert line.startswith("error: ")
     return line
+
+
+def imported_by(*arguments: object, status: int = 0, program: str = REPORT_IMPORTS) -> set[str]:
+    """The modules that `quantkit ARGUMENTS` imports in an interpreter of its own."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return set(json.loads(done.stderr.splitlines()[-1]))
 
 
 def start(log: Path, *arguments: object, fault: Callable[[], None] | None = None) -> multiprocessing.Process:
