@@ -11,12 +11,20 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quantkit.errors import RecipeError
+from quantkit.methods import METHODS
 from quantkit.methods.scheme import Scheme
+from quantkit.utils.registry import UnknownNameError
 from quantkit.utils.renamed_keys import with_current_keys
 
-Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 Bits = Literal[2, 3, 4, 8]
 FormatName = Literal["compressed-tensors", "gptq", "awq"]
+
+
+def _known_method(name: str) -> str:
+    try:
+        return METHODS.require(name)
+    except UnknownNameError as error:
+        raise ValueError(str(error)) from None
 
 
 def _a_regex(pattern: str) -> str:
@@ -90,7 +98,7 @@ class Recipe(_Strict):
         rules: the first that matches decides.
     """
 
-    method: Method = "gptq"
+    method: Annotated[str, AfterValidator(_known_method)] = "gptq"
     bits: Bits = 4
     group_size: GroupSize = "auto"
     symmetric: bool = True
@@ -125,7 +133,7 @@ class Recipe(_Strict):
     @property
     def calibrates(self) -> bool:
         """Whether the method looks at calibration data."""
-        return self.method != "rtn"
+        return METHODS[self.method].calibrates
 
 
 def builtin_recipes() -> dict[str, str]:

@@ -64,7 +64,7 @@ def _strangers(room: str, allowed: tuple[str, ...]) -> list[str]:
 
 #: Room -> all that it may import beside the standard library.
 ALLOWED = {
-    "quantkit.methods": ("torch", "quantkit.methods"),
+    "quantkit.methods": ("torch", "quantkit.methods", "quantkit.utils.registry"),
     "quantkit.formats": ("torch", "quantkit.formats", "quantkit.methods.grid", "quantkit.errors"),
     "quantkit.kernels": ("torch", "triton", "quantkit.kernels"),
     "quantkit.bench": ("httpx", "matplotlib", "numpy", "quantkit.bench", "quantkit.errors"),

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from quantkit.cli import options
+from quantkit.cli.choice import choice
 from quantkit.cli.verb import verb
+from quantkit.methods import METHODS
 
 
 @verb(
@@ -17,7 +19,7 @@ from quantkit.cli.verb import verb
 def quantize(
     model: options.Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the artifact; must not exist.")],
-    method: Annotated[Literal["rtn", "awq", "gptq", "awq+gptq"] | None, typer.Option(help="How codes are chosen.")] = None,
+    method: Annotated[str | None, choice(METHODS, help="Quantization method.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1: a scale a row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Fixed or searched zero points.")] = None,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.methods.base import CLIP_RATIOS, InputStats, Method, SolverSettings
 from quantkit.methods.grid import QuantizedWeight, minmax_qparams, round_to_grid
-from quantkit.methods.rtn import quantize_on_grid
+from quantkit.methods.rtn import quantize_on_grid, rtn
 from quantkit.methods.scheme import Scheme
 
 #: Rows whose loss is computed at once; a slice of a 1,000-column matrix stays in a core's cache.
@@ -130,3 +131,12 @@ def quantize_clipped(
         least = torch.where(better, error, least)
         scales, zeros = torch.where(better, s, scales), torch.where(better, z, zeros)
     return quantize_on_grid(weight, scheme, scales.T.contiguous(), zeros.T.contiguous())
+
+
+def _quantize(target: Tensor, stats: InputStats | None, scheme: Scheme, settings: SolverSettings) -> QuantizedWeight:
+    if stats is None:
+        return rtn(target, scheme, settings.dtype)
+    return quantize_clipped(target, stats.hessian, scheme, settings.dtype, CLIP_RATIOS)
+
+
+METHOD = Method("awq", calibrates=True, scales_channels=True, compensates_errors=False, quantize=_quantize)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from quantkit.methods.base import InputStats, Method, SolverSettings
 from quantkit.methods.grid import QuantizedWeight, round_to_grid, search_qparams
 from quantkit.methods.scheme import Scheme
 
@@ -23,3 +24,10 @@ def rtn(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
     uniform = torch.ones(weight.shape[1], device=weight.device)
     scales, zeros = search_qparams(weight, scheme, uniform, dtype, clip_ratios=(1.0,))
     return quantize_on_grid(weight, scheme, scales, zeros)
+
+
+def _quantize(target: Tensor, _stats: InputStats | None, scheme: Scheme, settings: SolverSettings) -> QuantizedWeight:
+    return rtn(target, scheme, settings.dtype)
+
+
+METHOD = Method("rtn", calibrates=False, scales_channels=False, compensates_errors=False, quantize=_quantize)

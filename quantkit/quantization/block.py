@@ -11,10 +11,11 @@ from transformers import PreTrainedConfig
 
 from quantkit.errors import NumericsError
 from quantkit.methods.awq import search_channel_scale
+from quantkit.methods.base import InputStats, SolverSettings
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.hessian import PARTS, HessianAccumulator
 from quantkit.methods.scheme import Scheme
-from quantkit.methods.solve import InputStats, SolverSettings, solve
+from quantkit.methods.solve import solve
 from quantkit.models.families import MatrixGroup
 from quantkit.quantization.calibration import ActivationStream, LockstepForward
 from quantkit.quantization.distributed import SINGLE_PROCESS, ProcessGroup
@@ -76,7 +77,7 @@ class BlockQuantizer:
                 continue
             stats, ratio, note = self._measure(lockstep, number, next(iter(weights.values())).shape[1]), None, ""
             trim_memory()
-            if self.settings.scales_channels:
+            if self.settings.method.scales_channels:
                 stats, ratio, note = self._scale(lockstep, number, weights, stats)
                 for stream in streams:
                     stream.weights |= {name: weight.to(self._parameter(name).dtype) for name, weight in weights.items()}
@@ -224,14 +225,14 @@ def matrix_report(
     if stats is not None:
         lost = float((change @ stats.hessian).mul_(change).sum())
         total = float((target @ stats.hessian).mul_(target).sum())
-    failed = stats is not None and settings.compensates and stats.factor is None
+    failed = stats is not None and settings.method.compensates_errors and stats.factor is None
     if failed:
         note = "the Hessian could not be factored even fully damped: fell back to rtn"
     at_ends = (quantized.codes == 0) | (quantized.codes == quantized.scheme.levels)
     return MatrixReport(
         name=name,
         scheme=str(quantized.scheme),
-        method="rtn" if failed else settings.method,
+        method="rtn" if failed else settings.method.name,
         output_error=max(lost, 0.0) / max(total, 1e-30),
         snr_db=10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)),
         damping=stats.factor.damping if stats is not None and stats.factor is not None else None,

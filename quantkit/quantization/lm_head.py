@@ -5,8 +5,9 @@ import time
 import torch
 from torch import Tensor
 
+from quantkit.methods.base import InputStats
 from quantkit.methods.grid import QuantizedWeight
-from quantkit.methods.solve import InputStats, solve
+from quantkit.methods.solve import solve
 from quantkit.quantization.block import accumulate_hessian, matrix_report
 from quantkit.quantization.distributed import ProcessGroup
 from quantkit.quantization.prepare import QuantizationJob

@@ -20,8 +20,9 @@ from quantkit.data.corpus import calibration_rows, tokens_sha256
 from quantkit.errors import RecipeError
 from quantkit.formats import FORMATS, Engine
 from quantkit.formats.rotated import OnlineHadamard, refusals
+from quantkit.methods import METHODS
+from quantkit.methods.base import SolverSettings
 from quantkit.methods.scheme import Scheme
-from quantkit.methods.solve import SolverSettings
 from quantkit.models.streaming import StreamedModel, TensorReader, check_tensors
 from quantkit.quantization.calibration import MICRO_BATCH_TOKENS
 from quantkit.quantization.rotation import Rotation
@@ -62,7 +63,7 @@ class QuantizationJob:
         """How matrices are solved."""
         recipe = self.recipe
         return SolverSettings(
-            method=recipe.method,
+            method=METHODS[recipe.method],
             act_order=recipe.act_order,
             damping=recipe.damping,
             asymmetric_calibration=recipe.asymmetric_calibration,

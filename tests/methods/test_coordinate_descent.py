@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
-from quantkit.methods.gptq import coordinate_descent, factorize, gptq
+from quantkit.methods.coordinate_descent import coordinate_descent
+from quantkit.methods.gptq import gptq
 from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.hessian_factor import factorize
 from quantkit.methods.rtn import rtn
 from quantkit.methods.scheme import Scheme
 

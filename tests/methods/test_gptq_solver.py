@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from helpers.method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
-from quantkit.methods.gptq import HessianFactor, factorize, gptq
+from quantkit.methods.gptq import gptq
 from quantkit.methods.grid import QuantizedWeight
+from quantkit.methods.hessian_factor import HessianFactor, factorize
 from quantkit.methods.rtn import quantize_on_grid, rtn
 from quantkit.methods.scheme import Scheme
 

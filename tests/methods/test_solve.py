@@ -9,20 +9,26 @@ from transformers import PreTrainedConfig
 
 from helpers.method_samples import SCHEMES, activations, assert_sound, loss, second_moment, weights
 from quantkit.errors import NumericsError
-from quantkit.methods import solve as solve_module
-from quantkit.methods.gptq import factorize
+from quantkit.methods import METHODS, asymmetric_calibration
+from quantkit.methods.asymmetric_calibration import asymmetric_targets
+from quantkit.methods.base import InputStats, SolverSettings
 from quantkit.methods.hessian import HessianAccumulator
+from quantkit.methods.hessian_factor import factorize
 from quantkit.methods.rtn import rtn
 from quantkit.methods.scheme import Scheme
-from quantkit.methods.solve import InputStats, SolverSettings, asymmetric_targets, solve
+from quantkit.methods.solve import solve
 from quantkit.models.families import Fold, MatrixGroup
 from quantkit.quantization.block import BlockQuantizer
 from quantkit.quantization.calibration import ActivationStream, LockstepForward
 from quantkit.quantization.report import MatrixReport
 
-METHODS = ["rtn", "awq", "gptq", "awq+gptq"]
 SETTINGS = SolverSettings(
-    "gptq", act_order=True, damping=0.01, asymmetric_calibration=0.5, coordinate_descent_passes=1, dtype=torch.bfloat16
+    METHODS["gptq"],
+    act_order=True,
+    damping=0.01,
+    asymmetric_calibration=0.5,
+    coordinate_descent_passes=1,
+    dtype=torch.bfloat16,
 )
 INDEFINITE = torch.eye(32) - 2 * torch.ones(32, 32)
 
@@ -31,7 +37,7 @@ INDEFINITE = torch.eye(32) - 2 * torch.ones(32, 32)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_every_answer_can_be_stored(scheme: Scheme, method: str, dtype: torch.dtype) -> None:
-    settings = replace(SETTINGS, method=method, dtype=dtype)
+    settings = replace(SETTINGS, method=METHODS[method], dtype=dtype)
     weight = weights(6, 96)
     quantized = solve(weight, InputStats(second_moment(activations(96)), None, settings), scheme, settings)
     assert_sound(quantized, 6, 96, dtype)
@@ -42,7 +48,7 @@ def test_every_answer_can_be_stored(scheme: Scheme, method: str, dtype: torch.dt
 def test_each_method_loses_less_than_the_one_before(scheme: Scheme) -> None:
     hessian, weight = second_moment(activations(96)), weights(32, 96)
     losses = []
-    for settings in (replace(SETTINGS, method=method) for method in ("rtn", "awq", "gptq")):
+    for settings in (replace(SETTINGS, method=METHODS[method]) for method in ("rtn", "awq", "gptq")):
         losses.append(loss(weight, solve(weight, InputStats(hessian, None, settings), scheme, settings), hessian))
     # Clipping looks at a group alone, so over the whole matrix it may lose a little; absorbing the error never does.
     assert losses[1] < 1.1 * losses[0]
@@ -52,7 +58,7 @@ def test_each_method_loses_less_than_the_one_before(scheme: Scheme) -> None:
 def test_without_inputs_there_is_only_rounding() -> None:
     weight, scheme = weights(6, 96), Scheme(4, 32, True)
     for method in METHODS:
-        quantized = solve(weight, None, scheme, replace(SETTINGS, method=method))
+        quantized = solve(weight, None, scheme, replace(SETTINGS, method=METHODS[method]))
         assert torch.equal(quantized.codes, rtn(weight, scheme, torch.bfloat16).codes)
 
 
@@ -69,7 +75,7 @@ def _paired(tokens: int = 300) -> tuple[Tensor, Tensor, HessianAccumulator]:
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_matched_solves_the_least_squares_problem(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # A visible ridge, so that the test would see it missing or applied to W* instead of to the change W* - W.
-    monkeypatch.setattr(solve_module, "RIDGE", 0.1)
+    monkeypatch.setattr(asymmetric_calibration, "RIDGE", 0.1)
     x, reference, sums = _paired()
     weight, drift = weights(7, 48).double(), sums.drift()
     assert drift is not None
@@ -136,7 +142,7 @@ def _run_job(method: str, hidden: Tensor) -> tuple[BlockQuantizer, list[MatrixRe
     torch.manual_seed(0)
     reports: list[MatrixReport] = []
     schemes = {"first": Scheme(4, 16, True), "second": Scheme(3, 16, True)}
-    settings = replace(SETTINGS, method=method, asymmetric_calibration=0.0)
+    settings = replace(SETTINGS, method=METHODS[method], asymmetric_calibration=0.0)
     block = _Block()
     job = BlockQuantizer(block, "layers.0.", schemes, PreTrainedConfig(), settings, reports.append)
     job.written.unquantized["norm.weight"] = block.norm.weight.detach()
@@ -182,13 +188,13 @@ def test_an_input_that_is_not_finite_is_named() -> None:
 
 def test_moments_hold_no_factor_that_nobody_needs() -> None:
     for method in ("rtn", "awq"):
-        assert InputStats(torch.eye(4), None, replace(SETTINGS, method=method)).factor is None
+        assert InputStats(torch.eye(4), None, replace(SETTINGS, method=METHODS[method])).factor is None
 
 
 def test_only_gptq_aims_beside_the_weight() -> None:
     _, _, sums = _paired()
     weight = weights(7, 48)
-    (target,) = InputStats(sums.mean(), sums.drift(), replace(SETTINGS, method="awq")).take_targets([weight])
+    (target,) = InputStats(sums.mean(), sums.drift(), replace(SETTINGS, method=METHODS["awq"])).take_targets([weight])
     assert target is weight
 
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 
 from helpers import tiny
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.methods import METHODS
+from quantkit.methods.base import SolverSettings
 from quantkit.methods.scheme import Scheme
-from quantkit.methods.solve import SolverSettings
 from quantkit.models.families import MatrixGroup
 from quantkit.models.streaming import StreamedModel
 from quantkit.quantization.block import BlockQuantizer
@@ -249,7 +250,12 @@ def _job(scene: Scene, method: str, bits: int, keep_paused: bool) -> tuple[Block
     """Quantize the block; what was written, and the outputs that the next block would have been calibrated with."""
     reports: list[MatrixReport] = []
     settings = SolverSettings(
-        method, act_order=True, damping=0.01, asymmetric_calibration=0.5, coordinate_descent_passes=1, dtype=torch.float32
+        METHODS[method],
+        act_order=True,
+        damping=0.01,
+        asymmetric_calibration=0.5,
+        coordinate_descent_passes=1,
+        dtype=torch.float32,
     )
     schemes = {name: Scheme(bits, 16, True) for name in scene.originals}
     job = BlockQuantizer(scene.block, "model.layers.1.", schemes, scene.config, settings, reports.append)

@@ -1,0 +1,25 @@
+"""Options whose values are the names in a registry."""
+
+from typing import Any
+
+import typer
+
+from quantkit.utils.registry import Registry, UnknownNameError
+
+
+def choice(registry: Registry[Any], *names: str, help: str) -> Any:
+    """A typer option whose value must be a name in `registry`. Help and errors list the names; nothing is imported.
+
+    Args:
+        registry: what may be chosen.
+        names: the option's names, such as "--format"; by default the parameter's name.
+        help: the option's help text.
+    """
+
+    def check(name: str | None) -> str | None:
+        try:
+            return None if name is None else registry.require(name)
+        except UnknownNameError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return typer.Option(*names, callback=check, metavar="|".join(registry), help=help)
