@@ -1,1 +1,1 @@
-"""Checkpoints on disk: where they are, tensors in (reader), tensors out (writer), and the journal of a run."""
+"""Checkpoints on disk: locate a model, read its tensors, write an artifact, and journal a run so that it can be resumed."""

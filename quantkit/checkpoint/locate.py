@@ -1,19 +1,17 @@
-"""From what the user typed after the verb to a folder on disk: a local folder, a Hub id, or `demo`."""
+"""Find the folder of the model that the user named: a local folder, a Hub id, or `demo`."""
 
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
 
 from quantkit.checkpoint.demo import HUB_ID, demo_folder
 from quantkit.errors import CheckpointError
 from quantkit.utils.cache_dir import cache_dir
 
-#: What a model needs of a Hub repository; pickled weights are never fetched.
+#: The files of a Hub repository that a model needs. Pickled weights are never fetched.
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "*.md"]
 
 
 def locate(model: str) -> Path:
-    """The folder of MODEL, fetched first where it has to be.
+    """The folder of MODEL. A Hub repository and the demo model are fetched first, if they are not there yet.
 
     Raises:
         CheckpointError: there is no such folder or repository, or it cannot be fetched.
@@ -27,9 +25,11 @@ def locate(model: str) -> Path:
         raise CheckpointError(f"{path}: is a file; name the folder that holds config.json and the shards")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: no such folder (a Hub id looks like 'owner/name'; the embedded model is 'demo')")
+    from huggingface_hub import snapshot_download  # slow to import, and only needed here
+
     try:
         return Path(snapshot_download(model, allow_patterns=_WANTED))
-    except Exception as error:  # the hub client raises types of three libraries
+    except Exception as error:  # the Hub client raises exceptions of three libraries
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{model}: no such folder, and the Hub does not give it ({reason}); check the name and the network"
@@ -37,7 +37,7 @@ def locate(model: str) -> Path:
 
 
 def hub_id(folder: Path) -> str | None:
-    """The Hub id of a folder that `locate` fetched, from where it lies in the cache; None for a folder of the user's own."""
+    """The Hub id of a folder that `locate` fetched, derived from its path in the cache; None for any other folder."""
     if folder == cache_dir() / "demo":
         return HUB_ID
     # .../models--OWNER--NAME/snapshots/REVISION

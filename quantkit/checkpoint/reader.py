@@ -1,8 +1,10 @@
 """Read a Hugging Face checkpoint folder, trusting nothing in it.
 
-Everything that can be wrong with the files is found here, before any work: the index, the headers and the sizes are
-checked when the folder is opened, the values when a tensor is read. Tensors are copied out of the file's mapping, so that
-no mapping of a shard outlives the call and peak memory is the tensors asked for.
+Opening a folder checks its index, its headers and its sizes, so that damaged files are found before any work starts. Reading
+a tensor checks its values. Tensors are copied out of the memory-mapped file: no mapping outlives the call, and peak memory is
+the size of the tensors that were asked for.
+
+Importing this module, and opening a folder, does not import torch; reading a tensor does.
 """
 
 import hashlib
@@ -10,52 +12,19 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from quantkit.checkpoint.safetensors_header import TensorInfo, quoted, read_header
 from quantkit.errors import CheckpointError, NumericsError
 
-#: safetensors' names of the element types we read.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what it is: file, element type, shape."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def quoted(name: str) -> str:
-    """A name out of a file, quoted and short, so that no message breaks over lines or fills the screen."""
-    return f"{name!r:.120}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A shard opened by safetensors, its complaints turned into ours.
+    """A shard opened by safetensors, whose errors become `CheckpointError`.
 
     Raises:
         CheckpointError: the file is missing, truncated or malformed.
@@ -92,39 +61,21 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: truncated or damaged ({reason}); fetch the file again") from None
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, malformed or holds an element type we do not read.
-    """
-    tensors = {}
-    with _opened(path) as shard:
-        for name in shard.keys():  # noqa: SIM118 (not a dict)
-            entry = shard.get_slice(name)
-            dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
-            if dtype not in DTYPES:
-                raise CheckpointError(f"{path}: tensor {quoted(name)} has dtype {dtype}; only {', '.join(DTYPES)} can be read")
-            if max(shape, default=0) >= 1 << 63:
-                raise CheckpointError(f"{path}: tensor {quoted(name)} has an impossible shape; fetch the file again")
-            tensors[name] = TensorInfo(path, DTYPES[dtype], shape)
-    return tensors
-
-
 class Checkpoint:
     """An opened checkpoint folder.
 
     Attributes:
         folder: its path.
-        config: config.json, less a `quantization_config` that is null.
-        tensors: name -> where it lies, over all shards.
+        config: config.json, without a `quantization_config` that is null.
+        files: the shards, sorted by name.
+        tensors: the tensors of all shards, by name.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open `folder` and check index, headers and sizes.
+        """Open `folder` and check its index, headers and sizes.
 
         Raises:
-            CheckpointError: something is missing, truncated, pickled, outside the folder or inconsistent.
+            CheckpointError: a file is missing, truncated, pickled or outside the folder, or two files disagree.
         """
         self.folder = folder
         self.config = read_json(folder / "config.json")
@@ -148,7 +99,7 @@ class Checkpoint:
                 )
 
     def _weight_map(self) -> dict[str, Path]:
-        """Tensor -> file according to the index (empty without one); sets `files`."""
+        """The file of each tensor according to the index; empty if there is no index. Sets `files`."""
         index = self.folder / _INDEX
         if index.is_file():
             entries = read_json(index).get("weight_map")
@@ -173,15 +124,15 @@ class Checkpoint:
         raise CheckpointError(f"{self.folder}: holds no {_SINGLE} and no {_INDEX}; fetch the weights")
 
     def names_under(self, prefix: str) -> list[str]:
-        """Names of the tensors that start with `prefix`, sorted."""
+        """Names of the tensors whose name starts with `prefix`, sorted."""
         return sorted(name for name in self.tensors if name.startswith(prefix))
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors on the CPU, in their stored dtype, copied out of the shards.
+    def read(self, names: Iterable[str]) -> "dict[str, Tensor]":
+        """Tensors by name, copied out of the shards to the CPU, in the dtype in which they are stored.
 
         Raises:
             CheckpointError: a tensor does not exist or its shard changed since it was opened.
-            NumericsError: a floating tensor holds NaN or Inf.
+            NumericsError: a floating-point tensor holds NaN or Inf.
         """
         by_file: dict[Path, list[str]] = {}
         tensors = {}
@@ -196,14 +147,15 @@ class Checkpoint:
             with _opened(file) as shard:
                 for name in wanted:
                     tensor = tensors[name] = shard.get_tensor(name).clone()
-                    if TensorInfo(file, tensor.dtype, tuple(tensor.shape)) != self.tensors[name]:
+                    expected = self.tensors[name]
+                    if (tensor.dtype, tuple(tensor.shape)) != (expected.torch_dtype, expected.shape):
                         raise CheckpointError(f"{file}: changed while it was being read; run the command again")
                     _require_finite(tensor, name, file)
         return tensors
 
     @contextmanager
     def prefetch(self, names: Iterable[str]) -> Iterator[None]:
-        """Read `names` at once; inside, `read` hands each of them out once. A shard is then opened once, not once a tensor.
+        """Read `names` in one go. Within the context, `read` returns each of them once without opening its shard again.
 
         Raises:
             CheckpointError, NumericsError: as `read`.
@@ -215,7 +167,11 @@ class Checkpoint:
             self._prefetched = {}
 
     def require_unquantized(self) -> None:
-        """Refuse a checkpoint that is quantized already."""
+        """Refuse a checkpoint that is already quantized.
+
+        Raises:
+            CheckpointError: it is.
+        """
         method = self.config.get("quantization_config")
         if method is not None:
             kind = method.get("quant_method", "unknown method") if isinstance(method, dict) else "unknown method"
@@ -225,10 +181,10 @@ class Checkpoint:
             )
 
 
-def _require_finite(tensor: Tensor, name: str, file: Path) -> None:
+def _require_finite(tensor: "Tensor", name: str, file: Path) -> None:
     if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or not tensor.numel():
         return
-    # Minimum and maximum carry a NaN or Inf out without a mask as large as the tensor.
+    # `aminmax` propagates NaN and Inf, and needs no mask as large as the tensor.
     low, high = tensor.aminmax()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise NumericsError(f"{file}: tensor {quoted(name)} holds NaN or Inf; the checkpoint is damaged, fetch it again")

@@ -1,7 +1,9 @@
-"""Text -> rows of tokens, for calibration and for perplexity.
+"""Turn text into rows of tokens, for calibration and for perplexity.
 
-Documents are joined into one unbroken stream and cut into full rows, so no row holds padding. Nothing special is added
-between documents but a blank line, because that is what the published perplexities do.
+Documents are joined into one stream of tokens, which is cut into full rows, so no row holds padding. Only a blank line
+separates documents, and no special token, because published perplexities are measured that way.
+
+Importing this module does not import torch, transformers, datasets or huggingface_hub: listing the text sets is quick.
 """
 
 import hashlib
@@ -10,39 +12,40 @@ import json
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import yaml
-from huggingface_hub import HfApi
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from quantkit.errors import CorpusError
-from quantkit.recipe import Calibration
 
-#: The built-in text is cut here into calibration and evaluation.
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from quantkit.recipe import Calibration
+
+#: The share of the built-in text that calibrates; the rest evaluates.
 _CALIBRATION_SHARE = 0.8
 
-#: With a seed, rows are drawn from this many times as many rows as asked for.
+#: With a seed, rows are drawn from a pool this many times as large as the number of rows asked for.
 _POOL = 8
 
 Part = Literal["calibration", "evaluation"]
 
 
 class TextSet(BaseModel):
-    """A manifest of `calibration_sets/`.
+    """A text set: a manifest in `calibration_sets/`.
 
     Attributes:
-        description: one line for `quantkit calib`.
+        description: one line, which `quantkit calib` shows.
         dataset: "builtin", a file's path, or the name of a dataset on the Hub.
         config: the dataset's configuration, if it has several.
-        split: which split of it calibrates.
-        evaluation_split: which split evaluates, where that is another one.
-        column: the column that holds the text, or the list of chat messages.
-        chat: render messages with the model's chat template.
-        licence: of the text.
+        split: the split that calibrates.
+        evaluation_split: the split that evaluates; None: `split`.
+        column: the column that holds the text or, if `chat`, the list of chat messages.
+        chat: render the messages with the model's chat template.
+        licence: the licence of the text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,7 +60,7 @@ class TextSet(BaseModel):
 
 
 def text_sets() -> dict[str, TextSet]:
-    """Name -> manifest of every set that ships with quantkit."""
+    """The manifests of all text sets that ship with quantkit, by name."""
     files = [f for f in resources.files("quantkit.data.calibration_sets").iterdir() if f.name.endswith(".yaml")]
     return {
         f.name.removesuffix(".yaml"): TextSet.model_validate(yaml.safe_load(f.read_text("utf-8")))
@@ -65,10 +68,10 @@ def text_sets() -> dict[str, TextSet]:
     }
 
 
-def calibration_rows(spec: Calibration, seed: int | None, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def calibration_rows(spec: "Calibration", seed: int | None, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
     """Rows of calibration tokens, int64 [samples, seq_len].
 
-    Without a seed, the first rows of the text; with one, rows drawn at random from its beginning.
+    Without a seed these are the first rows of the text; with one, they are drawn at random from its beginning.
 
     Raises:
         CorpusError: the text is missing, empty, too short or not UTF-8.
@@ -76,13 +79,15 @@ def calibration_rows(spec: Calibration, seed: int | None, tokenizer: PreTrainedT
     wanted = spec.samples * (_POOL if seed is not None else 1)
     rows = _rows(spec.source, "calibration", wanted, spec.samples, spec.seq_len, tokenizer)
     if seed is not None:
+        import torch
+
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         rows = rows[order[: spec.samples]]
     return rows
 
 
-def evaluation_rows(source: str, windows: int, seq_len: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The first `windows` rows of a text, int64 [windows, seq_len], disjoint from calibration for the built-in text.
+def evaluation_rows(source: str, windows: int, seq_len: int, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
+    """The first `windows` rows of a text, int64 [windows, seq_len]. Of the built-in text, none is used for calibration.
 
     Raises:
         CorpusError: as `calibration_rows`.
@@ -90,12 +95,19 @@ def evaluation_rows(source: str, windows: int, seq_len: int, tokenizer: PreTrain
     return _rows(source, "evaluation", windows, windows, seq_len, tokenizer)
 
 
-def tokens_sha256(rows: Tensor) -> str:
+def tokens_sha256(rows: "Tensor") -> str:
     """Hex SHA-256 of token rows as little-endian int64, row by row."""
     return hashlib.sha256(rows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _rows(source: str, part: Part, wanted: int, least: int, seq_len: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _rows(source: str, part: Part, wanted: int, least: int, seq_len: int, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
+    """Up to `wanted` rows of a text, int64 [rows, seq_len].
+
+    Raises:
+        CorpusError: the text has fewer than `least` rows, or cannot be read.
+    """
+    import torch
+
     pieces: list[Tensor] = []
     count = 0
     for text in _documents(source, part, tokenizer):
@@ -113,11 +125,14 @@ def _rows(source: str, part: Part, wanted: int, least: int, seq_len: int, tokeni
     return torch.cat(pieces)[: rows * seq_len].view(rows, seq_len)
 
 
-def _first_tokens(text: str, wanted: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """At least the first `wanted` tokens of `text`, or all, without tokenizing much more of a long text than that.
+def _first_tokens(text: str, wanted: int, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
+    """The first `wanted` tokens of `text`, or all of them if the text is shorter.
 
-    Cutting the text changes only tokens at the cut, so a margin of tokens before it is not used.
+    Of a long text little more than that is tokenized. Cutting the text changes only the tokens next to the cut, so a margin
+    of tokens before the cut is not used.
     """
+    import torch
+
     margin = 64
     length = 4 * wanted + 1024
     while True:
@@ -129,7 +144,8 @@ def _first_tokens(text: str, wanted: int, tokenizer: PreTrainedTokenizerBase) ->
         length *= 2
 
 
-def _documents(source: str, part: Part, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _documents(source: str, part: Part, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    """The documents of a text set, a Hub dataset (`hf:NAME` or `hf:NAME:CONFIG`) or a file."""
     sets = text_sets()
     if source in sets:
         chosen = sets[source]
@@ -148,9 +164,9 @@ def _documents(source: str, part: Part, tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def _builtin_text(part: Part) -> str:
-    """English prose that every Python carries: the language reference of `pydoc`.
+    """English prose that comes with every Python: the language reference of `pydoc`.
 
-    The reference repeats itself: evaluation leaves out every paragraph that calibration holds.
+    The reference repeats itself, so the evaluation part omits every paragraph that is in the calibration part.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))
@@ -162,11 +178,14 @@ def _builtin_text(part: Part) -> str:
 
 
 def _hub_rows(chosen: TextSet, split: str, source: str) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset, streamed from the Hub or read from a folder."""
     try:
         if not Path(chosen.dataset).is_dir():
-            # Asked first, because the datasets library would try for half a minute, a line on stderr each time.
+            from huggingface_hub import HfApi
+
+            # The datasets library would retry for half a minute and print a line to stderr each time. This fails at once.
             HfApi().dataset_info(chosen.dataset, timeout=30)
-        from datasets import load_dataset  # slow to import, and only needed here
+        from datasets import load_dataset
 
         yield from load_dataset(chosen.dataset, chosen.config, split=split, streaming=True)
     except Exception as error:  # the datasets library raises many types
@@ -176,7 +195,8 @@ def _hub_rows(chosen: TextSet, split: str, source: str) -> Iterator[dict[str, An
         ) from error
 
 
-def _file_documents(path: Path, tokenizer: PreTrainedTokenizerBase, sets: list[str]) -> Iterator[str]:
+def _file_documents(path: Path, tokenizer: "PreTrainedTokenizerBase", sets: list[str]) -> Iterator[str]:
+    """The documents of a .jsonl or .parquet file, one per row, or a whole text file as one document."""
     if not path.is_file():
         raise CorpusError(f"text '{path}' is neither a file, nor hf:DATASET, nor one of: {', '.join(sets)}")
     try:
@@ -198,16 +218,21 @@ def _file_documents(path: Path, tokenizer: PreTrainedTokenizerBase, sets: list[s
         raise CorpusError(f"{path}: not UTF-8 (byte {error.start}); convert it with iconv first") from None
     except Exception as error:  # pyarrow raises many types
         reason = " ".join(str(error).split())[:200]
-        raise CorpusError(f"{path}: cannot be read as {path.suffix or 'text'} ({reason}); mend or replace it") from error
+        raise CorpusError(f"{path}: cannot be read as {path.suffix or 'text'} ({reason}); repair or replace it") from error
 
 
-def _render_any(row: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
-    """A row of a file: its `messages` through the chat template, else its `text`."""
+def _render_any(row: Any, tokenizer: "PreTrainedTokenizerBase", path: Path) -> str:
+    """A row of a file as text: its `messages` in the chat template if it has them, else its `text`."""
     chat = isinstance(row, dict) and "messages" in row
     return _render(row, "messages" if chat else "text", chat, tokenizer, str(path))
 
 
-def _render(row: Any, column: str, chat: bool, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+def _render(row: Any, column: str, chat: bool, tokenizer: "PreTrainedTokenizerBase", source: str) -> str:
+    """A row of a text as a document: a conversation in the chat template, or plain text and a blank line.
+
+    Raises:
+        CorpusError: the column is missing or holds no text, the template fails, or the text is not valid Unicode.
+    """
     value = row.get(column) if isinstance(row, dict) else None
     if chat and isinstance(value, list):
         try:
@@ -223,5 +248,5 @@ def _render(row: Any, column: str, chat: bool, tokenizer: PreTrainedTokenizerBas
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise CorpusError(f"text '{source}': a row is not UTF-8 (it holds half of a surrogate pair); mend it") from None
+        raise CorpusError(f"text '{source}': a row is not UTF-8 (it holds half of a surrogate pair); correct it") from None
     return text

@@ -1,4 +1,4 @@
-"""Prompts from a file: a .txt with one a line, or a .jsonl with an object a line; each keeps where it stands."""
+"""Read prompts from a .txt file with one prompt per line, or a .jsonl file with one JSON object per line."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,23 +8,23 @@ from typing import Any, NamedTuple, cast
 
 from quantkit.errors import RequestError
 
-#: A prompt as text, or as chat messages (`role`, `content`).
+#: A prompt: a text, or a list of chat messages with `role` and `content`.
 Prompt = str | Sequence[Mapping[str, str]]
 
 
 class LocatedPrompt(NamedTuple):
-    """A prompt and where it stands, as "p.txt, line 3"; nowhere when it comes from the command line."""
+    """A prompt and its location, for example "p.txt, line 3"; the location is empty if it comes from the command line."""
 
     prompt: Prompt
     where: str = ""
 
     def with_location(self, message: object) -> str:
-        """A message about the prompt."""
+        """A message about the prompt, preceded by its location."""
         return f"{self.where}: {message}" if self.where else str(message)
 
     @contextmanager
     def located_errors(self) -> Iterator[None]:
-        """Inside, errors of requests say where the prompt stands."""
+        """Within the context, a `RequestError` gets the prompt's location."""
         try:
             yield
         except RequestError as error:
@@ -32,16 +32,16 @@ class LocatedPrompt(NamedTuple):
 
 
 def read_prompts(path: Path) -> list[LocatedPrompt]:
-    """Prompts from a file: a line each, or, in a .jsonl, the `prompt` or the `messages` of each object. Blank lines are none.
+    """The prompts of a file: its lines or, in a .jsonl file, each object's `prompt` or `messages`. Blank lines are skipped.
 
     Raises:
-        RequestError: the file is missing, of another kind, not UTF-8 or empty, or a line holds no prompt.
+        RequestError: the file is missing, not UTF-8, empty or of another type, or a line holds no prompt.
     """
     kind = path.suffix.lower()
     if kind not in ("", ".txt", ".jsonl"):
-        raise RequestError(f"{path}: {kind} files are not read; name a .txt or .jsonl file of prompts")
+        raise RequestError(f"{path}: {kind} files are not supported; name a .txt or .jsonl file of prompts")
     try:
-        # Only at "\n": str.splitlines also cuts at U+2028, U+0085 and others, which may stand in a prompt.
+        # Split at "\n" only: str.splitlines also splits at U+2028, U+0085 and others, which a prompt may contain.
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
@@ -52,11 +52,16 @@ def read_prompts(path: Path) -> list[LocatedPrompt]:
         if line.strip()
     ]
     if not found:
-        raise RequestError(f"{path}: holds no prompt; write one a line")
+        raise RequestError(f"{path}: holds no prompt; write one per line")
     return [LocatedPrompt(_from_json(str(line), where), where) for line, where in found] if kind == ".jsonl" else found
 
 
 def _from_json(line: str, where: str) -> Prompt:
+    """The prompt in a line of a .jsonl file.
+
+    Raises:
+        RequestError: the line is not JSON, or holds no prompt.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.files import disk_errors, write_json
-from quantkit.checkpoint.reader import Checkpoint, quoted
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.safetensors_header import quoted
 from quantkit.errors import FormatError
 from quantkit.formats import FORMATS, Engine, Format, Plan, format_of, sort_groups
 from quantkit.formats.rotated import OnlineHadamard, declare, declared, refusals
@@ -82,7 +83,7 @@ class PackedReader:
             raise FormatError(f"{where}: says {self.form.name}, but no shard holds a packed matrix; fetch the model again")
         for module in self.modules:
             info = checkpoint.tensors[module + marker]
-            if info.dtype != torch.int32 or len(info.shape) != 2 or 0 in info.shape:
+            if info.dtype != "I32" or len(info.shape) != 2 or 0 in info.shape:
                 raise FormatError(f"{info.file}: {quoted(module + marker)} is not an int32 matrix, so it cannot be read")
 
     def scheme(self, module: str) -> Scheme:
@@ -190,7 +191,7 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
     """Stored bits a weight over the packed matrices; over all matrices of a dense checkpoint."""
     if "quantization_config" not in checkpoint.config:
         matrices = [info for info in checkpoint.tensors.values() if len(info.shape) == 2]
-        return 8 * sum(info.nbytes for info in matrices) / sum(info.nbytes // info.dtype.itemsize for info in matrices)
+        return 8 * sum(info.nbytes for info in matrices) / sum(info.elements for info in matrices)
     packed = PackedReader(checkpoint)
     bits = weights = 0
     for module in packed.modules:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.files import write_json, write_tensors
-from quantkit.checkpoint.reader import Checkpoint, quoted, read_json, sha256
+from quantkit.checkpoint.reader import Checkpoint, read_json, sha256
+from quantkit.checkpoint.safetensors_header import quoted
 from quantkit.checkpoint.storage_dtype import storage_dtype
 from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import CheckpointError, FormatError

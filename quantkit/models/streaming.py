@@ -216,6 +216,6 @@ def check_tensors(checkpoint: Checkpoint, model: StreamedModel) -> None:
             raise CheckpointError(f"{checkpoint.folder}: tensor '{name}', which config.json calls for, is in no shard")
         if info.shape != tuple(shape):
             raise CheckpointError(f"{info.file}: '{name}' has shape {list(info.shape)}, config.json says {list(shape)}")
-        if not info.dtype.is_floating_point or (len(shape) > 1 and info.dtype != model.dtype):
-            stored, promised = (str(dtype).removeprefix("torch.") for dtype in (info.dtype, model.dtype))
+        if not info.is_floating_point or (len(shape) > 1 and info.torch_dtype != model.dtype):
+            stored, promised = (str(dtype).removeprefix("torch.") for dtype in (info.torch_dtype, model.dtype))
             raise CheckpointError(f"{info.file}: '{name}' is {stored}, config.json says {promised}; correct its \"dtype\"")

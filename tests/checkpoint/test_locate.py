@@ -127,6 +127,6 @@ def test_home_is_expanded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "a/b/c", "/owner/name", "./owner", "~/nothing"])
 def test_what_is_no_hub_id_is_not_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantkit.checkpoint.locate.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(CheckpointError, match="no such folder"):
         locate(name)

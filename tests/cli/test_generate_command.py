@@ -245,7 +245,7 @@ def test_bad_input_is_one_line(llama: Path, arguments: tuple[str, ...], words: s
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "holds no prompt; write one a line"),
+        (b"", "holds no prompt; write one per line"),
         (b"\xff\xfe\n", "cannot be read (not UTF-8)"),
         (b'{"prompt": "a"}\n{"prompt": 3}\n', 'line 2: has neither a "prompt" (text) nor "messages"'),
         (b"not json\n", "line 1: is not JSON"),

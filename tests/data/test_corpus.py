@@ -180,7 +180,7 @@ class FakeHub:
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub([{"text": f"row {number} of it", "messages": [{"role": "u", "content": "x" * 9}]} for number in range(99)])
-    monkeypatch.setattr("quantkit.data.corpus.HfApi.dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr("datasets.load_dataset", fake.load_dataset)
     return fake
 

@@ -32,8 +32,8 @@ def test_rows_of_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.json", "[]", "p.json: .json files are not read; name a .txt or .jsonl file of prompts"),
-        ("p.txt", "\n \n", "p.txt: holds no prompt; write one a line"),
+        ("p.json", "[]", "p.json: .json files are not supported; name a .txt or .jsonl file of prompts"),
+        ("p.txt", "\n \n", "p.txt: holds no prompt; write one per line"),
         ("p.jsonl", '\n\n{"prompt": 3}', 'line 3: has neither a "prompt" (text) nor "messages"'),
         ("p.jsonl", "\n[1]", "line 2: has neither"),
         ("p.jsonl", '{"prompt": "a", "messages": []}', 'line 1: has both a "prompt" and "messages"; leave one of them out'),

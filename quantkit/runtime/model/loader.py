@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from quantkit.checkpoint.reader import Checkpoint, quoted
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.safetensors_header import quoted
 from quantkit.errors import CheckpointError
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.threads import one_thread

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.reader import Checkpoint, quoted
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.safetensors_header import quoted
 from quantkit.errors import CheckpointError
 from quantkit.formats.artifact import PackedReader
 from quantkit.methods.grid import QuantizedWeight
