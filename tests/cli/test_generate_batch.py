@@ -62,7 +62,7 @@ def test_a_failed_request_leaves_the_others_alone(batch: Callable[..., Done], ll
     assert done.status == 1
     assert headers(done) == ["--- 1: One", "--- 2: Two Z", "--- 3: Three"]
     (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert f"error: {tmp_path}/p.txt, line 2: request 1: the model's logits behind token 5 are NaN" in line
+    assert f"error: {tmp_path}/p.txt, line 2: request 1: the model's logits after token 5 are NaN" in line
     again = batch("--json", "-")
     assert again.status == 1
     first, failed, last = json.loads(again.out)["completions"]
@@ -71,7 +71,7 @@ def test_a_failed_request_leaves_the_others_alone(batch: Callable[..., Done], ll
     assert "are NaN" in failed["error"]
     alone = quantkit("generate", llama, "Z", *LENGTH, "-q")
     assert (alone.status, alone.out) == (1, "\n")
-    assert alone.err.startswith("error: request 0: the model's logits behind token 1 are NaN")
+    assert alone.err.startswith("error: request 0: the model's logits after token 1 are NaN")
 
 
 @pytest.mark.parametrize("to", ["file", "stdout", "text"])

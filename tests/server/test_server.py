@@ -227,13 +227,14 @@ def test_curl(url: str) -> None:
 
 def test_a_failing_step_fails_its_requests_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(folder, ServerConfig("tiny", 2, request_timeout=60)) as (url, served):
-        stepper, broken = served.session.engine._stepper, RuntimeError("secret detail of /some/path")
+        model = served.session.engine.model
+        broken = RuntimeError("secret detail of /some/path")
 
         def fail(_: object) -> None:
             raise broken
 
         with monkeypatch.context() as patch:
-            patch.setattr(stepper, "run", fail)
+            patch.setattr(model, "forward", fail)
             failed = httpx.post(url + "/v1/completions", json=LONG)
         assert failed.status_code == 500
         assert "secret" not in failed.text

@@ -1,4 +1,4 @@
-"""The engine: schedule, draft, forward, verify, postprocess.
+"""The engine: schedule, draft, forward, verify, postprocess. `Engine.step` shows the phases in order.
 
-The only room that sees all the others; none of them imports it.
+This room imports all the others of the runtime; of them, only `runtime.session` imports it.
 """

@@ -1,4 +1,4 @@
-"""Whether a request can be served at all: decided when it arrives, before anything is allocated for it."""
+"""Checks whether a request can ever be served. They run when it arrives, before anything is allocated for it."""
 
 from quantkit.errors import RequestError
 from quantkit.runtime.core.model import Model
@@ -7,40 +7,44 @@ from quantkit.runtime.kv_cache.eviction import UNBOUNDED
 
 
 def kv_token_limit(model: Model, capacity: int) -> int | None:
-    """Longest text, without its last token, that KV memory serves; None where eviction keeps any text within it."""
+    """Tokens of one sequence that KV memory holds; None if eviction keeps every sequence below that.
+
+    `capacity`: largest number of tokens that a sequence holds.
+    """
     held = model.num_blocks * model.block_size
     return None if capacity <= held else held
 
 
 def length_limit(request: Request, model: Model, capacity: int = UNBOUNDED) -> int:
-    """Tokens, prompt and output together, at which a sequence of `request` ends.
+    """The length in tokens, prompt and output together, at which a sequence of the request ends.
 
-    The last token is only ever output, so it takes no room in the KV cache.
+    The last token is output only: it takes no room in the KV cache.
 
     Args:
-        request: what came in.
-        model: what would serve it.
-        capacity: tokens of a sequence that are held at most.
+        request: the new request.
+        model: the model that would serve it.
+        capacity: largest number of tokens that a sequence holds.
     """
-    held, asked = kv_token_limit(model, capacity), request.params.max_tokens
-    if asked is None:
+    held = kv_token_limit(model, capacity)
+    max_tokens = request.params.max_tokens
+    if max_tokens is None:
         return model.max_model_len if held is None else min(model.max_model_len, held + 1)
-    return min(model.max_model_len, len(request.prompt) + asked)
+    return min(model.max_model_len, len(request.prompt) + max_tokens)
 
 
 def check_request(request: Request, model: Model, max_batch: int, has_text: bool, capacity: int = UNBOUNDED) -> None:
-    """Refuse what this model cannot serve.
+    """Refuse a request that this model cannot serve.
 
     Args:
-        request: what came in.
-        model: what would serve it.
-        max_batch: sequences that run at a time.
-        has_text: whether tokens can be turned into text.
-        capacity: tokens of a sequence that are held at most.
+        request: the new request.
+        model: the model that would serve it.
+        max_batch: largest number of running sequences.
+        has_text: whether the engine can turn tokens into text.
+        capacity: largest number of tokens that a sequence holds.
 
     Raises:
-        RequestError: no prompt, or one that is longer than the context or than KV memory, a token that the model does not
-            have, more samples than can run, stop strings without a tokenizer.
+        RequestError: the prompt is empty, or longer than the context or KV memory; a token is not in the vocabulary; there
+            are more samples than can run; or stop strings were given without a tokenizer.
     """
     prompt, params, vocab = request.prompt, request.params, model.vocab_size
     if not prompt:
@@ -49,11 +53,13 @@ def check_request(request: Request, model: Model, max_batch: int, has_text: bool
         wrong = next(token for token in prompt if not 0 <= token < vocab)
         raise RequestError(f"token {wrong} of the prompt is not in the vocabulary of {vocab:,}; use this model's tokenizer")
     if len(prompt) >= model.max_model_len:
-        found, limit = f"the prompt has {len(prompt):,} tokens", f"{model.max_model_len:,} tokens, prompt and output together"
+        found = f"the prompt has {len(prompt):,} tokens"
+        limit = f"{model.max_model_len:,} tokens, prompt and output together"
         if model.max_model_len < model.context:
             raise RequestError(f"{found} and KV memory holds {limit}; raise --kv-memory or shorten the prompt")
         raise RequestError(f"{found} and the context is {limit}; shorten the prompt")
-    held, needed = kv_token_limit(model, capacity), max(len(prompt), length_limit(request, model, capacity) - 1)
+    held = kv_token_limit(model, capacity)
+    needed = max(len(prompt), length_limit(request, model, capacity) - 1)
     if held is not None and needed > held:
         raise RequestError(
             f"KV memory holds {held:,} tokens, this request needs up to {needed:,}; lower max_tokens or give more memory"

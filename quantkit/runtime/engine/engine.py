@@ -1,11 +1,11 @@
-"""Many requests, one model: schedule, draft, forward, verify, hand out.
+"""The engine: serves many requests with one model, by continuous batching.
 
-The engine runs in one thread, and all its methods are called from that thread.
+`Engine.step` is the whole algorithm. The engine runs in one thread, and all its methods must be called from that thread.
 """
 
 import time
 from array import array
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from random import Random
@@ -15,12 +15,13 @@ from quantkit.runtime.core.detokenize import Decode, TextStream
 from quantkit.runtime.core.model import Model
 from quantkit.runtime.core.output import FinishReason, Output, Timing, merge_outputs
 from quantkit.runtime.core.request import Request
-from quantkit.runtime.core.sequence import Sequence
+from quantkit.runtime.core.sequence import Sample, Scheduled, Sequence
 from quantkit.runtime.engine.admission import check_request, length_limit
+from quantkit.runtime.engine.forward import forward
 from quantkit.runtime.engine.postprocess import final_output, postprocess
 from quantkit.runtime.engine.scheduler import Scheduler
 from quantkit.runtime.engine.stats import EngineStats
-from quantkit.runtime.engine.step import Stepper
+from quantkit.runtime.engine.verify import verify_step
 from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import Eviction, check_windows
 from quantkit.runtime.kv_cache.offload import KVOffload
@@ -31,17 +32,18 @@ from quantkit.runtime.speculative.proposer import Proposer
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much runs at a time.
+    """Limits and features of an engine.
 
     Attributes:
-        max_batch: running sequences at most.
-        token_budget: new tokens in a step at most. Fewer bound how long a prompt's chunk holds up the others' tokens.
-        prefix_caching: whether finished blocks are kept for prompts that start alike.
-        draft_len: tokens of a draft, where there is a proposer; None: as many as pay, down to none.
-        eviction: what a sequence drops to stay within a budget; None: nothing.
+        max_batch: largest number of running sequences.
+        token_budget: largest number of new tokens per step. A smaller budget cuts prompts into smaller chunks, which delay
+            the tokens of other requests less.
+        prefix_caching: whether full blocks are kept for later prompts that start with the same tokens.
+        draft_len: draft tokens per sequence and step, if there is a proposer; None: adaptive, as many as save time, even 0.
+        eviction: what a sequence drops to stay within its KV budget; None: nothing.
 
     Raises:
-        RequestError: the budget does not cover one token for each running sequence, or drafts are too long.
+        RequestError: the token budget does not cover one token for each running sequence, or drafts are too long.
     """
 
     max_batch: int = 64
@@ -64,7 +66,7 @@ class Engine:
     """Continuous batching over a model with a paged KV cache.
 
     Attributes:
-        model: as given.
+        model: the model that it runs.
     """
 
     def __init__(
@@ -80,33 +82,36 @@ class Engine:
         """
         Args:
             model: what to run; the engine owns its cache from now on.
-            config: how much runs at a time.
-            decode: token ids to text; without it every text is empty.
-            eos_token_ids: end a sequence unless its request ignores them.
-            proposer: guesses tokens, so that a step gives several; without it every step gives one.
+            config: limits and features.
+            decode: turns token ids into text; without it, every text is empty.
+            eos_token_ids: tokens that end a sequence unless its request ignores them.
             offload: keeps known prefixes that must leave the model's cache.
+            proposer: drafts tokens, so that a step can add several per sequence; without it, every step adds one.
 
         Raises:
-            RequestError: the model has sliding windows that eviction would widen, or a store has no prefixes to keep.
+            RequestError: eviction is on and would widen the model's sliding windows, or offload is on and prefix caching
+                is off.
         """
         self.model = model
         self._config = config or EngineConfig()
         self._decode = decode
         self._eos = frozenset(eos_token_ids)
-        if self._config.eviction is not None:
-            check_windows(self._config.eviction, model.block_size, model.sliding_window)
-        caching, budget, self._offload = self._config.prefix_caching, self._config.token_budget, offload
-        if offload is not None and not caching:
+        eviction = self._config.eviction
+        if eviction is not None:
+            check_windows(eviction, model.block_size, model.sliding_window)
+        if offload is not None and not self._config.prefix_caching:
             raise RequestError("--kv-offload keeps known prefixes, and prefix caching is off; leave out one or the other")
-        self._kv = BlockManager(model.num_blocks, model.block_size, caching, self._config.eviction, offload)
-        self._speculation = Speculation(proposer, self._config.draft_len, self._kv, budget)
-        self._scheduler = Scheduler(self._kv, self._config.max_batch, budget, self._speculation.released)
-        self._stepper = Stepper(model, self._kv, self._scheduler, self._speculation)
+        self._offload = offload
+        self._kv = BlockManager(model.num_blocks, model.block_size, self._config.prefix_caching, eviction, offload)
+        self._speculation = Speculation(proposer, self._config.draft_len, self._kv, self._config.token_budget)
+        self._scheduler = Scheduler(
+            self._kv, self._config.max_batch, self._config.token_budget, on_release=self._speculation.released
+        )
         self._ids = count()
         self._steps = 0
         #: Request id -> its sequences that have not ended.
         self._live: dict[int, list[Sequence]] = {}
-        #: Last outputs of sequences that were cancelled between steps.
+        #: Last outputs of requests that were cancelled since the last step.
         self._cancelled: list[Output] = []
 
     @property
@@ -116,7 +121,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """Where it stands now."""
+        """Gauges and counters as of now."""
         scheduler, pool = self._scheduler, self._kv.pool
         return EngineStats(
             running=len(scheduler.running),
@@ -136,7 +141,7 @@ class Engine:
         """Queue a request; returns its id.
 
         Raises:
-            RequestError: it can never be served; nothing is allocated.
+            RequestError: it can never be served; nothing was allocated.
         """
         check_request(request, self.model, self._config.max_batch, self._decode is not None, self._kv.capacity)
         request_id, timing = next(self._ids), Timing(time.monotonic())
@@ -147,46 +152,61 @@ class Engine:
         return request_id
 
     def cancel(self, request_id: int) -> bool:
-        """End a request now; the next step returns its last outputs. False when it has ended already or never was."""
-        outputs = self._end(request_id, FinishReason.CANCELLED)
+        """End a request now; the next step returns its last outputs. Returns False if no such request is live."""
+        outputs = self._end_request(request_id, FinishReason.CANCELLED)
         self._cancelled.extend(outputs)
         return bool(outputs)
 
     def step(self) -> list[Output]:
-        """Advance by one forward of the model; what came out, one output a sequence that advanced or ended.
+        """Run one step: one forward pass of the model, which advances every scheduled sequence.
 
-        A step that fails ends the requests in it, and only those, with the error; logits that are NaN or Inf only theirs.
+        1. Schedule (`scheduler`): decide which sequences run and how many tokens of each; preempt if blocks run out.
+        2. Draft (`speculative.controller`): reserve blocks for drafts and let the proposer fill them.
+        3. Forward (`forward`): build the batch and compute the logits.
+        4. Verify (`verify`): commit the computed tokens to the KV cache, accept draft tokens, choose one more token.
+        5. Postprocess (`postprocess`): append the tokens, turn them into text, free the sequences that ended.
+
+        What an error costs: NaN or Inf in the logits ends only the request that they belong to. Any other exception in
+        phases 2 to 4 ends all requests of this step, each with that error; requests that were not scheduled go on. An
+        exception in phase 1 or 5 is a bug; it reaches the caller.
+
+        Returns:
+            One output per sequence that advanced or ended, including those cancelled since the last step.
         """
         outputs, self._cancelled = self._cancelled, []
         scheduled = self._scheduler.schedule()
-        assert scheduled or not self._live, "nothing runs and something waits"
-        if scheduled:
-            self._steps += 1
-            try:
-                chosen, wrong = self._stepper.run(scheduled)
-            except Exception as error:  # noqa: BLE001 (whatever it is, the other requests go on)
-                failed = dict.fromkeys(entry.sequence.request_id for entry in scheduled)
-                return outputs + [output for each in failed for output in self._end(each, FinishReason.ERROR, error)]
-            outputs += [output for each, error in wrong.items() for output in self._end(each, FinishReason.ERROR, error)]
-            now = time.monotonic()
-            for sequence, samples in chosen:
-                outputs.append(output := postprocess(sequence, samples, now))
-                # All samples but the last are of the draft; what ends the sequence may stand before them all.
-                self._speculation.settle(sequence, min(len(samples) - 1, len(output.token_ids)))
-                if output.finish_reason is not None:
-                    self._forget(sequence)
+        if not scheduled:
+            assert not self._live, "no sequence can run although some are waiting"
+            return outputs
+        self._steps += 1
+        try:
+            started = time.perf_counter()
+            scheduled = self._draft(scheduled)
+            drafted = time.perf_counter()
+            logits = forward(self.model, self._kv, scheduled)
+            computed, chosen, failed = verify_step(logits, scheduled, self._kv, self._scheduler)
+            if chosen:
+                self._speculation.verified(computed, chosen, drafted - started, time.perf_counter() - drafted)
+        except Exception as error:  # noqa: BLE001 (any error: the requests outside of this step must go on)
+            return outputs + self._fail({entry.sequence.request_id: error for entry in scheduled})
+        if failed:
+            outputs += self._fail(failed)
+        outputs += self._postprocess(chosen)
         return outputs
 
     def generate(self, requests: Iterable[Request], watch: Callable[[Output], None] | None = None) -> list[Output]:
-        """Run requests to their end, with no others beside; each one's samples as whole outputs, in the order given.
+        """Run requests to their end, while no others are live.
 
         Args:
             requests: what to run.
-            watch: sees every output as it comes.
+            watch: called with every output of every step.
+
+        Returns:
+            One merged output per sample, in the order of the requests.
 
         Raises:
-            RequestError: one of them can never be served; none is run.
-            Exception: whatever a step failed with.
+            RequestError: one of the requests can never be served; none was run.
+            Exception: the error of a failed step.
         """
         assert not self.has_work, "other requests' outputs would be lost"
         collected: dict[tuple[int, int], list[Output]] = {}
@@ -202,16 +222,37 @@ class Engine:
                         watch(output)
         finally:
             for request_id in list(self._live):
-                self._end(request_id, FinishReason.CANCELLED)
+                self._end_request(request_id, FinishReason.CANCELLED)
         return [merge_outputs(parts) for _, parts in sorted(collected.items())]
 
     def check(self) -> None:
-        """Assert that no request is lost and that every block is accounted for."""
+        """Assert that no sequence is lost and that every block is accounted for."""
         self._scheduler.check()
         queued = [*self._scheduler.running, *self._scheduler.waiting]
         known = [*queued, *(child for sequence in queued for child in sequence.forks)]
         live = [sequence for sequences in self._live.values() for sequence in sequences]
         assert sorted(known, key=lambda s: s.order) == sorted(live, key=lambda s: s.order), "a sequence is lost"
+
+    def _draft(self, scheduled: list[Scheduled]) -> list[Scheduled]:
+        """The step with drafts. Blocks are copied before the proposer runs, because it may read the cache, too."""
+        lengths = self._speculation.reserve(scheduled)
+        copies, self._kv.copies = self._kv.copies, []
+        if copies:
+            self.model.copy_blocks(copies)
+        return self._speculation.propose(scheduled, lengths)
+
+    def _postprocess(self, chosen: list[tuple[Sequence, list[Sample]]]) -> list[Output]:
+        """Outputs of the sequences that got tokens; those that ended are removed."""
+        outputs = []
+        now = time.monotonic()
+        for sequence, samples in chosen:
+            output = postprocess(sequence, samples, now)
+            # All samples but the last are draft tokens. A sequence that ends early does not take all of them.
+            self._speculation.commit_accepted(sequence, min(len(samples) - 1, len(output.token_ids)))
+            outputs.append(output)
+            if output.finish_reason is not None:
+                self._remove(sequence)
+        return outputs
 
     def _sequence(self, request: Request, request_id: int, index: int, timing: Timing) -> Sequence:
         params, prompt = request.params, array("q", request.prompt)
@@ -224,22 +265,30 @@ class Engine:
             limit=length_limit(request, self.model, self._kv.capacity),
             stop_tokens=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
             text=TextStream(self._decode or _no_text, prompt, params.stop, params.include_stop),
-            # A string, because neighbouring seeds must not share samples.
+            # Seeded with a string: sample 1 of seed 5 and sample 0 of seed 6 must differ.
             random=Random() if params.seed is None else Random(f"{params.seed}:{index}"),
             timing=timing,
             constraint=None if request.constraint is None else request.constraint.copy(),
         )
 
-    def _end(self, request_id: int, reason: FinishReason, error: Exception | None = None) -> list[Output]:
-        """End from outside what is left of a request."""
+    def _end_request(self, request_id: int, reason: FinishReason, error: Exception | None = None) -> list[Output]:
+        """End the live sequences of a request that is cancelled or failed; returns their last outputs."""
         now = time.monotonic()
         outputs = [final_output(sequence, reason, now, error) for sequence in self._live.get(request_id, ())]
         for sequence in self._live.pop(request_id, ()):
             self._scheduler.remove(sequence)
         return outputs
 
-    def _forget(self, sequence: Sequence) -> None:
-        """Free what a sequence that has ended holds."""
+    def _fail(self, errors: Mapping[int, Exception]) -> list[Output]:
+        """End requests, each with its error; returns their last outputs."""
+        return [
+            output
+            for request_id, error in errors.items()
+            for output in self._end_request(request_id, FinishReason.ERROR, error)
+        ]
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Free what an ended sequence holds."""
         self._scheduler.remove(sequence)
         siblings = self._live[sequence.request_id]
         siblings.remove(sequence)

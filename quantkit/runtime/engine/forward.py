@@ -1,4 +1,4 @@
-"""One forward of the model over what is scheduled."""
+"""The forward phase of a step: one forward pass of the model over all scheduled tokens."""
 
 from collections.abc import Sequence as SequenceOf
 
@@ -11,18 +11,21 @@ from quantkit.runtime.kv_cache.block_manager import BlockManager
 
 
 def forward(model: Model, kv: BlockManager, scheduled: SequenceOf[Scheduled]) -> Tensor:
-    """Run the model, and note the attention that eviction goes by; float32 logits [R, V] of the rows that need them.
+    """Run the model, and store the attention mass that eviction needs in the sequences.
 
     Args:
-        model: with the cache that `kv` manages.
-        kv: has made room for the new tokens, and its copies are done; they are not committed here.
-        scheduled: the sequences' parts.
+        model: owns the KV cache that `kv` manages.
+        kv: has reserved blocks for the new tokens and has no copies pending. The tokens are not committed here.
+        scheduled: the step.
+
+    Returns:
+        Logits, float32 [R, V], of the rows that need them.
     """
-    measured = [i for i, entry in enumerate(scheduled) if kv.needs_attention_mass(entry.sequence, entry.num_tokens)]
-    batch = build_batch(scheduled, model.block_size, measured)
+    attention_of = [i for i, entry in enumerate(scheduled) if kv.needs_attention_mass(entry.sequence, entry.num_tokens)]
+    batch = build_batch(scheduled, model.block_size, attention_of)
     logits = model.forward(batch)
     if batch.attention_mass is not None:
-        for i, mass in zip(measured, batch.attention_mass.mass.tolist(), strict=True):
+        for i, mass in zip(attention_of, batch.attention_mass.mass.tolist(), strict=True):
             sequence = scheduled[i].sequence
             sequence.mass = mass[: len(sequence.blocks)]
     return logits

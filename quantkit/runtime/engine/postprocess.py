@@ -1,4 +1,4 @@
-"""From chosen tokens to output: append them, see what ends a sequence, turn tokens into text."""
+"""The postprocess phase of a step: append the chosen tokens, turn them into text, and detect the end of a sequence."""
 
 from collections.abc import Iterable
 
@@ -8,16 +8,17 @@ from quantkit.runtime.core.sequence import Sample, Sequence
 
 
 def postprocess(sequence: Sequence, samples: Iterable[Sample], now: float) -> Output:
-    """Append the next tokens, at least one, up to the one that ends the sequence.
+    """Append tokens to a sequence, up to the first one that ends it.
 
     Args:
-        sequence: has not ended.
-        samples: its next tokens.
+        sequence: one that has not ended.
+        samples: its next tokens, at least one.
         now: when they were chosen.
 
     Returns:
-        What they add. Where it has a finish reason the sequence is over, and its caller frees what it holds. Where its
-        constraint could not say what may follow, they were chosen without it: they are dropped and it ends with an error.
+        What the tokens add. If it has a finish reason, the sequence has ended, and the caller frees what it holds. If the
+        constraint could not compute a mask, the tokens were chosen without it: they are dropped, and the sequence ends with
+        a `RequestError`.
     """
     if sequence.constraint is not None and sequence.constraint.error is not None:
         error = RequestError(f"the text cannot be constrained any further ({sequence.constraint.error}); ask for less")
@@ -27,26 +28,26 @@ def postprocess(sequence: Sequence, samples: Iterable[Sample], now: float) -> Ou
     logprobs: list[TokenLogprobs] = []
     reason: FinishReason | None = None
     stop: str | int | None = None
-    for token, of_token in samples:
+    for token, token_logprobs in samples:
         sequence.tokens.append(token)
         if sequence.constraint is not None:
             sequence.constraint.advance(token)
         tokens.append(token)
-        if of_token is not None:
-            logprobs.append(of_token)
-        text, reason, stop = _append(sequence, token)
+        if token_logprobs is not None:
+            logprobs.append(token_logprobs)
+        text, reason, stop = _append_text(sequence, token)
         shown += text
         if reason is not None:
             break
     timing = sequence.timing
     finished = None if reason is None else now
     sequence.timing = timing._replace(first_token=timing.first_token or now, finished=finished)
-    of_prompt, sequence.prompt_logprobs = sequence.prompt_logprobs, []
-    return Output(*_identity(sequence), shown, tokens, logprobs, reason, stop, prompt_logprobs=of_prompt)
+    prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+    return Output(*_identity(sequence), shown, tokens, logprobs, reason, stop, prompt_logprobs=prompt_logprobs)
 
 
 def final_output(sequence: Sequence, reason: FinishReason, now: float, error: Exception | None = None) -> Output:
-    """The last output of a sequence that is ended from outside, with the text that was held back."""
+    """The last output of a sequence that is cancelled or fails, with the text that was held back."""
     sequence.timing = sequence.timing._replace(finished=now)
     return Output(*_identity(sequence), sequence.text.flush(), finish_reason=reason, error=error)
 
@@ -55,8 +56,8 @@ def _identity(sequence: Sequence) -> tuple[int, int, Usage, Timing]:
     return sequence.request_id, sequence.index, sequence.usage, sequence.timing
 
 
-def _append(sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
-    """New text, why the sequence ends with `token` if it does, and the stop token or string that ends it."""
+def _append_text(sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
+    """Returns the new text, the finish reason if `token` ends the sequence, and the stop token or string that ended it."""
     stream, params = sequence.text, sequence.params
     if token in sequence.stop_tokens:
         shown = stream.push(token) if params.include_stop else ""

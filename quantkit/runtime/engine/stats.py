@@ -1,4 +1,4 @@
-"""Where an engine stands, in numbers."""
+"""The engine's state in numbers."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from quantkit.runtime.speculative.metrics import SpeculationStats
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Where an engine stands.
+    """Gauges, and counters since the engine was created.
 
     Attributes:
         running, waiting: sequences.
-        used_blocks, num_blocks: KV blocks that sequences hold, and all there are.
-        prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found, since the start.
-        preemptions, steps: since the start.
-        evicted_blocks: that sequences dropped to stay within their budget, since the start.
-        offload: of blocks outside of the model's cache; None without a store.
-        speculation: what became of drafts since the start; None without a proposer.
+        used_blocks, num_blocks: KV blocks that sequences hold, and all KV blocks.
+        prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and those found (counters).
+        preemptions, steps: counters.
+        evicted_blocks: blocks that sequences dropped to stay within their KV budget (counter).
+        offload: counters of KV offload; None if it is off.
+        speculation: counters of the drafts; None without a proposer.
     """
 
     running: int

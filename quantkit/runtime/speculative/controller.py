@@ -111,7 +111,7 @@ class Speculation:
         if not pure and not longest:
             self._adaptive.costs.note_prompt(sum(entry.num_tokens for entry in scheduled), seconds)
 
-    def settle(self, sequence: Sequence, accepted: int) -> None:
+    def commit_accepted(self, sequence: Sequence, accepted: int) -> None:
         """A sequence has the first tokens of its draft for good, if it had one: room for the others is given back."""
         if sequence not in self._drafts:
             return

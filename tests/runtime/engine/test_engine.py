@@ -209,7 +209,7 @@ def test_logits_that_are_no_numbers_end_their_request_and_no_other(value: float,
     ended = [out for out in outputs if out.finish_reason is not None]
     assert [(out.request_id, out.index, out.finish_reason) for out in ended] == [(bad, 0, "error"), (bad, 1, "error")]
     assert isinstance(ended[0].error, NumericsError)
-    assert re.fullmatch(f"request {bad}: the model's logits behind token 5 are {named}, so no token .*", str(ended[0].error))
+    assert re.fullmatch(f"request {bad}: the model's logits after token 5 are {named}, so no token .*", str(ended[0].error))
     outputs += drain(running)
     for request_id, prompt in zip(good, PROMPTS, strict=True):
         assert tokens_of(outputs, request_id) == expected(prompt, 12)

@@ -107,7 +107,7 @@ def test_none_of_the_likeliest() -> None:
 
 
 class _Flawed(FakeModel):
-    """Its logits behind token 13 are no numbers."""
+    """The logits after token 13 are NaN."""
 
     def forward(self, batch):  # type: ignore[no-untyped-def]
         out = super().forward(batch)
@@ -124,7 +124,7 @@ def test_a_flawed_place_in_a_prompt_fails_its_request_alone() -> None:
     outputs = _drain(running)
     (failed,) = [out for out in outputs if out.request_id == bad]
     assert isinstance(failed.error, NumericsError)
-    assert "behind token 3 " in str(failed.error)
+    assert "after token 3 " in str(failed.error)
     found = [out for out in outputs if out.request_id == good]
     assert all(out.error is None for out in found)
     assert len(found[0].prompt_logprobs) == 4
