@@ -26,7 +26,8 @@ from quantkit.evaluation.run import EvalRequest, run_evaluation
 from quantkit.evaluation.speed import prompt_tokens
 from quantkit.runtime.core.batch import single_sequence_batch
 from quantkit.runtime.kv_cache.dtypes import KV_DTYPES
-from quantkit.runtime.model.model_runner import CacheOptions, open_model
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import open_model
 
 CPU = torch.device("cpu")
 NEW, CHUNK, SEQ_LEN = 32, 512, 1024

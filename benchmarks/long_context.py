@@ -26,7 +26,8 @@ from quantkit.data.corpus import evaluation_rows
 from quantkit.evaluation.metrics import measure_logits
 from quantkit.evaluation.paged import paged_logits, scored_text
 from quantkit.runtime.kv_cache.eviction import POLICIES, Budget, Eviction
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import ModelRunner, open_model
 
 NEEDLE, QUESTION, ANSWER = "\nThe magic number of Lisbon is 7349162.\n", "\nThe magic number of Lisbon is", " 7349162"
 DEPTHS = (0.1, 0.5, 0.9)

@@ -22,7 +22,8 @@ from quantkit.evaluation.speed import prompt_tokens
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import ModelRunner, open_model
 
 SEQUENCES = 16
 

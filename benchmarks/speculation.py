@@ -39,7 +39,8 @@ from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.data.corpus import evaluation_rows
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import ModelRunner
 from quantkit.runtime.speculative.metrics import SpeculationStats
 from quantkit.runtime.speculative.opening import Opened, open_speculating
 from quantkit.runtime.speculative.proposer import Proposer

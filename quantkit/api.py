@@ -20,8 +20,7 @@ from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import SamplingParams
 from quantkit.runtime.engine.engine import EngineConfig
 from quantkit.runtime.kv_cache.eviction import FULL, Budget
-from quantkit.runtime.kv_cache.offload import OffloadOptions
-from quantkit.runtime.model.model_runner import CacheOptions
+from quantkit.runtime.kv_cache.options import CacheOptions, OffloadOptions
 from quantkit.runtime.session import Session
 from quantkit.utils.device import resolve_device
 from quantkit.utils.resources import available_memory

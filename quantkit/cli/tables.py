@@ -172,7 +172,7 @@ def kv_plan(cache: "KVCache", draft: "KVCache | None" = None) -> str:
 
 
 def _kv_plan(cache: "KVCache", of: str) -> str:
-    pages = f", {size(cache.open_bytes)} of it open pages" if cache.open_bytes else ""
+    pages = f", {size(cache.tail_bytes)} of it tail pages" if cache.tail_bytes else ""
     tokens = f"{cache.num_tokens:,} tokens of {cache.bytes_per_token:,.0f} bytes"
     return f"KV cache {cache.format.name}{of}: {size(cache.nbytes)} for {tokens}{pages}"
 

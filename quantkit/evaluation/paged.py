@@ -17,7 +17,8 @@ from quantkit.runtime.core.sequence import Scheduled, Sequence
 from quantkit.runtime.engine.forward import forward
 from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import Budget, Eviction, check_windows
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import ModelRunner, open_model
 
 
 def scored_text(tokens: SequenceOf[int]) -> Sequence:

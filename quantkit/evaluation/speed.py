@@ -32,7 +32,8 @@ from quantkit.runtime.core import latency
 from quantkit.runtime.core.batch import single_sequence_batch
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import ModelRunner, open_model
 from quantkit.runtime.sampling.top_k import argmax
 from quantkit.utils.resources import peak_memory, return_freed_memory
 

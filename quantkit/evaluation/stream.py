@@ -15,7 +15,8 @@ from quantkit.models.skeleton import materialize_buffers, read_config
 from quantkit.models.streaming import StreamedModel
 from quantkit.runtime.core.batch import single_sequence_batch
 from quantkit.runtime.kv_cache.cache import KVCache
-from quantkit.runtime.kv_cache.dtypes import LayerShape, cache_format
+from quantkit.runtime.kv_cache.cache_format import cache_format
+from quantkit.runtime.kv_cache.dtype_base import LayerShape
 from quantkit.runtime.model import attention
 from quantkit.runtime.model.loader import load_block, load_non_block_weights
 from quantkit.runtime.model.weights import Source
@@ -65,18 +66,16 @@ class CachedStreamedModel(PackedStreamedModel):
         layers = [LayerShape(heads, width, width) for width in widths]
         form = cache_format(kv_dtype, self.config.dtype or self.dtype, layers, self.device)
         count = -(-length // form.block_size)
-        self.cache = KVCache(layers, count, form.block_size, form, self.device, pages=count)
-        batch = single_sequence_batch(
-            torch.arange(length), 0, form.block_size
-        )  # The block walk brings the hidden states itself.
+        self.cache = KVCache(layers, count, form.block_size, form, self.device, tail_pages=count)
+        batch = single_sequence_batch(torch.arange(length), 0, form.block_size)  # The block walk brings the hidden states itself.
         self.cache.prepare(batch, draft=False)
-        self._paged = attention.AttentionContext(batch.to(self.device), self.cache)
+        self._attention_context = attention.AttentionContext(batch.to(self.device), self.cache)
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """As the base class; blocks get the cache too. One window at a time."""
         assert len(tokens) == 1
         hidden, kwargs = super().embed(tokens)
-        return hidden, [each | {"paged": self._paged} for each in kwargs]
+        return hidden, [each | {"attention_context": self._attention_context} for each in kwargs]
 
 
 def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, length: int) -> CachedStreamedModel:

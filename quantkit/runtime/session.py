@@ -18,8 +18,8 @@ from quantkit.runtime.core.constraint import Constraint
 from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.kv_cache.offload import KVOffload, OffloadOptions
-from quantkit.runtime.model.model_runner import CacheOptions
+from quantkit.runtime.kv_cache.offload import KVOffload
+from quantkit.runtime.kv_cache.options import CacheOptions, OffloadOptions
 from quantkit.runtime.speculative.metrics import SpeculationStats
 from quantkit.runtime.speculative.opening import open_speculating
 from quantkit.utils.resources import peak_memory

@@ -11,7 +11,8 @@ from helpers import tiny
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.evaluation.stream import final_hidden, open_cached
 from quantkit.runtime.core.batch import single_sequence_batch
-from quantkit.runtime.model.model_runner import CacheOptions, open_model
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import open_model
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, tiny.VOCAB, (2, 110), generator=torch.Generator().manual_seed(5))

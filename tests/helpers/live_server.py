@@ -13,7 +13,7 @@ import uvicorn
 
 from helpers.tiny import make_model
 from quantkit.runtime.engine.engine import EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions
+from quantkit.runtime.kv_cache.options import CacheOptions
 from quantkit.runtime.session import Session
 from quantkit.server.app import Served, ServerConfig, create_app
 

@@ -7,7 +7,8 @@ import torch
 from helpers.greedy import GREEDY, PROMPTS
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import ModelRunner, open_model
 from quantkit.runtime.speculative.metrics import SpeculationStats
 from quantkit.runtime.speculative.self_draft import SelfDraft
 

@@ -11,31 +11,18 @@ when that is full, because the disk is too slow, those that would follow are dro
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from quantkit.errors import ResourceError
 from quantkit.runtime.kv_cache.disk_tier import DiskTier
 from quantkit.runtime.kv_cache.host_tier import Blocks, HostTier
+from quantkit.runtime.kv_cache.options import OffloadOptions
 
 #: The node before a block, and the block's tokens.
 Key = tuple[int, tuple[int, ...]]
 
 #: One block in so many that the memory holds is kept for those on their way to the file.
 _WAITING_SHARE = 8
-
-
-@dataclass(frozen=True)
-class OffloadOptions:
-    """Where blocks go.
-
-    Attributes:
-        memory: bytes of host memory, blocks on their way to the file included.
-        folder: for a file that takes what the memory does not hold; None: it is dropped.
-    """
-
-    memory: int
-    folder: Path | None = None
 
 
 class OffloadStats(NamedTuple):

@@ -1,6 +1,6 @@
 """Paged attention as an attention implementation of transformers.
 
-Batch metadata and caches travel to it through the model's keyword arguments (`paged=...`), never through a global.
+Batch metadata and caches travel to it through the model's keyword arguments (`attention_context=...`), never through a global.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def attend(
     value: Tensor,
     _mask: Tensor | None,
     *,
-    paged: AttentionContext,
+    attention_context: AttentionContext,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -55,9 +55,9 @@ def attend(
     Returns:
         [1, T, Hq, Dv], and no attention weights.
     """
-    layer, batch = module.layer_idx, paged.batch
+    layer, batch = module.layer_idx, attention_context.batch
     assert isinstance(layer, int)
-    keys, values = paged.cache.keys[layer], paged.cache.values[layer]
+    keys, values = attention_context.cache.keys[layer], attention_context.cache.values[layer]
     write, run = _kernels(query.device.type, batch.max_query_len)
     write(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch.slot_mapping)
     shape: dict[str, Any] = {
@@ -68,7 +68,7 @@ def attend(
     }
     queries = query[0].transpose(0, 1)
     tables = batch.block_table, batch.query_start, batch.seq_lens
-    out = run(queries, keys, values, *tables, **shape, draft=paged.draft)
+    out = run(queries, keys, values, *tables, **shape, draft=attention_context.draft)
     if batch.attention_mass is not None:
         measure(batch, queries[batch.attention_mass.rows], keys, **shape)
     return out[None], None

@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs: one replay instead of some hundred launches.
+"""Decode steps as CUDA graphs: one replay instead of hundreds of kernel launches.
 
-A graph is captured for each batch size of a small set, once for every number of new tokens per sequence that occurs (1; with
-speculation also draft_len + 1). Inputs are copied into static buffers; unused sequences have length 0 and slot -1, so that
-they write nothing and attend to nothing. Prefill and mixed steps have data-dependent shapes and stay eager.
+A graph is captured for each batch size of a small set, and for each number of new tokens per sequence that occurs (1; with
+speculation also draft_len + 1). Inputs are copied into static buffers. Unused sequences have length 0 and slot -1, so they
+write nothing and attend to nothing. Prefill and mixed steps have data-dependent shapes and stay eager.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.cache import KVCache
 
-#: Longest uniform run of new tokens per sequence that is captured.
+#: Most new tokens per sequence in a captured step.
 MAX_QUERY_LEN = 16
 
 
@@ -27,37 +27,47 @@ class _Captured:
 
 
 def bucket(sequences: int, max_batch: int) -> int:
-    """The captured batch size that serves `sequences`: the next power of two up to 16, then the next multiple of 16."""
+    """The captured batch size for a number of sequences: the next power of two up to 16, then the next multiple of 16."""
     size = 1 << (sequences - 1).bit_length() if sequences <= 16 else -(-sequences // 16) * 16
     return min(size, max_batch)
 
 
-class DecodeGraphs:
-    """Graphs of a model's decode steps, captured when first needed."""
+class CudaGraphBackend:
+    """Replays CUDA graphs of a model's decode steps, each captured when it is first needed; implements `Backend`."""
+
+    name = "cuda_graphs"
 
     def __init__(self, run: Callable[[Batch, bool], Tensor], cache: KVCache, max_model_len: int, max_batch: int) -> None:
+        """
+        Args:
+            run: the forward pass that is captured: `EagerBackend.forward`.
+            cache: which it reads and writes.
+            max_model_len: longest sequence in tokens.
+            max_batch: most sequences per step.
+        """
         self._run, self._cache, self._max_batch = run, cache, max_batch
         self._max_model_len = max_model_len
         self._captured: dict[tuple[int, int, bool], _Captured] = {}
         self._pool: Any = None
 
-    def forward(self, batch: Batch, draft: bool) -> Tensor | None:
-        """Logits [R, V] of a batch whose sequences all have the same few new tokens, which all need logits; else None.
+    def supports(self, batch: Batch) -> bool:
+        """Batches in which every sequence has the same few new tokens, and all of these need logits.
 
-        A batch in which attention is measured goes the long way, too.
+        Batches in which attention is measured are not captured.
         """
-        sequences, tokens = len(batch.seq_lens), len(batch.token_ids)
-        length = batch.max_query_len
+        sequences, tokens, length = len(batch.seq_lens), len(batch.token_ids), batch.max_query_len
         uniform = tokens == sequences * length and length <= MAX_QUERY_LEN and sequences <= self._max_batch
-        if not uniform or len(batch.logit_rows) != tokens or batch.attention_mass is not None:
-            return None
-        key = bucket(sequences, self._max_batch), length, draft
+        return uniform and len(batch.logit_rows) == tokens and batch.attention_mass is None
+
+    def forward(self, batch: Batch, draft: bool) -> Tensor:
+        """See `Backend`."""
+        key = bucket(len(batch.seq_lens), self._max_batch), batch.max_query_len, draft
         if key not in self._captured:
             self._captured[key] = self._capture(*key)
         captured = self._captured[key]
         _fill(captured.batch, batch)
         captured.graph.replay()
-        return captured.logits[:tokens].clone()
+        return captured.logits[: len(batch.token_ids)].clone()
 
     def _capture(self, sequences: int, length: int, draft: bool) -> _Captured:
         static = _padding(sequences, length, -(-self._max_model_len // self._cache.block_size), self._cache.device)
@@ -74,7 +84,7 @@ class DecodeGraphs:
 
 
 def _padding(sequences: int, length: int, max_blocks: int, device: torch.device) -> Batch:
-    """A batch of sequences that do not exist."""
+    """A batch of padding only."""
     tokens = sequences * length
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -94,10 +104,10 @@ def _padding(sequences: int, length: int, max_blocks: int, device: torch.device)
 
 
 def _fill(static: Batch, batch: Batch) -> None:
-    """Copy a batch into the front of a static one; what is behind it becomes padding."""
+    """Copy a batch into the front of a static one; the remainder becomes padding."""
     tokens, sequences = len(batch.token_ids), len(batch.seq_lens)
     static.token_ids[:tokens] = batch.token_ids
-    static.positions.zero_()  # Some rotary embeddings look at the largest.
+    static.positions.zero_()  # Some rotary embeddings look at the largest position.
     static.positions[:tokens] = batch.positions
     static.slot_mapping.fill_(-1)
     static.slot_mapping[:tokens] = batch.slot_mapping

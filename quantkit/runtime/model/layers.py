@@ -39,7 +39,7 @@ def pack_weight(weight: QuantizedWeight | Tensor, device: torch.device, dtype: t
     return to_planes(codes.to(device), scales.to(device), zeros.to(device), bits, group_size, dtype)
 
 
-def packed(weight: Weight) -> bool:
+def is_packed(weight: Weight) -> bool:
     """Whether the weight is quantized."""
     return isinstance(weight, PlaneWeight) or (isinstance(weight, cpu_matmul.CpuWeight) and weight.layout != "dense")
 
@@ -90,7 +90,7 @@ class Linear(nn.Module):
         bias: [N] or None.
         column_perm: int64 [K], the column of x that each column of W multiplies, where groups were formed on permuted columns.
         hadamard: block of the Hadamard transform that x goes through first, 0 for none.
-        activation_bits: what x is rounded to, see `multiply`; set by `rounding` while a draft is computed, otherwise 0.
+        activation_bits: bits that x is quantized to, see `multiply`. 0 except inside `quantized_activations`.
     """
 
     def __init__(self, weight: Weight, bias: Tensor | None = None, column_perm: Tensor | None = None) -> None:
@@ -112,9 +112,9 @@ def head_bits(activation_bits: int) -> int:
 
 
 @contextmanager
-def rounding(linears: Iterable[Linear], head: nn.Module, activation_bits: int) -> Iterator[None]:
+def quantized_activations(linears: Iterable[Linear], head: nn.Module, activation_bits: int) -> Iterator[None]:
     """Inside, layers whose weights are packed round their inputs, the head to `head_bits`."""
-    layers = [linear for linear in linears if packed(linear.kernel_weight)]
+    layers = [linear for linear in linears if is_packed(linear.kernel_weight)]
     for linear in layers:
         linear.activation_bits = head_bits(activation_bits) if linear is head else activation_bits
     try:

@@ -19,7 +19,8 @@ from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.threads import one_thread
 from quantkit.models.families import Family, family_of
 from quantkit.models.skeleton import build_skeleton, materialize_buffers, read_config
-from quantkit.runtime.kv_cache.dtypes import LayerShape
+from quantkit.runtime.kv_cache.dtype_base import LayerShape
+from quantkit.runtime.kv_cache.sizing import CachedModel
 from quantkit.runtime.model import attention
 from quantkit.runtime.model.layers import Embedding, FusedLinear, FusedSlice, Linear, Norm, pack_weight
 from quantkit.runtime.model.weights import Source
@@ -54,6 +55,12 @@ class Definition:
         modules = list(self.module.modules())
         fused = {module.fused.linear for module in modules if isinstance(module, FusedSlice)}
         return fused | {module for module in modules if isinstance(module, Linear)}
+
+    @property
+    def cached_model(self) -> CachedModel:
+        """What a KV cache must know about the model."""
+        declared = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else self.dtype
+        return CachedModel(self.layers, declared, self.config.max_position_embeddings, self.device)
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a decode step reads: all but the embedding's rows that are not looked up."""

@@ -5,34 +5,23 @@ express (a rotary embedding that depends on the data, members of q/k/v that are 
 differently permuted columns) has no description and runs through its definition.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from quantkit.kernels.cpu import library, structs
+from quantkit.kernels.cpu import structs
 from quantkit.kernels.cpu.matmul import CpuWeight
 from quantkit.models.families import Norms
-from quantkit.runtime.core.batch import Batch
-from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.model.attention import layer_window
 from quantkit.runtime.model.layers import Embedding, FusedSlice, Linear, Norm
 from quantkit.runtime.model.loader import Definition
-from quantkit.runtime.model.native_decoder import DecoderLayer, DecoderModel, NativeDecoder, Projection, Rope
+from quantkit.runtime.model.native_decoder import DecoderLayer, DecoderModel, Projection, Rope
 
 #: transformers' names of activations -> the decoder's.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 #: Rotary embeddings whose frequencies are the same for every length.
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
-
-
-def native_decoder(definition: Definition, cache: KVCache, activation_bits: int = 0) -> Callable[[Batch, bool], Tensor] | None:
-    """The native decoder's forward for a model on the CPU, see `NativeDecoder`; None where there is none."""
-    if library.load() is None:
-        return None
-    model = describe(definition)
-    return None if model is None else NativeDecoder(model, cache.keys, cache.values, activation_bits).forward
 
 
 def describe(definition: Definition) -> DecoderModel | None:

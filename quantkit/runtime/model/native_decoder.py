@@ -132,7 +132,7 @@ class NativeDecoder:
         Args:
             model: kept alive, as the caches are; needs native kernels (`library.load()` is not None).
             key_caches, value_caches: per layer, [num_blocks, block_size, kv_heads, head_dim], plain or quantized.
-            activation_bits: 4 or 8 rounds what packed weights multiply (see `linear.rounding`); 0 does not.
+            activation_bits: 4 or 8 quantizes the inputs of packed weights, see `layers.quantized_activations`; 0 does not.
         """
         lib = library.load()
         assert lib is not None, "no native kernels"

@@ -13,7 +13,8 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.errors import RequestError
 from quantkit.runtime.kv_cache.cache import KVCache
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model, open_with_draft
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import ModelRunner, open_model, open_with_draft
 from quantkit.runtime.speculative.draft_model import DraftModel
 from quantkit.runtime.speculative.ngram import NgramProposer
 from quantkit.runtime.speculative.proposer import Proposer

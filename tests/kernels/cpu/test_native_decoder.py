@@ -16,7 +16,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.kernels.cpu import matmul as cpu_matmul
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.cache import KVCache
-from quantkit.runtime.kv_cache.dtypes import plain
+from quantkit.runtime.kv_cache.cache_format import plain
 from quantkit.runtime.model.loader import load_definition
 from quantkit.runtime.model.native_builder import describe
 from quantkit.runtime.model.native_decoder import DecoderModel, NativeDecoder, Projection

@@ -14,7 +14,8 @@ from helpers.greedy import GREEDY, PROMPTS
 from quantkit.kernels.cpu import matmul as cpu_matmul
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import ModelRunner, open_model
 from quantkit.runtime.speculative.draft_model import DraftModel
 from quantkit.runtime.speculative.ngram import NgramProposer
 from quantkit.runtime.speculative.proposer import Proposer

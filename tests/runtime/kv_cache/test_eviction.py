@@ -16,7 +16,7 @@ from quantkit.runtime.core.sequence import Draft, Sequence
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import POLICIES, Budget, Eviction, check_windows
-from quantkit.runtime.model.model_runner import CacheOptions
+from quantkit.runtime.kv_cache.options import CacheOptions
 
 TEXT = [(11 * i + i // 7) % VOCAB for i in range(200)]
 

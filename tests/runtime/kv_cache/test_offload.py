@@ -18,9 +18,11 @@ from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache import host_tier
 from quantkit.runtime.kv_cache.cache import KVCache
+from quantkit.runtime.kv_cache.cache_format import cache_format
 from quantkit.runtime.kv_cache.disk_tier import DiskTier
-from quantkit.runtime.kv_cache.dtypes import LayerShape, cache_format
-from quantkit.runtime.kv_cache.offload import KVOffload, OffloadOptions
+from quantkit.runtime.kv_cache.dtype_base import LayerShape
+from quantkit.runtime.kv_cache.offload import KVOffload
+from quantkit.runtime.kv_cache.options import OffloadOptions
 
 SIZE = 4
 CPU = torch.device("cpu")
@@ -290,7 +292,7 @@ def test_random_prefixes_forks_and_preemption(tmp_path: Path, seed: int) -> None
 def test_a_block_of_the_cache_is_its_bytes(dtype: str | torch.dtype) -> None:
     shapes = [LayerShape(2, 8, 8), LayerShape(1, 8, 4)]
     form = cache_format(dtype, torch.float32, shapes, CPU)
-    cache, other = (KVCache(shapes, 5, 4, form, CPU, pages=2) for _ in range(2))
+    cache, other = (KVCache(shapes, 5, 4, form, CPU, tail_pages=2) for _ in range(2))
     for plane in cache._planes:
         plane.random_(256)
     for plane in other._planes:

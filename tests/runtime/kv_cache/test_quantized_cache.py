@@ -13,8 +13,11 @@ from quantkit.runtime.core.batch import single_sequence_batch
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache.cache import KVCache
-from quantkit.runtime.kv_cache.dtypes import KV_DTYPES, LayerShape, cache_format, plain
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model, open_with_draft
+from quantkit.runtime.kv_cache.cache_format import cache_format, plain
+from quantkit.runtime.kv_cache.dtype_base import LayerShape
+from quantkit.runtime.kv_cache.dtypes import KV_DTYPES
+from quantkit.runtime.kv_cache.options import CacheOptions
+from quantkit.runtime.model.model_runner import ModelRunner, open_model, open_with_draft
 
 CPU = torch.device("cpu")
 QUANTIZED = ["fp8", "int8", "int4", "int4+4"]
@@ -36,7 +39,7 @@ def engine(folder: Path, dtype: str, config: EngineConfig, blocks: int = 500) ->
     form = cache_format(dtype, torch.float32, layers, CPU)
     pages = 2 * (config.max_batch + 1) + -(-config.token_budget // 8)
     options = CacheOptions(
-        memory=blocks * form.block_bytes(layers, 8) + pages * form.page_bytes(layers, 8),
+        memory=blocks * form.block_bytes(layers, 8) + pages * form.tail_page_bytes(layers, 8),
         max_batch=config.max_batch,
         step_tokens=config.token_budget,
         block_size=8,
@@ -111,9 +114,9 @@ def test_bytes_of_a_block(dtype: str, bits: float) -> None:
     layers = [LayerShape(3, 64, 64), LayerShape(1, 64, 64)]
     form = cache_format(dtype, torch.float32, layers, CPU)
     assert form.block_bytes(layers, 32) * 8 == 32 * 4 * 2 * 64 * bits
-    cache = KVCache(layers, 5, 32, form, CPU, pages=2)
-    assert cache.nbytes == 5 * form.block_bytes(layers, 32) + 2 * form.page_bytes(layers, 32)
-    assert form.page_bytes(layers, 32) == (32 * 4 * 2 * 64 * 2 if dtype.startswith("int4") else 0)
+    cache = KVCache(layers, 5, 32, form, CPU, tail_pages=2)
+    assert cache.nbytes == 5 * form.block_bytes(layers, 32) + 2 * form.tail_page_bytes(layers, 32)
+    assert form.tail_page_bytes(layers, 32) == (32 * 4 * 2 * 64 * 2 if dtype.startswith("int4") else 0)
 
 
 def test_auto_is_the_checkpoints_type() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantkit.runtime.core.batch import KVSpan
-from quantkit.runtime.kv_cache.tail_pages import TailPages, pages_needed
+from quantkit.runtime.kv_cache.tail_pages import TailPages, tail_pages_needed
 
 SIZE = 4
 
@@ -50,13 +50,13 @@ def test_pages_that_nobody_uses_are_taken_from_whoever_used_theirs_longest_ago()
     kept = _pages(pages, [0, 2])
     pages.prepare([KVSpan([3], 0, 1)], draft=False)
     assert _pages(pages, [0, 2]) == kept
-    with pytest.raises(AssertionError, match="the open page of block 1 is lost"):
+    with pytest.raises(AssertionError, match="the tail page of block 1 is lost"):
         pages.prepare([KVSpan([1], 2, 3)], draft=False)
 
 
 def test_more_pages_than_there_are() -> None:
     pages = TailPages(10, SIZE, 3, torch.device("cpu"))
-    with pytest.raises(AssertionError, match="a step writes more pages than there are"):
+    with pytest.raises(AssertionError, match="a step writes to more tail pages than there are"):
         pages.prepare([KVSpan([7, 2, 5, 4], 0, 13)], draft=False)
 
 
@@ -67,9 +67,9 @@ def test_a_copied_block_gets_a_copy_of_its_page() -> None:
     assert copies == [(page := _pages(pages, [7])[0], _pages(pages, [5])[0]), (page, _pages(pages, [4])[0])]
     assert len({*_pages(pages, [7, 5, 4])}) == 3
     # Block 3 now holds a full block, whose source had no page: what it had is not its content.
-    with pytest.raises(AssertionError, match="the open page of block 3 is lost"):
+    with pytest.raises(AssertionError, match="the tail page of block 3 is lost"):
         pages.prepare([KVSpan([3], 1, 2)], draft=False)
 
 
 def test_enough_for_every_sequence_and_the_longest_chunk() -> None:
-    assert pages_needed(block_size=32, max_batch=4, step_tokens=70) == 2 * 5 + 3
+    assert tail_pages_needed(block_size=32, max_batch=4, step_tokens=70) == 2 * 5 + 3

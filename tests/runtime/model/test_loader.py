@@ -18,9 +18,10 @@ from quantkit.kernels.cpu import library
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.scheme import Scheme
 from quantkit.runtime.kv_cache.eviction import Budget
+from quantkit.runtime.kv_cache.options import CacheOptions
 from quantkit.runtime.model.layers import pack_weight
 from quantkit.runtime.model.loader import load_definition
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model, open_with_draft
+from quantkit.runtime.model.model_runner import ModelRunner, open_model, open_with_draft
 from quantkit.runtime.model.native_builder import describe
 
 CPU = torch.device("cpu")
@@ -221,7 +222,7 @@ def test_a_cache_that_cannot_serve_one_request(llama: Path, options: CacheOption
 def little(monkeypatch: pytest.MonkeyPatch) -> int:
     """A machine with memory for 1,024 tokens of the llama."""
     free = 1024 * 3 * 2 * 2 * 16 * 4
-    monkeypatch.setattr("quantkit.runtime.kv_cache.cache.available_memory", lambda: free)
+    monkeypatch.setattr("quantkit.runtime.kv_cache.sizing.available_memory", lambda: free)
     return free
 
 

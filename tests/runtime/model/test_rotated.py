@@ -16,8 +16,9 @@ from quantkit.kernels.cpu import library
 from quantkit.recipe import Rule
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import EngineConfig
+from quantkit.runtime.kv_cache.options import CacheOptions
 from quantkit.runtime.model import model_runner
-from quantkit.runtime.model.model_runner import CacheOptions, open_model
+from quantkit.runtime.model.model_runner import open_model
 
 CPU = torch.device("cpu")
 RECIPE = Path(__file__).parents[3] / "quantkit" / "recipes" / "qspec-w4.yaml"
@@ -45,7 +46,7 @@ def test_the_engine_computes_what_the_dequantized_weights_do(
     if way == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
     if way == "definition":
-        monkeypatch.setattr(model_runner, "native_decoder", lambda *_: None)
+        monkeypatch.setattr(model_runner, "native_backend", lambda *_: None)
     model, out = made(family, **recipe)
     tokens = TOKENS[:60]
     wanted = reference_logits(out, tokens)

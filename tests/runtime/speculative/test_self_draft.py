@@ -23,8 +23,9 @@ from quantkit.kernels.cpu import library
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
+from quantkit.runtime.kv_cache.options import CacheOptions
 from quantkit.runtime.model import model_runner
-from quantkit.runtime.model.model_runner import CacheOptions, ModelRunner, open_model
+from quantkit.runtime.model.model_runner import ModelRunner, open_model
 from quantkit.runtime.speculative.self_draft import SelfDraft
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def test_the_draft_pass(
     if way == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
     if way == "definition":
-        monkeypatch.setattr(model_runner, "native_decoder", lambda *_: None)
+        monkeypatch.setattr(model_runner, "native_backend", lambda *_: None)
     model = opened(folder)
     exact, found = (paged_logits(each, tokens, pieces) for each in (model, Rounded(model, bits)))
     wanted = rounded_reference(folder, tokens, bits, recipe, monkeypatch)
