@@ -42,8 +42,9 @@ from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache.options import CacheOptions
 from quantkit.runtime.model.model_runner import ModelRunner
 from quantkit.runtime.speculative.metrics import SpeculationStats
-from quantkit.runtime.speculative.opening import Opened, open_speculating
+from quantkit.runtime.speculative.opened_model import OpenedModel
 from quantkit.runtime.speculative.proposer import Proposer
+from quantkit.runtime.speculative.proposers import open_with_proposer
 
 #: Modes with drafts -> their length; None is auto.
 MODES: dict[str, int | None] = {"fixed 4": 4, "auto": None}
@@ -122,7 +123,7 @@ class Stream:
             self.tokens += output.token_ids
 
 
-def run(opened: Mapping[str, Opened], request: Request) -> dict[str, Stream]:
+def run(opened: Mapping[str, OpenedModel], request: Request) -> dict[str, Stream]:
     """A text of each mode, all at once."""
     streams = {
         mode: Stream(model, new_proposer() if new_proposer else None, MODES.get(mode), request)
@@ -139,7 +140,7 @@ def run(opened: Mapping[str, Opened], request: Request) -> dict[str, Stream]:
     return streams
 
 
-def measure(opened: Mapping[str, Opened], text: str, request: Request, repeats: int) -> list[Measured]:
+def measure(opened: Mapping[str, OpenedModel], text: str, request: Request, repeats: int) -> list[Measured]:
     """All modes on one text; the first run of all warms up."""
     run(opened, request)
     runs = [run(opened, request) for _ in range(repeats)]
@@ -169,13 +170,15 @@ def requests(folder: Path, tokens: int, context: int | None = None) -> dict[str,
     }
 
 
-def open_modes(folder: Path, device: torch.device, cache: CacheOptions, options: argparse.Namespace) -> dict[str, Opened]:
+def open_modes(folder: Path, device: torch.device, cache: CacheOptions, options: argparse.Namespace) -> dict[str, OpenedModel]:
     """Mode -> its model; `off` first."""
     words, bits = speculation(options), options.qspec or 8
-    opened: dict[str, Opened] = {"off": open_speculating(folder, device, cache, words, bits)._replace(new_proposer=None)}
+    opened: dict[str, OpenedModel] = {
+        "off": open_with_proposer(words, folder, device, cache, bits)._replace(new_proposer=None)
+    }
     if options.quantspec:
-        opened["default KV"] = open_speculating(folder, device, cache, "off")
-    return opened | {mode: open_speculating(folder, device, cache, words, bits) for mode in MODES}
+        opened["default KV"] = open_with_proposer("off", folder, device, cache)
+    return opened | {mode: open_with_proposer(words, folder, device, cache, bits) for mode in MODES}
 
 
 def speculation(options: argparse.Namespace) -> str:

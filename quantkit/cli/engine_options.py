@@ -94,7 +94,7 @@ class EngineOptions:
             QuantkitError: the model cannot be loaded, or not be run with these options.
         """
         from quantkit.api import LLM
-        from quantkit.runtime.kv_cache.offload import OffloadOptions
+        from quantkit.runtime.kv_cache.options import OffloadOptions
 
         offload = None
         if self.kv_offload is not None:

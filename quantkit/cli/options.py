@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.errors import QuantkitError, RecipeError, ResourceError
+from quantkit.runtime.speculative.proposers import MAX_DRAFT_LEN
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,12 +47,10 @@ def draft_length(text: str) -> int | None:
     Raises:
         RecipeError: it is neither, or out of bounds.
     """
-    from quantkit.runtime.speculative.adaptive_length import MOST_DRAFTED
-
     if text == "auto":
         return None
-    if not (text.isdecimal() and 1 <= int(text) <= MOST_DRAFTED):
-        raise RecipeError(f"--draft-len {text}: write a number from 1 to {MOST_DRAFTED}, or auto")
+    if not (text.isdecimal() and 1 <= int(text) <= MAX_DRAFT_LEN):
+        raise RecipeError(f"--draft-len {text}: write a number from 1 to {MAX_DRAFT_LEN}, or auto")
     return int(text)
 
 

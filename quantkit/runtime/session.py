@@ -21,7 +21,7 @@ from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache.offload import KVOffload
 from quantkit.runtime.kv_cache.options import CacheOptions, OffloadOptions
 from quantkit.runtime.speculative.metrics import SpeculationStats
-from quantkit.runtime.speculative.opening import open_speculating
+from quantkit.runtime.speculative.proposers import open_with_proposer
 from quantkit.utils.resources import peak_memory
 
 if TYPE_CHECKING:
@@ -98,14 +98,14 @@ class Session:
             cache: how large its cache is, and what a sequence keeps in it.
             config: how much runs at a time; its eviction is the cache's.
             offload: where known prefixes go that must leave the cache; None: nowhere.
-            speculation, draft_act_bits: who drafts, see `open_speculating`.
+            speculation, draft_act_bits: the draft proposer, see `open_with_proposer`.
 
         Raises:
             QuantkitError: a model cannot be loaded or does not fit the other, its cache is too small, or there is no room
                 for offloaded blocks.
         """
         started = time.monotonic()
-        self.model, new_proposer, self.draft_cache = open_speculating(folder, device, cache, speculation, draft_act_bits)
+        self.model, new_proposer, self.draft_cache = open_with_proposer(speculation, folder, device, cache, draft_act_bits)
         self.load_seconds = time.monotonic() - started
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)

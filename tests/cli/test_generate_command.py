@@ -306,7 +306,7 @@ def test_open_pages_are_part_of_the_plan(llama: Path) -> None:
     first, *_ = quantkit("generate", llama, "Hello", *LENGTH, *small).err.splitlines()
     # 2 x 3 + 1 pages of 32 tokens: 3 layers, 2 heads, key and value of 16 numbers in bfloat16.
     assert first.startswith("KV cache int4: ")
-    assert first.endswith(f", {7 * 32 * 3 * 2 * 2 * 16 * 2 / 1000:.1f} kB of it open pages")
+    assert first.endswith(f", {7 * 32 * 3 * 2 * 2 * 16 * 2 / 1000:.1f} kB of it tail pages")
 
 
 @pytest.mark.parametrize("dtype", ["auto", "int4"])

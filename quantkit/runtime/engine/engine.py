@@ -25,9 +25,9 @@ from quantkit.runtime.engine.verify import verify_step
 from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import Eviction, check_windows
 from quantkit.runtime.kv_cache.offload import KVOffload
-from quantkit.runtime.speculative.adaptive_length import MOST_DRAFTED
 from quantkit.runtime.speculative.controller import Speculation
 from quantkit.runtime.speculative.proposer import Proposer
+from quantkit.runtime.speculative.proposers import MAX_DRAFT_LEN
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class EngineConfig:
         if not 1 <= self.max_batch <= self.token_budget:
             found = f"max_batch is {self.max_batch} and token_budget {self.token_budget}"
             raise RequestError(f"{found}; max_batch must be at least 1 and token_budget at least max_batch")
-        if self.draft_len is not None and not 1 <= self.draft_len <= MOST_DRAFTED:
+        if self.draft_len is not None and not 1 <= self.draft_len <= MAX_DRAFT_LEN:
             raise RequestError(
-                f"draft_len is {self.draft_len}, it must be between 1 and {MOST_DRAFTED}; or let it adapt itself"
+                f"draft_len is {self.draft_len}, it must be between 1 and {MAX_DRAFT_LEN}; or let it adapt itself"
             )
 
 
@@ -186,7 +186,7 @@ class Engine:
             logits = forward(self.model, self._kv, scheduled)
             computed, chosen, failed = verify_step(logits, scheduled, self._kv, self._scheduler)
             if chosen:
-                self._speculation.verified(computed, chosen, drafted - started, time.perf_counter() - drafted)
+                self._speculation.record_step(computed, chosen, drafted - started, time.perf_counter() - drafted)
         except Exception as error:  # noqa: BLE001 (any error: the requests outside of this step must go on)
             return outputs + self._fail({entry.sequence.request_id: error for entry in scheduled})
         if failed:

@@ -27,11 +27,9 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from quantkit.runtime.core.sequence import Sequence, Status
-from quantkit.runtime.speculative.cost_model import ORDINARY_BACKLOG, Costs
-from quantkit.runtime.speculative.draft_record import FIRST_PAUSE, Record, best_length
-
-#: Longest draft; with the token before it, what the decode graphs of a GPU take (`graphs.MAX_QUERY_LEN`).
-MOST_DRAFTED = 15
+from quantkit.runtime.speculative.cost_model import ORDINARY_BACKLOG, CostModel
+from quantkit.runtime.speculative.draft_history import FIRST_PAUSE, DraftHistory, best_length
+from quantkit.runtime.speculative.proposers import MAX_DRAFT_LEN
 
 #: What may be lost: a share of the time of plain steps, and as many of them at once.
 _SHARE, _START = 0.02, 1.0
@@ -56,7 +54,7 @@ _PRIOR = 4.0
 
 
 @dataclass(frozen=True)
-class Round:
+class DraftedStep:
     """What came of a step with drafts, or with prompts beside.
 
     Attributes:
@@ -80,10 +78,10 @@ class AdaptiveLength:
     """
 
     def __init__(self) -> None:
-        self.costs = Costs()
-        self._records: dict[Sequence, Record] = {}
+        self.costs = CostModel()
+        self._histories: dict[Sequence, DraftHistory] = {}
         #: Of all requests.
-        self._common = Record(accepted=2.0, judged=4.0)
+        self._common = DraftHistory(accepted=2.0, judged=4.0)
         self._streak = 0
         #: What was last asked for, and the answer: worked out anew with every step, it would cost half a percent of one.
         self._asked: tuple[int, int, int] = 0, 0, 0
@@ -97,49 +95,49 @@ class AdaptiveLength:
             running: sequences that decode.
             backlog: what its drafter must catch up on, in tokens.
         """
-        record = self._record(sequence)
-        record.waited += 1
-        record.steps_to_next_check -= 1
-        if record.steps_to_next_check > 0 or self._streak >= _STREAK:
+        history = self._history(sequence)
+        history.waited += 1
+        history.steps_to_next_check -= 1
+        if history.steps_to_next_check > 0 or self._streak >= _STREAK:
             return 0
         seconds = self._seconds(running)
         if not seconds:
             return 0
-        wanted = best_length(record.rate, seconds)
-        if not wanted and (record.waited > record.pause or best_length(record.acceptance_upper_bound, seconds)):
+        wanted = best_length(history.rate, seconds)
+        if not wanted and (history.waited > history.pause or best_length(history.acceptance_upper_bound, seconds)):
             wanted = _PROBE if self.costs.drafts.samples else 1
         if not wanted:
-            record.steps_to_next_check = _LOOK
+            history.steps_to_next_check = _LOOK
             return 0
         # Were all to draft alike.
-        covered = seconds[0] * (1 + _START) + min(self._common.balance, running * record.balance)
+        covered = seconds[0] * (1 + _START) + min(self._common.balance, running * history.balance)
         length = next((each for each in range(wanted, 0, -1) if seconds[each] <= covered), 0)
         if not length:
             missing = seconds[1] - covered
-            record.steps_to_next_check = min(
+            history.steps_to_next_check = min(
                 int(missing / (_SHARE * seconds[0])), _LOOK
             )  # Each plain step covers a little of it.
         catching_up = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0), seconds[0])
         left = (sequence.limit - len(sequence.tokens)) * seconds[0]
         return length if catching_up <= _SHARE * left else 0
 
-    def note(self, step: Round) -> None:
-        """Add a step that is not plain, see `note_plain`."""
+    def record(self, step: DraftedStep) -> None:
+        """Add a step that is not plain, see `record_plain_step`."""
         running, longest = len(step.outcomes), max(drafted for drafted, _ in step.outcomes.values())
         if longest:
             self._judge(step.outcomes, running)
         plain = self.costs.step(running)
         if plain is not None:
-            self._settle(step, plain, self._lost(step, plain) if longest else 0.0)
+            self._update_balances(step, plain, self._lost(step, plain) if longest else 0.0)
         if step.verify_seconds is not None:
-            self.costs.steps.note(running + sum(drafted for drafted, _ in step.outcomes.values()), step.verify_seconds)
+            self.costs.steps.record(running + sum(drafted for drafted, _ in step.outcomes.values()), step.verify_seconds)
         if longest:
             drafting = sum(drafted > 0 for drafted, _ in step.outcomes.values())
-            self.costs.note_draft(drafting, longest, step.backlog, step.draft_seconds)
+            self.costs.record_drafting(drafting, longest, step.backlog, step.draft_seconds)
         self._streak = self._streak + 1 if longest else 0
         self._common.waited += 1
 
-    def note_plain(self, sequences: SequenceOf[Sequence], seconds: float) -> float | None:
+    def record_plain_step(self, sequences: SequenceOf[Sequence], seconds: float) -> float | None:
         """Add a step in which these sequences decoded, nothing else was computed and nothing drafted.
 
         Returns:
@@ -149,9 +147,9 @@ class AdaptiveLength:
         plain = self.costs.step(running)
         if plain is not None:
             for sequence in sequences:
-                self._record(sequence).balance += _SHARE * plain / running
+                self._history(sequence).balance += _SHARE * plain / running
             self._common.balance += _SHARE * plain
-        self.costs.steps.note(running, seconds)
+        self.costs.steps.record(running, seconds)
         self._streak = 0
         self._common.waited += 1
         return plain
@@ -159,24 +157,24 @@ class AdaptiveLength:
     def released(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended; one that was preempted comes back."""
         if sequence.status is Status.FINISHED:
-            self._records.pop(sequence, None)
+            self._histories.pop(sequence, None)
 
     def _judge(self, outcomes: dict[Sequence, tuple[int, int]], running: int) -> None:
         """Learn from the drafts of a step."""
         seconds = self._seconds(running)
         for sequence, (drafted, accepted) in outcomes.items():
             if drafted:
-                record = self._record(sequence)
-                probed = best_length(record.rate, seconds) == 0
-                record.note(drafted, accepted)
-                self._common.note(drafted, accepted)
+                history = self._history(sequence)
+                probed = best_length(history.rate, seconds) == 0
+                history.record(drafted, accepted)
+                self._common.record(drafted, accepted)
                 if accepted == drafted and best_length(1.0, seconds):
-                    record.waited, record.pause = record.pause, FIRST_PAUSE  # It is worth another look at once.
+                    history.waited, history.pause = history.pause, FIRST_PAUSE  # It is worth another look at once.
                 elif probed:
-                    record.pause = min(2 * record.pause, _LONGEST_PAUSE)
-                self._common.pause = record.pause
+                    history.pause = min(2 * history.pause, _LONGEST_PAUSE)
+                self._common.pause = history.pause
 
-    def _lost(self, step: Round, plain: float) -> float:
+    def _lost(self, step: DraftedStep, plain: float) -> float:
         """Seconds that a step with drafts took longer than a plain one."""
         rows, longest = len(step.outcomes), max(drafted for drafted, _ in step.outcomes.values())
         rows += sum(drafted for drafted, _ in step.outcomes.values())
@@ -190,25 +188,25 @@ class AdaptiveLength:
             drafting = min(drafting, longest * (_MOST_CHARGED * known if known else plain))
         return drafting + verifying - plain
 
-    def _settle(self, step: Round, plain: float, lost: float) -> None:
+    def _update_balances(self, step: DraftedStep, plain: float, lost: float) -> None:
         """Enter a step in the accounts: each sequence pays for its part of the drafts."""
         token = plain / len(step.outcomes)
         drafts = max(sum(drafted for drafted, _ in step.outcomes.values()), 1)
         for sequence, (drafted, accepted) in step.outcomes.items():
             change = token * (accepted + _SHARE * (1 + accepted)) - lost * drafted / drafts
-            self._record(sequence).balance += change
+            self._history(sequence).balance += change
             self._common.balance += change
 
-    def _record(self, sequence: Sequence) -> Record:
-        if sequence not in self._records:
+    def _history(self, sequence: Sequence) -> DraftHistory:
+        if sequence not in self._histories:
             common = self._common
             pause = min(common.pause, _LONGEST_INHERITED)
-            self._records[sequence] = Record(_PRIOR * common.rate, _PRIOR, pause, common.waited)
-        return self._records[sequence]
+            self._histories[sequence] = DraftHistory(_PRIOR * common.rate, _PRIOR, pause, common.waited)
+        return self._histories[sequence]
 
     def _seconds(self, running: int) -> list[float]:
         """Of a step with drafts of 0, 1, 2, ... tokens for `running` sequences."""
         asked = running, self.costs.steps.changes, self.costs.drafts.changes
         if asked != self._asked or not self._known:
-            self._asked, self._known = asked, self.costs.rounds(running, MOST_DRAFTED)
+            self._asked, self._known = asked, self.costs.rounds(running, MAX_DRAFT_LEN)
         return self._known

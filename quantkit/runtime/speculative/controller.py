@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 
 from quantkit.runtime.core.sequence import Draft, Sample, Scheduled, Sequence
 from quantkit.runtime.kv_cache.block_manager import BlockManager
-from quantkit.runtime.speculative.adaptive_length import AdaptiveLength, Round
+from quantkit.runtime.speculative.adaptive_length import AdaptiveLength, DraftedStep
 from quantkit.runtime.speculative.cost_model import ORDINARY_BACKLOG
 from quantkit.runtime.speculative.metrics import SpecMetrics, SpeculationStats
 from quantkit.runtime.speculative.proposer import Proposer
@@ -71,7 +71,7 @@ class Speculation:
             self._kv.trim(sequence, 1 + len(self._drafts.get(sequence, Draft()).tokens))
         return [_with_draft(entry, self._drafts.get(entry.sequence, Draft())) for entry in scheduled]
 
-    def verified(
+    def record_step(
         self,
         scheduled: SequenceOf[Scheduled],
         chosen: SequenceOf[tuple[Sequence, list[Sample]]],
@@ -89,7 +89,7 @@ class Speculation:
             return
         if not self._drafts and len(self._decoding) >= len(scheduled):
             # Most steps are like this where drafts do not pay, and what is done beside them is slower generation.
-            plain = None if self._adaptive is None else self._adaptive.note_plain(self._decoding, seconds)
+            plain = None if self._adaptive is None else self._adaptive.record_plain_step(self._decoding, seconds)
             self._metrics.plain(draft_seconds, seconds, plain)
             return
         pure = len(self._decoding) == len(scheduled)
@@ -107,9 +107,9 @@ class Speculation:
             tokens = sum(1 + accepted for _, accepted in outcomes.values())
             self._metrics.compare(draft_seconds + seconds, plain * tokens / len(outcomes))
         if outcomes:
-            self._adaptive.note(Round(outcomes, self._backlog, draft_seconds, seconds if pure else None))
+            self._adaptive.record(DraftedStep(outcomes, self._backlog, draft_seconds, seconds if pure else None))
         if not pure and not longest:
-            self._adaptive.costs.note_prompt(sum(entry.num_tokens for entry in scheduled), seconds)
+            self._adaptive.costs.record_prompt(sum(entry.num_tokens for entry in scheduled), seconds)
 
     def commit_accepted(self, sequence: Sequence, accepted: int) -> None:
         """A sequence has the first tokens of its draft for good, if it had one: room for the others is given back."""

@@ -44,7 +44,7 @@ class LatencyCurve:
         self._counts: list[int] = []
         self._least: dict[int, float] = {}
 
-    def note(self, count: int, seconds: float) -> None:
+    def record(self, count: int, seconds: float) -> None:
         """Add a time."""
         if count not in self._times:
             self._times[count] = deque(maxlen=_WINDOW)
@@ -74,7 +74,7 @@ class LatencyCurve:
         return max(guess, below if count > low else 0.25 * below)
 
 
-class Costs:
+class CostModel:
     """Seconds of a forward with verification by its rows, of a draft step by its sequences, and of a token of backlog.
 
     Attributes:
@@ -87,14 +87,14 @@ class Costs:
         self._backlog: deque[float] = deque(maxlen=_WINDOW)
         self._prompt: deque[float] = deque(maxlen=_WINDOW)
 
-    def note_prompt(self, rows: int, seconds: float) -> None:
+    def record_prompt(self, rows: int, seconds: float) -> None:
         """Add a forward over `rows` tokens, most of them of prompts."""
         self._prompt.append(seconds / rows)
 
-    def note_draft(self, sequences: int, longest: int, backlog: int, seconds: float) -> None:
+    def record_drafting(self, sequences: int, longest: int, backlog: int, seconds: float) -> None:
         """Add a round of proposals, the longest of `longest` tokens, that had `backlog` tokens beyond the ordinary to do."""
         if backlog == 0:
-            self.drafts.note(sequences, seconds / longest)
+            self.drafts.record(sequences, seconds / longest)
         else:
             self._backlog.append(max(seconds - longest * self.draft_step(sequences), 0.0) / backlog)
 

@@ -1,36 +1,39 @@
-"""Prompt lookup: what followed the last time that the text went like this (Saxena, "Prompt Lookup Decoding", 2023)."""
+"""Prompt lookup: draft what followed the last time that the same tokens occurred (Saxena, "Prompt Lookup Decoding", 2023)."""
 
 from array import array
 from collections.abc import Sequence as SequenceOf
 
 from quantkit.runtime.core.sequence import Draft, Sequence
+from quantkit.runtime.model.model_runner import open_model
+from quantkit.runtime.speculative.opened_model import OpenedModel
+from quantkit.runtime.speculative.proposers import SpecRequest
 
-#: Tokens that must agree, at most and at least.
+#: Most and fewest tokens at the end of the text that must have occurred before.
 LONGEST, SHORTEST = 4, 2
 
 
 class Index:
-    """Where each run of tokens occurred last in a text that only grows.
+    """Where each n-gram occurred last in a text that only grows.
 
-    Adding a token costs a few dictionary entries, and a look-up as many, however long the text is.
+    Adding a token and looking up a draft each cost a few dictionary operations, however long the text is.
     """
 
     def __init__(self) -> None:
-        #: n -> the bytes of n tokens -> position behind their last occurrence, the end of the text excepted.
+        #: n -> the bytes of n tokens -> position after their last occurrence, except at the end of the text.
         self._ends: dict[int, dict[bytes, int]] = {n: {} for n in range(LONGEST, SHORTEST - 1, -1)}
         self._length = 0
 
     def follow(self, tokens: "array[int]", count: int) -> list[int]:
-        """The next `count` tokens if the text goes on as it did behind the latest occurrence of its longest known end.
+        """The next `count` tokens if the text continues as it did after the latest occurrence of its longest known suffix.
 
-        A text that repeats a period shorter than `count` is taken to go on repeating it.
+        A text that repeats with a period shorter than `count` is expected to keep repeating.
 
         Args:
-            tokens: int64, the text; what was there at the last call is unchanged.
+            tokens: int64, the text; the tokens of the last call must be unchanged.
             count: at least 1.
 
         Returns:
-            `count` tokens; none where no end of the text occurred before.
+            `count` tokens; none if no suffix of the text occurred before.
         """
         end = len(tokens)
         for stop in range(self._length, end):
@@ -58,12 +61,21 @@ class NgramProposer:
         ]
 
     def accepted(self, sequence: Sequence, count: int) -> None:
-        """Nothing to do: the tokens are read when the next draft is wanted."""
+        """Do nothing: tokens are indexed when the next draft is wanted."""
 
     def backlog(self, sequence: Sequence) -> int:
-        """None: reading a token costs next to nothing."""
+        """0, because indexing a token costs next to nothing."""
         return 0
 
     def released(self, sequence: Sequence) -> None:
-        """Drop its index."""
+        """Drop the index of a sequence."""
         self._indexes.pop(sequence, None)
+
+
+def open_ngram(request: SpecRequest) -> OpenedModel:
+    """Load a model that any text can be drafted for.
+
+    Raises:
+        QuantkitError: the model cannot be loaded, or the cache is too small.
+    """
+    return OpenedModel(open_model(request.folder, request.device, request.cache), NgramProposer)

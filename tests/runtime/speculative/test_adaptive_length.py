@@ -9,9 +9,10 @@ import pytest
 
 from helpers.sequences import sequence
 from quantkit.runtime.core.sequence import Sequence, Status
-from quantkit.runtime.speculative.adaptive_length import MOST_DRAFTED, AdaptiveLength, Round
-from quantkit.runtime.speculative.cost_model import Costs, LatencyCurve
-from quantkit.runtime.speculative.draft_record import best_length
+from quantkit.runtime.speculative.adaptive_length import AdaptiveLength, DraftedStep
+from quantkit.runtime.speculative.cost_model import CostModel, LatencyCurve
+from quantkit.runtime.speculative.draft_history import best_length
+from quantkit.runtime.speculative.proposers import MAX_DRAFT_LEN
 
 PLAIN = 0.01
 
@@ -83,9 +84,9 @@ def run_batch(policy: AdaptiveLength, accepts: list[Accepts], tokens: int, machi
         drafting, verifying = longest * machine.draft, machine.step(rows)
         draft_seconds, seconds = machine.measured(drafting), machine.measured(verifying)
         if longest:
-            policy.note(Round(outcomes, 0, draft_seconds, seconds))
+            policy.record(DraftedStep(outcomes, 0, draft_seconds, seconds))
         else:
-            policy.note_plain(texts, seconds)
+            policy.record_plain_step(texts, seconds)
         made = running + sum(accepted for _, accepted in outcomes.values())
         out.add(drafting + verifying, made * machine.step(running) / running, longest)
         for text, (_, accepted) in outcomes.items():
@@ -123,8 +124,8 @@ def always(_place: int, length: int) -> int:
 
 def fixed(rate: float, machine: Machine) -> float:
     """Time over time without drafts, of the best fixed length and with many tokens."""
-    times = [machine.step(1 + length) + length * machine.draft for length in range(MOST_DRAFTED + 1)]
-    expected = itertools.accumulate((rate**length for length in range(1, MOST_DRAFTED + 1)), initial=1.0)
+    times = [machine.step(1 + length) + length * machine.draft for length in range(MAX_DRAFT_LEN + 1)]
+    expected = itertools.accumulate((rate**length for length in range(1, MAX_DRAFT_LEN + 1)), initial=1.0)
     return min(seconds / tokens for seconds, tokens in zip(times, expected, strict=True)) / PLAIN
 
 
@@ -143,39 +144,39 @@ def test_the_best_length_is_the_fastest() -> None:
 def test_curves_are_the_least_times_and_lines_between_them() -> None:
     curve = LatencyCurve()
     for seconds in (0.1, 1.1, 1.0, 9.0):  # the first one does not count
-        curve.note(2, seconds)
+        curve.record(2, seconds)
     assert curve.samples == 3
     assert curve.at(2) == 1.0
     assert curve.at(1) == 1.0  # nothing is known of fewer rows
     assert curve.at(4) == pytest.approx(1.3)  # a guess, until it is timed
-    curve.note(4, 500.0)
+    curve.record(4, 500.0)
     assert curve.at(4) == pytest.approx(1.3)
-    curve.note(4, 2.0)
+    curve.record(4, 2.0)
     assert [curve.at(rows) for rows in (2, 3, 4, 5)] == pytest.approx([1.0, 1.5, 2.0, 2.25])
     for seconds in (0.1, 1.9):
-        curve.note(10, seconds)  # within the noise of 4: more rows do not cost less
+        curve.record(10, seconds)  # within the noise of 4: more rows do not cost less
     assert [curve.at(rows) for rows in (4, 7, 20)] == pytest.approx([2.0, 2.0, 2.0])
     for _ in range(7):  # old times are forgotten
-        curve.note(2, 3.0)
+        curve.record(2, 3.0)
     assert curve.at(2) == 3.0
 
 
 def test_costs_of_rounds() -> None:
-    costs = Costs()
+    costs = CostModel()
     assert costs.rounds(2, 1) == []
     for seconds in (500.0, 1.0, 9.0, 1.0, 1.1, 9.0):
         assert costs.step(2) is None
-        costs.steps.note(2, seconds)
+        costs.steps.record(2, seconds)
     assert costs.step(2) == 1.0
-    costs.note_draft(2, longest=4, backlog=0, seconds=500)
+    costs.record_drafting(2, longest=4, backlog=0, seconds=500)
     assert costs.draft_step(2) == 0
-    costs.note_draft(2, longest=4, backlog=0, seconds=0.4)
+    costs.record_drafting(2, longest=4, backlog=0, seconds=0.4)
     assert costs.draft_step(2) == pytest.approx(0.1)
     assert costs.rounds(2, 1) == pytest.approx([1.0, 1.4])
     assert costs.backlog(8, plain=1.0) == pytest.approx(1.0)
-    costs.note_prompt(rows=100, seconds=3.0)
+    costs.record_prompt(rows=100, seconds=3.0)
     assert costs.backlog(8, plain=1.0) == pytest.approx(0.24)
-    costs.note_draft(2, longest=2, backlog=100, seconds=1.2)
+    costs.record_drafting(2, longest=2, backlog=100, seconds=1.2)
     assert costs.backlog(50, plain=1.0) == pytest.approx(0.5)
 
 
@@ -315,7 +316,7 @@ def test_probes_come_at_growing_intervals_and_find_what_has_changed() -> None:
     tail = [after - before for before, after in itertools.pairwise(at)][-4:-1]
     assert all(later >= 2 * earlier - 1 for earlier, later in itertools.pairwise(tail))
     good = run(policy, always, 3000, linear(0.3), text)
-    assert good.lengths.index(MOST_DRAFTED) < 600
+    assert good.lengths.index(MAX_DRAFT_LEN) < 600
     assert good.slowdown < 0.75
 
 
@@ -335,13 +336,13 @@ def test_a_first_step_that_compiles_does_not_end_speculation() -> None:
         return 100.0 if first else PLAIN * (1 + 0.1 * (rows - 1))
 
     lengths = run(AdaptiveLength(), always, 600, Machine(step)).lengths
-    assert lengths.count(MOST_DRAFTED) > len(lengths) / 2
+    assert lengths.count(MAX_DRAFT_LEN) > len(lengths) / 2
 
 
 def test_a_dear_second_row_does_not_hide_cheap_ones_behind_it() -> None:
     # Twice as dear for one more row, and nothing for the others: only long drafts pay.
     lengths = run(AdaptiveLength(), always, 1500, Machine(lambda rows: PLAIN if rows == 1 else 2 * PLAIN)).lengths
-    assert lengths.count(MOST_DRAFTED) > len(lengths) / 2
+    assert lengths.count(MAX_DRAFT_LEN) > len(lengths) / 2
 
 
 @pytest.mark.parametrize("change", [60, 150, 400])
@@ -358,10 +359,10 @@ def test_costs_that_rise_at_any_time_are_noticed(change: int) -> None:
 def test_drafts_beside_a_prompt_are_paid_for_by_estimates() -> None:
     policy, text = AdaptiveLength(), sequence([0] * 4)
     run(policy, never, 200, linear(0.3, 0.5), text)
-    record = policy._records[text]
-    before, two_rows = record.balance, policy.costs.steps.at(3) / PLAIN - 1
-    policy.note(Round({text: (2, 0)}, 0, 1.0 * PLAIN, None))
-    assert record.balance - before == pytest.approx(PLAIN * (0.02 - 1.0 - two_rows))
+    history = policy._histories[text]
+    before, two_rows = history.balance, policy.costs.steps.at(3) / PLAIN - 1
+    policy.record(DraftedStep({text: (2, 0)}, 0, 1.0 * PLAIN, None))
+    assert history.balance - before == pytest.approx(PLAIN * (0.02 - 1.0 - two_rows))
 
 
 def test_a_backlog_is_caught_up_on_only_for_a_small_share_of_the_rest_of_the_text() -> None:
@@ -373,7 +374,7 @@ def test_a_backlog_is_caught_up_on_only_for_a_small_share_of_the_rest_of_the_tex
     text.limit = 1000
     length = policy.length(text, 1, backlog=100)
     assert length > 0
-    policy.note(Round({text: (length, length)}, 98, 20 * PLAIN, PLAIN))
+    policy.record(DraftedStep({text: (length, length)}, 98, 20 * PLAIN, PLAIN))
     assert policy.length(text, 1, backlog=1) > 0  # it was not charged to the drafts behind it
 
 
@@ -382,8 +383,8 @@ def test_a_preempted_request_keeps_its_record_and_a_finished_one_does_not() -> N
     run(policy, never, 100, linear(0.3), text)
     text.status = Status.WAITING
     policy.released(text)
-    assert text in policy._records
+    assert text in policy._histories
     text.status = Status.FINISHED
     policy.released(text)
     policy.released(text)
-    assert text not in policy._records
+    assert text not in policy._histories

@@ -31,7 +31,7 @@ def best_length(rate: float, seconds: SequenceOf[float]) -> int:
 
 
 @dataclass
-class Record:
+class DraftHistory:
     """A request's recent drafts.
 
     Attributes:
@@ -59,7 +59,7 @@ class Record:
         """That probability if the tokens so far were unlucky, by one standard deviation."""
         return min(self.rate + math.sqrt(self.rate * (1 - self.rate) / self.judged), 1.0)
 
-    def note(self, drafted: int, accepted: int) -> None:
+    def record(self, drafted: int, accepted: int) -> None:
         """Add a draft of which the first `accepted` tokens were accepted."""
         judged = min(accepted + 1, drafted)
         self.accepted = _FADE**judged * self.accepted + accepted
