@@ -67,7 +67,9 @@ class CachedStreamedModel(PackedStreamedModel):
         form = cache_format(kv_dtype, self.config.dtype or self.dtype, layers, self.device)
         count = -(-length // form.block_size)
         self.cache = KVCache(layers, count, form.block_size, form, self.device, tail_pages=count)
-        batch = single_sequence_batch(torch.arange(length), 0, form.block_size)  # The block walk brings the hidden states itself.
+        batch = single_sequence_batch(
+            torch.arange(length), 0, form.block_size
+        )  # The block walk brings the hidden states itself.
         self.cache.prepare(batch, draft=False)
         self._attention_context = attention.AttentionContext(batch.to(self.device), self.cache)
 

@@ -87,7 +87,7 @@ class DraftModel:
         assert all(shadow.tokens is sequence.tokens for sequence, shadow in self._shadows.items())
 
     def _reserve(self, sequence: Sequence, count: int) -> int:
-        """Reserve blocks for missing tokens and for a draft without its last token; returns its length, 0 if there is no room."""
+        """Reserve blocks for missing tokens and a draft without its last token; returns its length, 0 if there is no room."""
         length = min(count, self._model.max_model_len - len(sequence.tokens) + 1)
         shadow = self._shadows.get(sequence)
         missing = sequence.tokens if shadow is None else shadow.tokens[shadow.num_computed :]

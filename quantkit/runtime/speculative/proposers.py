@@ -1,7 +1,7 @@
 """The choices of `--spec`. This module is light: names and descriptions are read without importing torch.
 
-To add a draft proposer, write a `Proposer` and an opener in a file of its own and add its line here. Command-line choices, help
-and error messages follow. The name of a proposer is its spelling on the command line: "draft:MODEL" takes an argument.
+To add a draft proposer, write a `Proposer` and an opener in a file of its own and add its line here. Command-line choices,
+help and error messages follow. The name of a proposer is its spelling on the command line: "draft:MODEL" takes an argument.
 """
 
 from collections.abc import Callable
@@ -52,12 +52,12 @@ PROPOSERS: "Registry[Callable[[SpecRequest], OpenedModel]]" = Registry(
         "ngram": ("quantkit.runtime.speculative.ngram:open_ngram", "prompt lookup: what followed the same tokens before"),
         "draft:MODEL": (
             "quantkit.runtime.speculative.draft_model:open_draft_model",
-            "a smaller model with the same tokenizer",
+            "a smaller model, same tokenizer",
         ),
-        "qspec": ("quantkit.runtime.speculative.self_draft:open_qspec", "the model itself with quantized activations"),
+        "qspec": ("quantkit.runtime.speculative.self_draft:open_qspec", "itself with quantized activations"),
         "quantspec": (
             "quantkit.runtime.speculative.self_draft:open_quantspec",
-            "the model itself with half of an int4+4 cache",
+            "itself with half of an int4+4 cache",
         ),
     },
 )

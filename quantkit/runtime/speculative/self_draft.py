@@ -1,9 +1,9 @@
 """Drafts from the model itself at less cost: with quantized activations, QSpec (arXiv 2410.11305), or from the upper half of a
 hierarchical KV cache, QuantSpec (arXiv 2502.10424).
 
-The draft reads the weights and the KV cache of the model that verifies, so it takes no memory of its own and never has anything
-to catch up on. Keys and values that it writes go to the slots of the drafted tokens, and the forward that verifies these tokens
-overwrites them.
+The draft reads the weights and the KV cache of the model that verifies, so it takes no memory of its own and never has
+anything to catch up on. Keys and values that it writes go to the slots of the drafted tokens, and the forward that verifies
+these tokens overwrites them.
 """
 
 from collections.abc import Callable
