@@ -11,7 +11,9 @@ import typer
 
 from quantkit.cli import options
 from quantkit.errors import RequestError
+from quantkit.runtime.kv_cache.dtypes import require_kv_dtype
 from quantkit.runtime.kv_cache.eviction import FULL, Budget
+from quantkit.runtime.speculative.proposers import PROPOSERS, find_proposer
 
 if TYPE_CHECKING:
     from quantkit.runtime.session import Session
@@ -59,8 +61,10 @@ class EngineOptions:
     spec: Annotated[
         str | None,
         typer.Option(
-            metavar="off|ngram|draft:MODEL|qspec|quantspec",
-            help="Speculative decoding: what drafts the next tokens, which the model then checks in one step. Default: off.",
+            metavar="|".join(PROPOSERS),
+            help="Speculative decoding: what drafts the next tokens, which the model then checks in one step. Default: off. "
+            + "; ".join(f"{name}: {PROPOSERS.description(name)}" for name in PROPOSERS if name != "off")
+            + ".",
         ),
     ] = None
     draft_len: Annotated[
@@ -77,6 +81,8 @@ class EngineOptions:
             QuantkitError: an option's value is not understood, or options contradict each other.
         """
         Budget(self.kv_policy, self.kv_budget)
+        require_kv_dtype(self.kv_dtype)
+        find_proposer(self.spec or "off")
         for size, option in ((self.kv_memory, "--kv-memory"), (self.kv_offload, "--kv-offload")):
             if size is not None:
                 options.byte_size(size, option)

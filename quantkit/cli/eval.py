@@ -11,6 +11,7 @@ from quantkit.cli import options
 from quantkit.cli.engine_options import EngineOptions
 from quantkit.cli.verb import verb
 from quantkit.errors import RecipeError
+from quantkit.runtime.kv_cache.dtypes import KV_DTYPES
 from quantkit.runtime.kv_cache.eviction import FULL, Budget
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def evaluate(
     max_ppl_increase: Annotated[str | None, typer.Option(help="Gate: largest perplexity increase, e.g. 2%.")] = None,
     max_kl: Annotated[float | None, typer.Option(min=0, help="Gate: largest mean KL divergence, nats.")] = None,
     kv_dtype: Annotated[
-        str | None, typer.Option(help="Run through the engine's KV cache of this type: auto, bf16, fp8, int8, int4 or int4+4.")
+        str | None, typer.Option(help=f"Run through the engine's KV cache of this type: {KV_DTYPES.alternatives()}.")
     ] = None,
     kv_policy: options.KvPolicy = FULL,
     kv_budget: options.KvBudget = None,

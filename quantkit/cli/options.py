@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.errors import QuantkitError, RecipeError, ResourceError
+from quantkit.runtime.kv_cache.dtypes import KV_DTYPES
+from quantkit.runtime.kv_cache.eviction import FULL, POLICIES
 from quantkit.runtime.speculative.proposers import MAX_DRAFT_LEN
 
 if TYPE_CHECKING:
@@ -17,9 +19,14 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, Hub id, or 'demo' (SmolLM2-135M-Instruct).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-KvDtype = Annotated[str, typer.Option(help="Type of the KV cache: auto, bf16, fp8, int8, int4 or int4+4.")]
+KvDtype = Annotated[str, typer.Option(help=f"Type of the KV cache: {KV_DTYPES.alternatives()}.")]
 KvPolicy = Annotated[
-    str, typer.Option(help="What a sequence keeps of its past: full, window, sinks (the start, too) or scored.")
+    str,
+    typer.Option(
+        help=f"Past tokens that a sequence keeps. {FULL}: all; "
+        + "; ".join(f"{name}: {policy.description}" for name, policy in POLICIES.items())
+        + "."
+    ),
 ]
 KvBudget = Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens that it keeps, for all but full.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything shown as JSON ('-': stdout).")]

@@ -76,6 +76,11 @@ class Registry(Mapping[str, T]):
         """All names, in the order of registration."""
         return list(self._entries)
 
+    def alternatives(self) -> str:
+        """All names in one phrase: "a, b or c"."""
+        *others, last = self._entries
+        return f"{', '.join(others)} or {last}" if others else last
+
     def description(self, name: str) -> str:
         """The one-line description of that name; imports nothing.
 

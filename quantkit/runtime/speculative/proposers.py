@@ -77,8 +77,7 @@ def find_proposer(spec: str) -> tuple[str, str]:
         expected, _, metavar = name.partition(":")
         if kind == expected and bool(colon) == bool(argument) == bool(metavar):
             return name, argument
-    *others, last = PROPOSERS
-    raise RequestError(f"--spec {spec}: no such speculation; use {', '.join(others)} or {last}")
+    raise RequestError(f"--spec {spec}: no such speculation; use {PROPOSERS.alternatives()}")
 
 
 def open_with_proposer(
