@@ -195,7 +195,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: 
     [
         (("x", "--spec", "fast"), "--spec fast: no such speculation; use off, ngram, draft:MODEL, qspec or quantspec"),
         (("x", "--spec", "qspec"), "--spec qspec: drafts with packed weights, and this model has none; quantize it first"),
-        (("x", "--spec", "qspec", "--draft-act-bits", "5"), "--draft-act-bits 5: activations are rounded to 4 or 8 bits"),
+        (("x", "--spec", "qspec", "--draft-act-bits", "5"), "--draft-act-bits 5: activations are quantized to 4 or 8 bits"),
         (
             ("x", "--spec", "quantspec", "--kv-dtype", "int8"),
             "drafts from an int4+4 cache, and --kv-dtype is int8; leave it out",
@@ -234,7 +234,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: 
         (("x", "--kv-policy", "window", "--kv-budget", "-5"), "--kv-budget -5 is less than 3 blocks of 16 tokens"),
         (("x", "--kv-offload-dir", "."), "--kv-offload-dir holds what does not fit into host memory; add --kv-offload SIZE"),
         (("x", "--kv-offload", "4B"), "--kv-offload of 4 bytes does not hold a block"),
-        (("x", "--kv-offload", "99999"), "GiB of free memory beside the KV cache and not 99,999.0; ask for less"),
+        (("x", "--kv-offload", "99999"), "--kv-offload: 99,999.0 GiB are asked for and"),
         (("--prompts", "missing.txt"), "missing.txt: cannot be read (No such file or directory)"),
     ],
 )

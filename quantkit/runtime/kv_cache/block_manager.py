@@ -1,4 +1,4 @@
-"""Block tables of sequences: which blocks they hold, share, copy before writing, publish, evict and give back."""
+"""The block tables of sequences: allocate, share, copy on write, publish to the prefix cache, evict and release blocks."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,18 +11,19 @@ from quantkit.runtime.kv_cache.prefix_cache import ROOT, Entry, PrefixCache
 
 
 class BlockManager:
-    """Owner of the blocks, and of the fields of a sequence that speak of them.
+    """Owner of all blocks, and of the fields of a sequence that describe its blocks.
 
     A block is written by one sequence only: shared blocks are full, or are copied before the next token is written.
-    A sequence that has dropped blocks publishes no more: what it computes then is not what its text alone would give.
+    A sequence that has evicted blocks publishes no more blocks: what it computes from then on depends on the eviction, not on
+    its text alone.
 
     Attributes:
-        block_size: tokens in a block.
+        block_size: tokens per block.
         pool: the blocks.
-        capacity: tokens that a sequence holds at most.
-        cache: which of them hold known prefixes.
-        copies: (from, to) blocks to copy before the next forward.
-        evicted: blocks that sequences dropped to stay within their budget, since the start.
+        capacity: most tokens that a sequence may hold.
+        cache: which blocks hold known prefixes.
+        copies: (source, target) blocks to copy before the next forward.
+        evicted: blocks that sequences have evicted so far to stay within their budget.
     """
 
     def __init__(
@@ -42,17 +43,17 @@ class BlockManager:
         self.capacity = UNBOUNDED if eviction is None else eviction.blocks * block_size
 
     def admit(self, sequence: Sequence, budget: int, reserve: int) -> int:
-        """Give a sequence without blocks its cached prefix and room for its first new tokens; 0 when they do not fit.
+        """Give a sequence without blocks its cached prefix, and blocks for its first new tokens.
 
-        The last token is always computed, because its logits are wanted.
+        The last token is always computed, because its logits are needed.
 
         Args:
-            sequence: in no step yet.
-            budget: new tokens at most.
-            reserve: blocks that must be left free.
+            sequence: was in no step yet.
+            budget: most new tokens.
+            reserve: blocks that must remain free.
 
         Returns:
-            How many tokens behind the cached ones it has room for.
+            The number of tokens after the cached ones that it has room for; 0 if it does not fit.
         """
         if self.pool.num_free <= reserve:
             return 0
@@ -69,13 +70,13 @@ class BlockManager:
             num_tokens = min(len(sequence.tokens) - start, budget, self.capacity - start)
         if self.extend(sequence, num_tokens):
             return num_tokens
-        # Fewer blocks came back from the store than it had, and those behind them were shared with others.
+        # The offload could not give back all blocks that it had, and the blocks after those were shared with other sequences.
         assert not whole
         self.release(sequence)
         return 0
 
     def evict_to_budget(self, sequence: Sequence) -> int:
-        """Drop blocks of a sequence that has filled its budget; how many tokens it may compute before it is full again."""
+        """Evict blocks of a sequence that has filled its budget; returns how many tokens it may compute now."""
         if self._eviction is not None and sequence.num_held == self.capacity:
             scores, logical = self._eviction.aged(sequence.scores, sequence.mass), sequence.logical_blocks
             dropped = self._eviction.drop(scores)
@@ -89,12 +90,12 @@ class BlockManager:
         return self.capacity - sequence.num_held
 
     def needs_attention_mass(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Whether the attention of the last of the next `num_tokens` tokens decides what is dropped behind it."""
+        """Whether the attention of the last of the next `num_tokens` tokens decides which blocks are evicted after it."""
         scored = self._eviction is not None and self._eviction.policy.scored
         return scored and sequence.num_held + num_tokens == self.capacity
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Make room for the next `num_tokens` tokens; False, and nothing changed, when blocks run out."""
+        """Make room for the next `num_tokens` tokens. If there are too few free blocks, change nothing and return False."""
         size, first = self.block_size, sequence.num_held // self.block_size
         missing = self._blocks(sequence.num_held + num_tokens) - len(sequence.blocks)
         shared = [i for i in range(first, len(sequence.blocks)) if self.pool.references[sequence.blocks[i]] > 1]
@@ -109,7 +110,7 @@ class BlockManager:
         return True
 
     def commit(self, sequence: Sequence, num_tokens: int) -> None:
-        """Note that the next `num_tokens` tokens are in the cache for good; publish the blocks that they filled."""
+        """Mark the next `num_tokens` tokens as computed for good; publish the blocks that they filled."""
         sequence.num_computed += num_tokens
         if not self._prefix_caching or sequence.num_evicted:
             return
@@ -120,12 +121,12 @@ class BlockManager:
             sequence.num_published += 1
 
     def trim(self, sequence: Sequence, num_tokens: int = 0) -> None:
-        """Give back the blocks behind the next `num_tokens` tokens: what was reserved for drafts and is not needed."""
+        """Release the blocks after the next `num_tokens` tokens: those that were reserved for drafts and are not needed."""
         while len(sequence.blocks) > self._blocks(sequence.num_held + num_tokens):
             self.pool.release(sequence.blocks.pop(), keep=False)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let `child`, which has the same tokens and no blocks, share all of `parent`'s."""
+        """Let `child`, which has the same tokens and no blocks, share all blocks of `parent`."""
         for block in parent.blocks:
             self.pool.share(block)
         child.blocks = parent.blocks[:]
@@ -134,7 +135,7 @@ class BlockManager:
         child.scores, child.mass = parent.scores[:], parent.mass[:]
 
     def release(self, sequence: Sequence) -> None:
-        """Take all blocks from a sequence. Last ones first, so that the ends of prefixes are evicted before their starts."""
+        """Release all blocks of a sequence, the last first, so that the ends of prefixes are reused before their starts."""
         for block in reversed(sequence.blocks):
             self.pool.release(block, keep=block in self.cache)
         del sequence.blocks[:]
@@ -142,7 +143,7 @@ class BlockManager:
         sequence.num_evicted, sequence.evicted, sequence.scores, sequence.mass = 0, [], [], []
 
     def check(self, sequences: Iterable[Sequence]) -> None:
-        """Assert that the pool adds up, and that every block's holders are these sequences and may share it."""
+        """Assert that the pool is consistent, that these sequences hold all used blocks, and that shared ones may be shared."""
         self.pool.check()
         self.cache.check()
         holders: dict[int, list[tuple[Sequence, int]]] = defaultdict(list)
@@ -159,7 +160,7 @@ class BlockManager:
             self._check_holders(block, holders[block])
 
     def _check_holders(self, block: int, holders: list[tuple[Sequence, int]]) -> None:
-        """All hold it in the same place, behind the same text; and the prefix cache knows it by that text."""
+        """Assert that all holders have a block at the same index after the same text, and that the prefix cache agrees."""
         size = self.block_size
         for sequence, i in holders:
             other, j = holders[0]
@@ -171,8 +172,8 @@ class BlockManager:
                 assert self.cache.tokens(block) == tuple(sequence.tokens[i * size : (i + 1) * size])
 
     def _attach(self, sequence: Sequence, nodes: list[Entry]) -> int:
-        """Give a sequence its cached prefix, up to a block that the store does not give back; how many tokens that are."""
-        for block, _ in nodes:  # before any other is taken
+        """Give a sequence its cached prefix, up to the first block that the offload cannot return; returns its tokens."""
+        for block, _ in nodes:  # Before any free block is taken, which might be one of these.
             if block is not None:
                 self.pool.share(block)
         for i, (block, node) in enumerate(nodes):
@@ -181,9 +182,9 @@ class BlockManager:
                 tokens = sequence.tokens[i * self.block_size : (i + 1) * self.block_size]
                 if not self.cache.fetch(sequence.chain, tokens, block):
                     self.pool.release(block, keep=False)
-                    for behind, _ in nodes[i + 1 :]:
-                        if behind is not None:
-                            self.pool.release(behind, keep=True)
+                    for later, _ in nodes[i + 1 :]:
+                        if later is not None:
+                            self.pool.release(later, keep=True)
                     break
             sequence.blocks.append(block)
             sequence.chain = node
@@ -191,7 +192,7 @@ class BlockManager:
         return sequence.num_computed
 
     def _match(self, sequence: Sequence) -> list[Entry]:
-        """Cached entries of the longest known prefix that leaves the tokens that must be computed, and a block of a budget."""
+        """Entries of the longest cached prefix. It leaves out tokens that must be computed, and one block of a budget."""
         nodes: list[Entry] = []
         size, node = self.block_size, ROOT
         for stop in range(size, min(sequence.num_reusable + 1, self.capacity), size):

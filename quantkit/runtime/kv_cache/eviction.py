@@ -1,13 +1,14 @@
-"""Which blocks a sequence gives up when it has filled its budget of KV memory.
+"""Which blocks a sequence evicts when it has filled its budget of KV memory.
 
-Whole blocks go, and positions stay what they were: keys are stored rotated, so nothing that is kept changes. A sequence that
-holds `blocks` full blocks drops `stride` of them before its next token is computed, and no step runs across that point. So
-what a token sees depends on its position alone, never on chunks, batch or preemption; a sequence that is computed anew
-drops the same blocks again (under `scored` to rounding: there the blocks depend on attention mass).
+Whole blocks are evicted, and the remaining tokens keep their positions: keys are stored rotated, so nothing that is kept
+changes. A sequence that holds `blocks` full blocks evicts `stride` of them before its next token is computed, and no step runs
+across that point. So what a token sees depends on its position alone, never on chunks, batch or preemption. A sequence that is
+recomputed evicts the same blocks again (under `scored` only up to rounding, because there the choice depends on attention
+mass).
 
-Sources: attention sinks and recent tokens are StreamingLLM's (arXiv 2309.17453); mass over heads of the newest query as the
-measure is TOVA's (arXiv 2401.06104), here per block and over all layers, because one block table serves all of them, and
-with what earlier queries looked at fading.
+Sources: attention sinks and recent tokens are from StreamingLLM (arXiv 2309.17453). The attention mass of the newest query
+    over all heads is the measure of TOVA (arXiv 2401.06104). Here it is taken per block and over all layers, because one block
+    table serves all layers, and the mass of earlier queries decays.
 """
 
 import sys
@@ -18,35 +19,40 @@ from itertools import zip_longest
 
 from quantkit.errors import RecipeError, RequestError
 
-#: What an earlier score counts, each time that blocks are dropped.
+#: Earlier scores are multiplied by this each time that blocks are evicted.
 AGEING = 0.5
 
-#: Tokens that a sequence may hold where nothing is dropped.
+#: Tokens that a sequence may hold if nothing is evicted.
 UNBOUNDED = sys.maxsize
 
-#: From the scores of the blocks that may go, oldest first, and how many must, to the places of those that do.
+#: (scores of the blocks that may be evicted, oldest first; how many must be) -> indices of those that are.
 Choice = Callable[[SequenceOf[float], int], Iterable[int]]
 
 
 def oldest(scores: SequenceOf[float], count: int) -> Iterable[int]:
-    """The first ones."""
+    """The indices of the oldest blocks."""
     return range(count)
 
 
 def lowest(scores: SequenceOf[float], count: int) -> Iterable[int]:
-    """Those with the least score; of equal ones the older."""
+    """The indices of the blocks with the lowest scores; of equal ones, the older."""
     return sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count])
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A way to choose: among the blocks behind the first `sinks` and before the recent ones, by what `choose` says.
+    """A choice of `--kv-policy`: how to select the blocks to evict.
 
-    `scored` tells whether it looks at attention mass, `holes` whether what is left may have gaps.
+    Attributes:
+        choose: selects among the blocks after the sinks and before the recent ones.
+        sinks: blocks at the start of the text that are never evicted.
+        description: one line for help texts.
+        scored: `choose` looks at scores, which are attention mass.
     """
 
     choose: Choice
     sinks: int
+    description: str
     scored: bool = False
 
     @property
@@ -55,23 +61,23 @@ class Policy:
         return self.sinks > 0
 
 
-#: Name -> policy; `FULL` drops nothing and is none of them.
+#: Name -> policy. `FULL`, which evicts nothing, is not among them.
 POLICIES = {
-    "window": Policy(oldest, sinks=0),
-    "sinks": Policy(oldest, sinks=1),
-    "scored": Policy(lowest, sinks=1, scored=True),
+    "window": Policy(oldest, sinks=0, description="the newest tokens"),
+    "sinks": Policy(oldest, sinks=1, description="the start of the text and the newest tokens"),
+    "scored": Policy(lowest, sinks=1, scored=True, description="the same, and the tokens that attention looks at most"),
 }
 FULL = "full"
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """A policy with its numbers, in blocks.
+    """A policy and its sizes in blocks.
 
     Attributes:
         policy: how to choose.
-        blocks: that a sequence holds at most.
-        stride: how many go at a time.
+        blocks: most blocks that a sequence holds.
+        stride: blocks evicted at a time.
     """
 
     policy: Policy
@@ -80,15 +86,17 @@ class Eviction:
 
     @property
     def recent(self) -> int:
-        """Newest blocks that never go: half, as heavy hitters and recent tokens share a budget in H2O (arXiv 2306.14048)."""
+        """The number of newest blocks that are never evicted: half, as heavy hitters and recent tokens share it in H2O
+        (2306.14048).
+        """
         return self.blocks // 2
 
     def aged(self, scores: SequenceOf[float], mass: SequenceOf[float]) -> list[float]:
-        """Scores of `blocks` blocks after another look: earlier ones, of the first blocks, and the new attention mass."""
+        """Scores of `blocks` blocks: the decayed earlier scores, which the first blocks have, plus the new attention mass."""
         return [AGEING * score + new for score, new in zip_longest(scores, mass or [0.0] * self.blocks, fillvalue=0.0)]
 
     def drop(self, scores: SequenceOf[float]) -> list[int]:
-        """Ascending places of the blocks that go, of `blocks` full ones with these scores."""
+        """Ascending indices of the blocks to evict, of `blocks` full ones with these scores."""
         assert len(scores) == self.blocks
         first = self.policy.sinks
         return [first + place for place in self.policy.choose(scores[first : self.blocks - self.recent], self.stride)]
@@ -96,11 +104,11 @@ class Eviction:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the options `--kv-policy` and `--kv-budget` ask for.
+    """The options `--kv-policy` and `--kv-budget`.
 
     Attributes:
         policy: FULL or a key of POLICIES.
-        tokens: that a sequence holds at most, rounded down to whole blocks; None with FULL.
+        tokens: most tokens that a sequence holds, rounded down to whole blocks; None with FULL.
 
     Raises:
         RecipeError: an unknown policy, one without a budget, or a budget without one.
@@ -122,32 +130,32 @@ class Budget:
         return UNBOUNDED if self.tokens is None else self.tokens // block_size * block_size
 
     def eviction(self, block_size: int) -> Eviction | None:
-        """The policy in blocks of `block_size` tokens; None where nothing is dropped.
+        """The policy in blocks of `block_size` tokens; None if nothing is evicted.
 
-        An eighth of the budget goes at a time: a chunk of a prompt is as long, and a query sees seven eighths of it at least.
+        An eighth of the budget is evicted at a time. Chunks of a prompt are as long, and a query sees at least seven eighths.
 
         Raises:
-            RecipeError: it is fewer than three blocks.
+            RecipeError: the budget is less than three blocks.
         """
         if self.tokens is None:
             return None
         blocks = self.tokens // block_size
-        if blocks < 3:  # a sink, a recent block, and one that may go
+        if blocks < 3:  # one sink, one recent block, and one that may be evicted
             found = f"--kv-budget {self.tokens} is less than 3 blocks of {block_size} tokens"
             raise RecipeError(f"{found}; give {3 * block_size} or more")
         return Eviction(POLICIES[self.policy], blocks, max(1, blocks // 8))
 
 
 def check_windows(chosen: Eviction, block_size: int, window: int) -> None:
-    """Refuse layers with sliding windows that would see behind a hole what their window should hide.
+    """Refuse layers with sliding windows that would see tokens before a hole that their window should hide.
 
     Kernels count a window in keys that are held. As long as it ends among the recent blocks, which have no holes between
     them, that is the same as counting positions.
 
     Args:
-        chosen: what is dropped.
-        block_size: tokens in a block.
-        window: the widest of the model's layers; 0 where every layer sees everything.
+        chosen: how blocks are evicted.
+        block_size: tokens per block.
+        window: the widest window of the model's layers; 0 if every layer sees everything.
 
     Raises:
         RequestError: the window is wider than the recent blocks of a policy that leaves holes.

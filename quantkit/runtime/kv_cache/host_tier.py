@@ -1,6 +1,7 @@
-"""Copies of KV blocks in host memory: places and bytes, no names.
+"""Copies of KV blocks in host memory. This tier knows numbered places and bytes; `offload` knows which block is where.
 
-From a GPU the copies run beside the next forward, on a stream of their own and into pinned memory. On a CPU they are copies.
+From a GPU, copies run in parallel to the next forward: on a stream of their own, into pinned memory. On a CPU they are plain
+copies.
 """
 
 from typing import Protocol
@@ -13,11 +14,11 @@ from quantkit.utils.resources import available_memory
 
 
 class Blocks(Protocol):
-    """What holds the blocks on the device.
+    """The blocks on the device; `KVCache` is one implementation.
 
     Attributes:
-        block_bytes: size of one over all layers.
-        nbytes: size of all.
+        block_bytes: bytes per block over all layers.
+        nbytes: bytes of all blocks.
         device: where they are.
     """
 
@@ -30,7 +31,7 @@ class Blocks(Protocol):
         ...
 
     def export_block(self, block: int) -> Tensor:
-        """All bytes of a block, uint8 [block_bytes], on the device."""
+        """A copy of all bytes of a block, uint8 [block_bytes], on the device."""
         ...
 
     def import_block(self, block: int, data: Tensor) -> None:
@@ -41,33 +42,37 @@ class Blocks(Protocol):
 class HostTier:
     """A fixed number of places for blocks."""
 
-    def __init__(self, blocks: Blocks, places: int, beside: int = 0) -> None:
-        """`beside`: bytes on the device that are taken for other blocks.
+    def __init__(self, blocks: Blocks, places: int, other_bytes: int = 0) -> None:
+        """
+        Args:
+            blocks: the blocks on the device.
+            places: how many blocks fit.
+            other_bytes: bytes on the device that are allocated for other caches.
 
         Raises:
-            ResourceError: there is not that much memory.
+            ResourceError: there is not that much host memory.
         """
         on_gpu = blocks.device.type == "cuda"
-        # Caches on a CPU still count as free: nothing has been written to them yet.
-        taken = 0 if on_gpu else blocks.nbytes + beside
+        # The memory of caches on a CPU still counts as free, because nothing has been written to it yet.
+        taken = 0 if on_gpu else blocks.nbytes + other_bytes
         asked, free = places * blocks.block_bytes, max(0, available_memory() - taken)
         if asked > free:
-            where = "" if on_gpu else " beside the KV cache"
-            found = f"--kv-offload: there are {free / 2**30:.1f} GiB of free memory{where} and not {asked / 2**30:,.1f}"
+            left = "" if on_gpu else " after the KV cache is allocated"
+            found = f"--kv-offload: {asked / 2**30:,.1f} GiB are asked for and {free / 2**30:.1f} GiB are free{left}"
             raise ResourceError(f"{found}; ask for less")
         self._blocks = blocks
         self._memory = torch.empty(places, blocks.block_bytes, dtype=torch.uint8, pin_memory=on_gpu)
         self._stream = torch.cuda.Stream(blocks.device) if on_gpu else None
-        #: Of the last copy into a place.
+        #: Place -> when the last copy into it is complete.
         self._written: dict[int, torch.cuda.Event] = {}
 
     def put(self, place: int, block: int) -> None:
-        """Copy a block into a place. The block may be overwritten at once by whatever runs later on the device."""
+        """Copy a block into a place. Work that is queued on the device from now on may overwrite the block."""
         data = self._blocks.export_block(block)
         if self._stream is None:
             self._memory[place] = data
             return
-        # Also behind earlier copies out of the same place, which run on the current stream.
+        # This also waits for earlier copies out of the same place, which run on the current stream.
         self._stream.wait_stream(torch.cuda.current_stream(data.device))
         with torch.cuda.stream(self._stream):
             self._memory[place].copy_(data, non_blocking=True)
@@ -75,7 +80,7 @@ class HostTier:
         self._written[place] = self._stream.record_event()
 
     def get(self, place: int, block: int) -> None:
-        """Copy a place into a block, before whatever runs later on the device."""
+        """Copy a place into a block. Work that is queued on the device from now on sees the copy."""
         if self._stream is not None:
             torch.cuda.current_stream(self._blocks.device).wait_event(self._written[place])
         self.send(self._memory[place], block)
@@ -85,7 +90,7 @@ class HostTier:
         self._blocks.import_block(block, data.to(self._blocks.device, non_blocking=True))
 
     def read(self, place: int) -> Tensor:
-        """The bytes in a place, uint8 [block_bytes], once they have arrived."""
+        """The bytes in a place, uint8 [block_bytes]; waits until they have arrived."""
         if self._stream is not None:
             self._written[place].synchronize()
         return self._memory[place]

@@ -1,11 +1,10 @@
-"""Known prefixes that had to leave the device: kept in host memory, then in a file, the longest unused first to go.
+"""Known prefixes that had to leave the device: kept in host memory first, then in a file, and dropped in LRU order.
 
-Blocks are found as in the prefix cache, by the node before them and by their own tokens, and keep the number of their node,
-so that what was known behind them still is. A block that cannot be had back intact is one that was never stored: its tokens
-are computed anew.
+Blocks are found as in the prefix cache, by the node before them and by their own tokens. They keep their node, so the blocks
+after them can still be found. A block that cannot be read back intact counts as never stored: its tokens are computed again.
 
-Nothing here waits for the disk. Blocks on their way to the file are copies in a share of the memory that is kept for them;
-when that is full, because the disk is too slow, those that would follow are dropped.
+Nothing here waits for the disk. Blocks that wait to be written are copied to a share of the host memory that is reserved for
+them. When that is full, because the disk is too slow, further blocks are dropped.
 """
 
 import weakref
@@ -18,15 +17,21 @@ from quantkit.runtime.kv_cache.disk_tier import DiskTier
 from quantkit.runtime.kv_cache.host_tier import Blocks, HostTier
 from quantkit.runtime.kv_cache.options import OffloadOptions
 
-#: The node before a block, and the block's tokens.
+#: Key of a block: the node before it, and its tokens.
 Key = tuple[int, tuple[int, ...]]
 
-#: One block in so many that the memory holds is kept for those on their way to the file.
+#: One in this many blocks of host memory is reserved for blocks that wait to be written.
 _WAITING_SHARE = 8
 
 
 class OffloadStats(NamedTuple):
-    """Blocks saved and fetched back since the start; lost ones the file did not take, or not in time, or gave back damaged."""
+    """Counts since the start.
+
+    Attributes:
+        saved: blocks that left the device and were stored.
+        fetched: blocks that were copied back.
+        lost: blocks that the disk did not take, not in time, or returned damaged.
+    """
 
     saved: int
     fetched: int
@@ -40,7 +45,7 @@ class _Stored:
 
 
 class _Index:
-    """Stored blocks by key, the longest unused first, and the places that are free."""
+    """The blocks of one tier by key, in LRU order, and its free places."""
 
     def __init__(self, places: int) -> None:
         self.places = places
@@ -48,10 +53,10 @@ class _Index:
         self._given_back: list[int] = []
 
     def free_place(self) -> int | None:
-        """One that holds nothing; None when all do."""
+        """A place that holds no block; None if there is none."""
         if self._given_back:
             return self._given_back.pop()
-        # All places below were given out, and none of them came back.
+        # All places below this one are in use.
         return len(self.held) if len(self.held) < self.places else None
 
     def remove(self, key: Key) -> None:
@@ -59,28 +64,28 @@ class _Index:
         self._given_back.append(self.held.pop(key).place)
 
     def check(self) -> None:
-        """Assert that each place is held by one block or free."""
+        """Assert that each place either holds one block or is free."""
         places = [*(stored.place for stored in self.held.values()), *self._given_back]
         assert sorted(places) == list(range(len(places)))
         assert len(places) <= self.places
 
 
 class KVOffload:
-    """Blocks by what they hold.
+    """Stores blocks on the host and on disk, and finds them by the text that they hold.
 
     Attributes:
         disk: takes blocks that host memory has no room for; None without a folder.
     """
 
-    def __init__(self, blocks: Blocks, options: OffloadOptions, beside: int = 0) -> None:
+    def __init__(self, blocks: Blocks, options: OffloadOptions, other_bytes: int = 0) -> None:
         """
         Args:
-            blocks: on the device.
+            blocks: the blocks on the device.
             options: where they go.
-            beside: bytes on the device that are taken for other blocks.
+            other_bytes: bytes on the device that are allocated for other caches.
 
         Raises:
-            ResourceError: no memory, not even for one block, or no file.
+            ResourceError: the memory does not hold even one block, or the file cannot be created.
         """
         places, waiting = options.memory // blocks.block_bytes, 0
         if options.folder is not None:
@@ -88,7 +93,7 @@ class KVOffload:
         if places <= waiting:
             least = f"{'two blocks' if waiting else 'a block'} of {blocks.block_bytes / 2**20:.2f} MiB"
             raise ResourceError(f"--kv-offload of {options.memory:,} bytes does not hold {least}; give more")
-        self._host = HostTier(blocks, places - waiting, beside)
+        self._host = HostTier(blocks, places - waiting, other_bytes)
         self.disk = None if options.folder is None else DiskTier(options.folder, blocks.block_bytes, waiting)
         self._host_index, self._disk_index = _Index(places - waiting), _Index(0 if self.disk is None else self.disk.places)
         self._saved = self._fetched = self._dropped = 0
@@ -99,7 +104,7 @@ class KVOffload:
         return len(self._host_index.held) + len(self._disk_index.held)
 
     def find(self, key: Key) -> int | None:
-        """The node at the end of a stored block, which is then the last to go; None where it is not stored."""
+        """The node at the end of a stored block, which becomes the most recently used; None if it is not stored."""
         on_disk = self._disk_index.held.get(key)
         if on_disk is not None and self.disk is not None and not self.disk.holds(on_disk.place):
             self._disk_index.remove(key)  # The disk did not take it.
@@ -116,7 +121,7 @@ class KVOffload:
         return OffloadStats(self._saved, self._fetched, lost)
 
     def save(self, key: Key, node: int, block: int) -> None:
-        """Keep a block of the device that is about to hold something else."""
+        """Store a block of the device that is about to be reused."""
         if self.find(key) is not None:
             return
         place = self._host_index.free_place()
@@ -129,7 +134,7 @@ class KVOffload:
         self._saved += 1
 
     def load(self, key: Key, block: int) -> bool:
-        """Copy a stored block to the device; False where it is not stored or not intact, and then nobody finds it again."""
+        """Copy a stored block to the device. If it is not stored, or damaged, return False; it is then not found again."""
         if key in self._host_index.held:
             self._host.get(self._host_index.held[key].place, block)
         elif key in self._disk_index.held:
@@ -145,7 +150,7 @@ class KVOffload:
         return True
 
     def check(self) -> None:
-        """Assert that every place is accounted for, and that no block is stored twice."""
+        """Assert that both tiers are consistent, and that no block is in both."""
         self._host_index.check()
         self._disk_index.check()
         assert not self._host_index.held.keys() & self._disk_index.held.keys()
@@ -155,7 +160,7 @@ class KVOffload:
         return {key: stored.node for tier in (self._host_index, self._disk_index) for key, stored in tier.held.items()}
 
     def _spill(self) -> None:
-        """Move the longest unused block out of memory, to the file if there is one that keeps up."""
+        """Move the least recently used block out of host memory: to disk, if there is one that keeps up."""
         key, stored = next(iter(self._host_index.held.items()))
         if self.disk is not None and self._disk_index.places:
             if self.disk.busy:
@@ -165,7 +170,7 @@ class KVOffload:
         self._host_index.remove(key)
 
     def _file_away(self, file: DiskTier, key: Key, stored: _Stored) -> None:
-        """Have a block written that is in memory; the file's own longest unused one makes way."""
+        """Have a block of host memory written to disk, in place of the disk's least recently used block if it is full."""
         place = self._disk_index.free_place()
         if place is None:
             self._disk_index.remove(next(iter(self._disk_index.held)))

@@ -1,10 +1,10 @@
 """Which blocks hold the keys and values of which prefixes.
 
-A hash chain: a full block is known by the node of the block before it and by its own tokens, so a node stands for the whole
-text from the start. The dict compares keys after hashing them, and a node's number is never used again: no collision, and
-no block that was evicted and filled anew, can pass for another text.
+A hash chain: the key of a full block is the node of the block before it, and its own tokens. A node therefore stands for the
+whole text from the start. The dict compares keys after hashing them, and node numbers are never reused. So neither a hash
+collision nor a block that was reused for another text can be taken for a wrong prefix.
 
-With a store, a block that is about to hold something else is saved there, and its node lives on.
+With an offload, a block that is about to be reused is saved there, and keeps its node.
 """
 
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ from typing import NamedTuple
 
 from quantkit.runtime.kv_cache.offload import Key, KVOffload
 
-#: The node before the first block.
+#: The node before the first block of every text.
 ROOT = 0
 
 
 class Entry(NamedTuple):
-    """A cached block, or None where only the store has it, and the node at its end."""
+    """A cached block, or None if only the offload has it; and the node at its end."""
 
     block: int | None
     node: int
 
 
 class PrefixCache:
-    """Full blocks by what they hold."""
+    """Finds full blocks by the text that they hold."""
 
     def __init__(self, offload: KVOffload | None = None) -> None:
         """
         Args:
-            offload: of blocks that leave the device; without it they are gone.
+            offload: keeps blocks that leave the device; without it they are lost.
         """
         self._offload = offload
         self._entries: dict[Key, Entry] = {}
@@ -44,7 +44,7 @@ class PrefixCache:
         return len(self._keys)
 
     def find(self, parent: int, tokens: Sequence[int]) -> Entry | None:
-        """The block that holds `tokens` behind node `parent`."""
+        """The block that holds `tokens` after the node `parent`; None if it is not known."""
         key = parent, tuple(tokens)
         entry = self._entries.get(key)
         if entry is not None or self._offload is None:
@@ -53,7 +53,7 @@ class PrefixCache:
         return None if node is None else Entry(None, node)
 
     def publish(self, parent: int, tokens: Sequence[int], block: int) -> int:
-        """Make a full block known; returns the node at its end. Of two blocks with the same text the first one stays known."""
+        """Make a full block known; returns the node at its end. Of two blocks with the same text, the first stays known."""
         key = parent, tuple(tokens)
         known = self.find(parent, tokens)
         if known is None:
@@ -63,7 +63,7 @@ class PrefixCache:
         return known.node
 
     def fetch(self, parent: int, tokens: Sequence[int], block: int) -> bool:
-        """Bring what the store has behind node `parent` into a block, and make it known; False where that fails."""
+        """Load the offloaded block that holds `tokens` after the node `parent` into `block`; False if that fails."""
         key = parent, tuple(tokens)
         assert self._offload is not None
         node = self._offload.find(key)
@@ -73,7 +73,7 @@ class PrefixCache:
         return True
 
     def forget(self, block: int) -> None:
-        """Drop a block, known or not, because it is about to hold something else; the store keeps what it held."""
+        """Forget a block, known or not, because it is about to be reused; the offload saves its contents."""
         key = self._keys.pop(block, None)
         if key is not None:
             node = self._entries.pop(key).node
@@ -81,11 +81,11 @@ class PrefixCache:
                 self._offload.save(key, node, block)
 
     def tokens(self, block: int) -> tuple[int, ...]:
-        """What a known block holds."""
+        """The tokens of a known block."""
         return self._keys[block][1]
 
     def check(self) -> None:
-        """Assert that both directions agree."""
+        """Assert that both dictionaries agree with each other and with the offload."""
         assert {entry.block: key for key, entry in self._entries.items()} == self._keys
         if self._offload is not None:
             self._offload.check()

@@ -1,3 +1,9 @@
-"""A model that runs: loaded weights, linear layers, paged attention, and the backends of a forward pass (eager, CUDA graphs,
-native decoder). Knows nothing of requests: it takes batches.
+"""A model that runs. This room knows nothing of requests: it takes batches.
+
+- Weights: `weights` reads them, `loader` puts them into transformers' model definition, `layers` multiplies with them.
+- `attention`: paged attention as an attention implementation of transformers.
+- `backends`: the ways to compute a forward pass: eager, `cuda_graphs`, and native (`native_builder`, `native_decoder`).
+- `model_runner`: a loaded model with its cache, which picks a backend for each batch.
+
+Imports `runtime.core`, `runtime.kv_cache`, `kernels`, `formats`, `checkpoint` and `models`.
 """

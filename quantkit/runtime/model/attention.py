@@ -1,6 +1,6 @@
 """Paged attention as an attention implementation of transformers.
 
-Batch metadata and caches travel to it through the model's keyword arguments (`attention_context=...`), never through a global.
+Batch metadata and caches reach it through the model's keyword arguments (`attention_context=...`), never through a global.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,19 @@ from quantkit.kernels.layouts.quantized_kv import Cache
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.cache import KVCache
 
-#: The implementation's name.
+#: Name of the implementation.
 KEY = "quantkit_paged"
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What every layer's attention needs beside query, key and value: see `ModelRunner.forward`."""
+    """What every layer's attention needs in addition to query, key and value.
+
+    Attributes:
+        batch: on the model's device.
+        cache: where keys and values are.
+        draft: see `ModelRunner.forward`.
+    """
 
     batch: Batch
     cache: KVCache
@@ -44,13 +50,13 @@ def attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Write this step's keys and values, attend to the whole context.
+    """Write the keys and values of a step to the cache, and attend to the whole context.
 
     Args:
         module: the attention layer; its `layer_idx` picks the cache.
         query: [1, Hq, T, D]; key: [1, Hkv, T, D]; value: [1, Hkv, T, Dv], all sequences' new tokens packed.
-        paged: the batch and the cache.
-        scaling, sliding_window, softcap, s_aux: of the model; None where it has none.
+        attention_context: the batch and the cache.
+        scaling, sliding_window, softcap, s_aux: parameters of the model's attention; None if it has none.
 
     Returns:
         [1, T, Hq, Dv], and no attention weights.
@@ -75,29 +81,36 @@ def attend(
 
 
 def measure(batch: Batch, queries: Tensor, keys: Cache, **shape: Any) -> None:
-    """Add a layer's attention of the measured tokens, queries [O, Hq, D], to the batch's; `shape` as for `attention_mass`."""
+    """Add one layer's attention of the measured tokens to `batch.attention_mass`.
+
+    Args:
+        batch: with an `attention_mass`.
+        queries: [O, Hq, D], of the measured tokens.
+        keys: the layer's cached keys.
+        **shape: see `kernels.gpu.attention.attention_mass`.
+    """
     assert batch.attention_mass is not None
     which = batch.attention_mass.sequences
     batch.attention_mass.mass.add_(attention_mass(queries, keys, batch.block_table[which], batch.seq_lens[which], **shape))
 
 
 def _kernels(device: str, max_query_len: int) -> tuple[Callable[..., None], Callable[..., Tensor]]:
-    """What writes to the cache, and what attends."""
+    """The kernels of a device: one writes to the cache, the other attends."""
     if device == "cpu":
         return cpu_attention.kv_write, cpu_attention.paged_attention
     from quantkit.kernels.gpu.attention.paged_attention import paged_attention
-    from quantkit.kernels.gpu.kv.kv_write import kv_write  # Triton is slow to import, and only Linux has it.
+    from quantkit.kernels.gpu.kv.kv_write import kv_write  # Triton is slow to import and exists on Linux only.
 
     return kv_write, partial(paged_attention, max_query_len=max_query_len)
 
 
 def layer_window(attention: Any, config: Any) -> int:
-    """Tokens that an attention layer of transformers sees, the query's own included; 0 for all."""
+    """Tokens that an attention layer of transformers sees, including the query's own; 0 for all."""
     found = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
     return int(found or 0)
 
 
 def register() -> str:
-    """Make the implementation known to transformers; returns its name."""
+    """Register the implementation with transformers; returns its name."""
     AttentionInterface.register(KEY, attend)
     return KEY

@@ -1,6 +1,6 @@
-"""A linear layer over kernel-ready weights: what replaces transformers' own when a model is loaded.
+"""The layers that replace transformers' own when a model is loaded: linear layers over packed weights, embedding and norm.
 
-Which kernel serves a weight follows from where it lies and whether it is packed; nothing else in the runtime asks.
+The kernel that multiplies a weight follows from its device and its packing. No other module of the runtime needs to know.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,17 +15,17 @@ from quantkit.kernels.cpu import w4a8 as cpu_w4a8
 from quantkit.kernels.layouts.planes import PlaneWeight, fits, to_planes
 from quantkit.methods.grid import QuantizedWeight
 
-#: A weight as its kernel wants it: native tiles or rows on a CPU, planes or a plain [N, K] tensor on a GPU.
+#: A weight in the layout of its kernel: native tiles or rows on a CPU, planes or a plain [N, K] tensor on a GPU.
 Weight = cpu_matmul.CpuWeight | PlaneWeight | Tensor
 
 
 def pack_weight(weight: QuantizedWeight | Tensor, device: torch.device, dtype: torch.dtype) -> Weight:
-    """A weight repacked once for the kernels of `device`; dequantized where no kernel there can hold its groups.
+    """Repack a weight for the kernels of `device`; dequantize it if no kernel there supports its group size.
 
     Args:
         weight: quantized, or dense [N, K] in 16 or 32 bit.
-        device: where it will live.
-        dtype: of activations on a GPU; on a CPU activations are float32 whatever the weight is.
+        device: where it will be.
+        dtype: of activations on a GPU; on a CPU activations are always float32.
     """
     if isinstance(weight, Tensor):
         return cpu_matmul.pack_dense(weight) if device.type == "cpu" else weight.to(device, dtype)
@@ -48,7 +48,8 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation_bits: in
     """x W^T + bias for x [..., K]; the result is [..., N] in x's dtype.
 
     Args:
-        activation_bits: 4 or 8 rounds x to as many (see `reference.w4a8_matmul`), for packed weights only; 0 does not.
+        activation_bits: 4 or 8 quantizes x to that many bits (see `reference.w4a8_matmul`), for packed weights only; 0
+            does not.
     """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Tensor):
@@ -63,7 +64,7 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation_bits: in
 
 
 def _multiply_planes(x: Tensor, weight: PlaneWeight, bias: Tensor | None, activation_bits: int) -> Tensor:
-    """Triton is slow to import, and only Linux has it."""
+    """`multiply` on a GPU. Triton is imported here because it is slow to import and exists on Linux only."""
     if activation_bits:
         from quantkit.kernels.gpu.matmul.w4a8_gemm import w4a8_matmul
 
@@ -74,7 +75,7 @@ def _multiply_planes(x: Tensor, weight: PlaneWeight, bias: Tensor | None, activa
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
-    """The Hadamard transform of x [..., K] in runs of `block`; see `reference.hadamard`."""
+    """The Hadamard transform of every run of `block` elements in x [..., K]; see `reference.hadamard`."""
     if x.device.type == "cpu":
         return cpu_hadamard.hadamard(x, block)
     from quantkit.kernels.gpu.matmul.hadamard import hadamard
@@ -83,13 +84,13 @@ def rotate(x: Tensor, block: int) -> Tensor:
 
 
 class Linear(nn.Module):
-    """y = x[..., column_perm] W^T + bias, x rotated before where the weight was.
+    """y = x[..., column_perm] W^T + bias, where x is rotated first if the weight was.
 
     Attributes:
         kernel_weight: see `pack_weight`.
         bias: [N] or None.
-        column_perm: int64 [K], the column of x that each column of W multiplies, where groups were formed on permuted columns.
-        hadamard: block of the Hadamard transform that x goes through first, 0 for none.
+        column_perm: int64 [K], the column of x that each column of W multiplies, if groups were formed on permuted columns.
+        hadamard: block size of the Hadamard transform that is applied to x first; 0 for none.
         activation_bits: bits that x is quantized to, see `multiply`. 0 except inside `quantized_activations`.
     """
 
@@ -106,14 +107,16 @@ class Linear(nn.Module):
 
 
 def head_bits(activation_bits: int) -> int:
-    """Bits of the head's inputs where those of other layers have `activation_bits` (0: unrounded): logits are not worth the
-    error of 4, which changes the likeliest token at once."""
+    """Bits of the inputs of the head if those of other layers have `activation_bits`; 0 is not quantized.
+
+    The head gets 8 bits: an error of 4 bits directly in the logits often changes the most probable token.
+    """
     return 8 if activation_bits else 0
 
 
 @contextmanager
 def quantized_activations(linears: Iterable[Linear], head: nn.Module, activation_bits: int) -> Iterator[None]:
-    """Inside, layers whose weights are packed round their inputs, the head to `head_bits`."""
+    """Within the context, layers with packed weights quantize their inputs to `activation_bits`, the head to `head_bits`."""
     layers = [linear for linear in linears if is_packed(linear.kernel_weight)]
     for linear in layers:
         linear.activation_bits = head_bits(activation_bits) if linear is head else activation_bits
@@ -125,10 +128,10 @@ def quantized_activations(linears: Iterable[Linear], head: nn.Module, activation
 
 
 class FusedSlice(nn.Module):
-    """One of several matrices that read the same input and were merged: its slice of the merged product.
+    """One of several matrices that read the same input and were fused: returns its slice of the fused product.
 
-    transformers calls q, k and v (gate and up) one after another with the same tensor. The first computes all; the others
-    take their slices, and the last lets go of them.
+    transformers calls q, k and v (or gate and up) one after another with the same tensor. The first computes the product; the
+    others take their slices, and the last releases it.
     """
 
     def __init__(self, fused: "FusedLinear", index: int) -> None:
@@ -136,7 +139,7 @@ class FusedSlice(nn.Module):
         self.fused, self.index = fused, index
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N of this member]."""
+        """[..., K] -> [..., N of this matrix]."""
         return self.fused.slice(x, self.index)
 
 
@@ -145,7 +148,7 @@ class FusedLinear:
 
     Attributes:
         linear: the merged matrix.
-        sizes: rows of each member, in the order in which the model calls them.
+        sizes: rows of each matrix, in the order in which the model calls them.
     """
 
     def __init__(self, linear: Linear, sizes: Sequence[int]) -> None:
@@ -154,14 +157,14 @@ class FusedLinear:
         self._slices: list[Tensor] = []
 
     def slices(self) -> list[FusedSlice]:
-        """One module a member."""
+        """One module per matrix."""
         return [FusedSlice(self, index) for index in range(len(self.sizes))]
 
     def slice(self, x: Tensor, index: int) -> Tensor:
-        """FusedSlice `index` of the product with x."""
+        """Slice `index` of the product with x."""
         if index == 0:
             self._input, self._slices = x, list(self.linear(x).split(self.sizes, dim=-1))
-        assert self._input is x, "members of a merged matrix were called with different inputs, or out of order"
+        assert self._input is x, "slices of a fused matrix were called with different inputs, or out of order"
         taken = self._slices[index]
         if index == len(self.sizes) - 1:
             self._input, self._slices = None, []
@@ -169,12 +172,12 @@ class FusedLinear:
 
 
 class Embedding(nn.Module):
-    """Rows of a table kept in its stored type, as the type that the model computes in.
+    """Looks up rows of a table in its stored dtype, and converts them to the dtype that the model computes in.
 
     Attributes:
         weight: [V, D].
         dtype: of the result.
-        scale: what the family multiplies its embeddings by.
+        scale: factor of the embeddings; 1 in most families.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, scale: float) -> None:
@@ -188,7 +191,7 @@ class Embedding(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMS norm in one call: x / rms(x) * weight over the last dimension, the family's offset folded into the weight."""
+    """RMS norm in one call: x / rms(x) * weight over the last dimension. The weight includes the family's offset."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()

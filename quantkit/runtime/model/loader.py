@@ -1,7 +1,7 @@
-"""From a checkpoint or artifact to transformers' model with kernel-ready weights, one decoder block at a time.
+"""Load a checkpoint or artifact into transformers' model definition, one decoder block at a time.
 
-The definition is built on the meta device. Every matrix is read, merged with those that read the same input and repacked
-once for its kernel, so that peak memory is the packed model and one block as it lies on disk.
+The definition is built on the meta device. Every matrix is read, fused with those that read the same input, and repacked once
+for its kernel. So peak memory is the packed model plus one block in its layout on disk.
 """
 
 import logging
@@ -27,7 +27,7 @@ from quantkit.runtime.model.weights import Source
 
 logger = logging.getLogger("quantkit.runtime")
 
-#: Buffers that some tools store and every model computes.
+#: Buffers that some tools store, though every model computes them.
 _COMPUTED = (".inv_freq", ".masked_bias")
 
 
@@ -36,11 +36,11 @@ class Definition:
     """A loaded model without a cache.
 
     Attributes:
-        module: transformers' causal language model; its attention asks for a `AttentionContext` keyword argument.
-        config, family: what it is.
-        layers: what each layer stores per token.
+        module: transformers' causal language model; its attention needs the keyword argument `attention_context`.
+        config, family: of the model.
+        layers: what each layer stores in the KV cache per token.
         dtype: of activations.
-        device: of everything.
+        device: of all weights and activations.
     """
 
     module: Any
@@ -51,7 +51,7 @@ class Definition:
     device: torch.device
 
     def linears(self) -> set[Linear]:
-        """Every linear layer, merged ones once."""
+        """Every linear layer; fused matrices count as one."""
         modules = list(self.module.modules())
         fused = {module.fused.linear for module in modules if isinstance(module, FusedSlice)}
         return fused | {module for module in modules if isinstance(module, Linear)}
@@ -63,17 +63,17 @@ class Definition:
         return CachedModel(self.layers, declared, self.config.max_position_embeddings, self.device)
 
     def weight_bytes(self) -> int:
-        """Bytes of weights that a decode step reads: all but the embedding's rows that are not looked up."""
+        """Bytes of weights that a decode step reads: all weights except the embedding table."""
         norms = sum(module.weight.nbytes for module in self.module.modules() if isinstance(module, Norm))
         return norms + sum(layer.kernel_weight.nbytes for layer in self.linears())
 
 
 @torch.no_grad()
 def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
-    """Load a model for the runtime. Activations are float32 on a CPU, of the checkpoint's type on a GPU.
+    """Load a model for the runtime. Activations are float32 on a CPU, and have the checkpoint's dtype on a GPU.
 
     Raises:
-        CheckpointError, FormatError: the model is unknown, damaged, or its tensors disagree with its config.
+        CheckpointError, FormatError: the model is unknown or damaged, or its tensors disagree with its config.
     """
     config = read_config(checkpoint)
     family = family_of(checkpoint.config["model_type"], str(checkpoint.folder / "config.json"))
@@ -84,7 +84,7 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
         where, fields = checkpoint.folder / "config.json", " and ".join(source.beside)
         logger.warning("note: %s: %s are not applied; activations and KV cache stay more precise", where, fields)
     blocks = model.get_submodule(family.blocks_path)
-    with one_thread():  # Thousands of small passes over memory.
+    with one_thread():  # Loading is thousands of small passes over memory.
         for index, block in enumerate(blocks):
             load_block(block, f"{family.blocks_path}.{index}.", family, source, device, dtype)
         load_non_block_weights(model, source, device, dtype)
@@ -103,16 +103,17 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
 def load_block(
     block: nn.Module, prefix: str, family: Family, source: Source, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Give a block of the skeleton its weights, ready for their kernels.
+    """Give a block of the skeleton its weights, packed for their kernels.
 
     Args:
         block: on the meta device; changed in place.
         prefix: start of its tensor names.
-        family, source: what to read, from where.
+        family: of the model.
+        source: where tensors are read from.
         device, dtype: see `load_definition`.
 
     Raises:
-        CheckpointError, FormatError: a tensor is missing, damaged or of another shape.
+        CheckpointError, FormatError: a tensor is missing or damaged, or has another shape.
     """
     with source.checkpoint.prefetch(source.checkpoint.names_under(prefix)):
         for group in family.groups:
@@ -129,7 +130,7 @@ def load_block(
 def _read_linear(
     module: nn.Module, path: str, source: Source
 ) -> tuple[QuantizedWeight | Tensor, Tensor | None, Tensor | None]:
-    """Weight, bias and column order of a linear layer of the skeleton."""
+    """Weight, bias and column permutation of a linear layer of the skeleton."""
     assert isinstance(module.weight, Tensor)
     weight, column_perm = source.matrix(path, module.weight.shape)
     bias = source.tensor(f"{path}.bias", module.bias.shape) if isinstance(module.bias, Tensor) else None
@@ -139,7 +140,7 @@ def _read_linear(
 def _linears(
     matrices: list[tuple[QuantizedWeight | Tensor, Tensor | None, Tensor | None]], device: torch.device, dtype: torch.dtype
 ) -> list[nn.Module]:
-    """Layers for matrices that read one input: merged into one where they can be."""
+    """Layers for matrices that read one input: fused into one if possible."""
     column_perm = matrices[0][2]
     fused = (
         _fused_weight([weight for weight, _, _ in matrices])
@@ -160,7 +161,7 @@ def _same(column_perm: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _fused_weight(weights: list[QuantizedWeight | Tensor]) -> QuantizedWeight | Tensor | None:
-    """The weights stacked, None where one is packed in another way than the first."""
+    """The weights stacked; None if they are not all packed alike."""
     dense = [weight for weight in weights if isinstance(weight, Tensor)]
     packed = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
     if dense and not packed:
@@ -174,7 +175,7 @@ def _fused_weight(weights: list[QuantizedWeight | Tensor]) -> QuantizedWeight | 
 def _load_norms(
     root: nn.Module, prefix: str, family: Family, source: Source, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Replace every RMS norm below `root` that was not replaced yet."""
+    """Replace every RMS norm below `root` that has not been replaced yet."""
     for name, module in list(root.named_modules()):
         if not type(module).__name__.endswith("RMSNorm"):
             continue
@@ -193,7 +194,7 @@ def load_non_block_weights(model: Any, source: Source, device: torch.device, dty
         source, device, dtype: see `load_block`.
 
     Raises:
-        CheckpointError, FormatError: a tensor is missing, damaged or of another shape.
+        CheckpointError, FormatError: a tensor is missing or damaged, or has another shape.
     """
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

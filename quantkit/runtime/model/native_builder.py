@@ -1,8 +1,8 @@
-"""A loaded model described for the native decoder.
+"""Describe a loaded model for the native decoder.
 
-What the description needs is read off transformers' modules, which stay what they are: a model that the decoder cannot
-express (a rotary embedding that depends on the data, members of q/k/v that are packed in different ways or have groups on
-differently permuted columns) has no description and runs through its definition.
+The description is derived from transformers' modules, which remain unchanged. A model that the decoder cannot express has no
+description and runs through transformers' definition. Examples are a rotary embedding that depends on the data, and q, k and v
+that are packed in different ways or have groups on differently permuted columns.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from quantkit.runtime.model.layers import Embedding, FusedSlice, Linear, Norm
 from quantkit.runtime.model.loader import Definition
 from quantkit.runtime.model.native_decoder import DecoderLayer, DecoderModel, Projection, Rope
 
-#: transformers' names of activations -> the decoder's.
+#: Name of an activation in transformers -> in the decoder.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 #: Rotary embeddings whose frequencies are the same for every length.
@@ -25,7 +25,7 @@ _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 
 
 def describe(definition: Definition) -> DecoderModel | None:
-    """The model as plain data; None where the decoder cannot express it."""
+    """The model as plain data; None if the decoder cannot express it."""
     module, config = definition.module, definition.config
     ropes = _ropes(module.base_model.rotary_emb)
     activation = _ACTIVATIONS.get(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or "")
@@ -57,8 +57,10 @@ def describe(definition: Definition) -> DecoderModel | None:
 
 
 def _layer(block: Any, norms: Norms, config: Any, ropes: dict[str, tuple[Rope, int]]) -> DecoderLayer | None:
-    """A block as plain data; None where its matrices are not merged, not in a native layout or rotated elsewhere than in
-    the down projection."""
+    """A block as plain data.
+
+    None if its matrices are not fused, are not in a native layout, or are rotated elsewhere than in the down projection.
+    """
     attention, mlp = block.self_attn, block.mlp
     fused = hasattr(attention, "qkv_proj")
     qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -88,7 +90,7 @@ def _layer(block: Any, norms: Norms, config: Any, ropes: dict[str, tuple[Rope, i
 
 
 def _projection(modules: list[nn.Module]) -> Projection | None:
-    """The one matrix behind some modules; None where they are several, or it is in no native layout."""
+    """The one matrix that some modules share; None if there are several, or its layout is not native."""
     first = modules[0]
     if isinstance(first, FusedSlice):
         assert [module.fused for module in modules if isinstance(module, FusedSlice)] == [first.fused] * len(modules)
@@ -109,17 +111,17 @@ def _norm(parent: nn.Module, name: str | None) -> Tensor | None:
 
 
 def has_fixed_ropes(rotary: Any) -> bool:
-    """Whether no rotary embedding of a model depends on the data."""
+    """Whether all rotary embeddings of a model are independent of the data."""
     return set(_kinds(rotary).values()) <= _FIXED_ROPES
 
 
 def _kinds(rotary: Any) -> dict[str, str]:
-    """Layer type -> type of rope; "" where all layers share one."""
+    """Layer type -> type of rope; the key is "" if all layers share one."""
     return rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
 
 
 def _ropes(rotary: Any) -> dict[str, tuple[Rope, int]]:
-    """Layer type -> rope and its number; "" where all layers share one. Empty where a rope depends on the data."""
+    """Layer type -> rope and its index; the key is "" if all layers share one. Empty if a rope depends on the data."""
     if not has_fixed_ropes(rotary):
         return {}
     kinds = _kinds(rotary)

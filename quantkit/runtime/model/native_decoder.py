@@ -1,7 +1,7 @@
-"""A whole decoder as one native call a step: no Python between its layers.
+"""A whole decoder as one native call per step: no Python runs between its layers.
 
-The model is described by plain data; what differs between families is a number, a flag or an absent norm. Whoever loads a
-model writes the description (see `runtime.native_build`); this file only lays it out for kernels/native/decoder.c.
+The model is described by plain data: families differ in a number, a flag or an absent norm. `native_builder` writes the
+description; this file lays it out for `kernels/cpu/csrc/decoder.c`.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.model.attention import measure
 from quantkit.runtime.model.layers import head_bits
 
-#: Activation of the MLP's gate -> its number in decoder.c.
+#: Activation of the MLP's gate -> its code in decoder.c.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
@@ -30,8 +30,8 @@ class Projection:
     Attributes:
         weight: [N, K], in the layout "tiles" or "dense".
         bias: float32 [N], or None.
-        hadamard: block of the Hadamard transform of x, 0 for none; only `down` may have one.
-        column_perm: int32 [K], the column of x that each column of a packed W multiplies; None: the same.
+        hadamard: block size of the Hadamard transform of x, 0 for none; only `down` may have one.
+        column_perm: int32 [K], the column of x that each column of a packed W multiplies; None: the same column.
     """
 
     weight: CpuWeight
@@ -42,11 +42,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: element i of a head turns with element i + pairs by position * frequencies[i].
+    """Rotary position embedding: elements i and i + pairs of a head are rotated by the angle position * frequencies[i].
 
     Attributes:
         frequencies: float32 [pairs]; 2 * pairs may be less than the head's width.
-        scaling: factor of the rotated elements.
+        scaling: factor that the rotated elements are multiplied by.
     """
 
     frequencies: Tensor
@@ -55,19 +55,16 @@ class Rope:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One block. Norms are RMS norms, float32, with whatever the family adds to them folded in; None where there is none.
+    """One decoder block. Norms are the float32 weights of RMS norms, including the family's offset; None if there is no norm.
 
     Attributes:
-        qkv: rows of all queries, then keys, then values.
-        out: of attention.
-        gate_up: rows of the gate, then of the up projection.
-        down: of the MLP.
-        norm_attention, norm_attention_out: [hidden], before and behind attention.
-        norm_mlp, norm_mlp_out: [hidden], before and behind the MLP.
-        norm_query, norm_key: [head_dim] for every head alone, or [heads * head_dim] over all heads.
-        scale: of attention scores.
-        window: keys that a query sees, itself included; 0 for all.
-        softcap: of attention scores; 0 for none.
+        qkv: rows of all queries, then keys, then values. out: output projection of attention. gate_up: rows of the gate, then
+            of the up projection. down: down projection of the MLP. norm_attention, norm_attention_out: [hidden], before and
+            after attention. norm_mlp, norm_mlp_out: [hidden], before and after the MLP. norm_query, norm_key: [head_dim] to
+            normalize each head by itself, or [heads * head_dim] to normalize all heads together.
+        scale: factor of attention scores.
+        window: keys that a query sees, including its own; 0 for all.
+        softcap: soft cap of attention scores; 0 for none.
         sinks: float32 [heads], see `reference.paged_attention`.
         rope: index into the decoder's ropes.
     """
@@ -96,14 +93,14 @@ class DecoderModel:
     Attributes:
         embedding: [V, hidden] in float32, float16 or bfloat16; `embedding_scale` multiplies its rows.
         layers: the blocks in order.
-        ropes: what the layers' `rope` chooses from.
+        ropes: indexed by the layers' `rope`.
         norm: float32 [hidden], before the head.
         head: [V, hidden].
         heads, kv_heads, head_dim: of attention, in every layer.
         activation: a key of ACTIVATIONS.
         epsilon: of all norms.
         residual_scale: multiplies what a block adds to the residual stream.
-        logit_scale, logit_softcap: logits * scale, then cap * tanh(logits / cap) where the cap is above 0.
+        logit_scale, logit_softcap: logits * scale, then cap * tanh(logits / cap) if the cap is above 0.
     """
 
     embedding: Tensor
@@ -130,7 +127,7 @@ class NativeDecoder:
     ) -> None:
         """
         Args:
-            model: kept alive, as the caches are; needs native kernels (`library.load()` is not None).
+            model: kept alive, like the caches. Native kernels must exist (`library.load()` is not None).
             key_caches, value_caches: per layer, [num_blocks, block_size, kv_heads, head_dim], plain or quantized.
             activation_bits: 4 or 8 quantizes the inputs of packed weights, see `layers.quantized_activations`; 0 does not.
         """
@@ -154,9 +151,9 @@ class NativeDecoder:
         )
 
     def forward(self, batch: Batch, draft: bool = False) -> Tensor:
-        """Write the batch's keys and values to their slots; logits, float32 [R, V]. At most T rows have logits.
+        """Write the batch's keys and values to their slots; returns logits, float32 [R, V], with R at most T.
 
-        With `draft`, attention reads the upper plane of 4+4-bit caches only.
+        With `draft`, attention reads only the upper plane of 4+4-bit caches.
         """
         model, tokens, rows = self._model, len(batch.token_ids), len(batch.logit_rows)
         logits = torch.empty(rows, model.head.weight.shape[0])
@@ -172,7 +169,8 @@ class NativeDecoder:
         if self._library.quantkit_decoder_forward(byref(self._decoder), byref(call), out, library.threads()):
             raise MemoryError(f"no memory for a forward of {tokens} tokens")
         if batch.attention_mass is not None:
-            for layer, keys, of_layer in zip(model.layers, self._caches, queries, strict=False):  # keys come first
+            # The caches of keys come first.
+            for layer, keys, of_layer in zip(model.layers, self._caches, queries, strict=False):
                 shape = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap, "sinks": layer.sinks}
                 measure(batch, of_layer, keys, **shape)
         if model.logit_scale != 1.0:
@@ -180,7 +178,7 @@ class NativeDecoder:
         return logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap) if model.logit_softcap > 0 else logits
 
     def _queries(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Room for every layer's queries of the measured tokens, float32 [layers, O, heads, head_dim], and which these are."""
+        """An empty buffer for every layer's queries of the measured tokens, float32 [layers, O, heads, head_dim]; their rows."""
         model = self._model
         rows = torch.empty(0, dtype=torch.int64) if batch.attention_mass is None else batch.attention_mass.rows
         return torch.empty(len(model.layers), len(rows), model.heads, model.head_dim), rows

@@ -1,4 +1,4 @@
-"""What a checkpoint holds for a model: packed matrices, and dense tensors as config.json describes them."""
+"""Read the weights of a model from a checkpoint: packed matrices, and dense tensors of the shapes that config.json implies."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,15 @@ from quantkit.errors import CheckpointError
 from quantkit.formats.artifact import PackedReader
 from quantkit.methods.grid import QuantizedWeight
 
-#: Types of dense tensors. Others are codes without their scales, or would be rounded without a word.
+#: Dtypes of dense tensors. Other dtypes are codes without scales, or would lose precision silently.
 _DENSE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Source:
-    """A checkpoint's matrices and vectors by name.
+    """The matrices and vectors of a checkpoint by name.
 
     Attributes:
-        left: tensors that nobody asked for.
+        left: tensors that were not read so far.
         beside: see `PackedReader`.
     """
 
@@ -32,19 +32,19 @@ class Source:
         self.left = set(checkpoint.tensors)
 
     def holds(self, module: str) -> bool:
-        """Whether there is a matrix, packed or dense, under that path."""
+        """Whether there is a packed or dense matrix under that path."""
         return module in self._modules or f"{module}.weight" in self.checkpoint.tensors
 
     def hadamard(self, module: str) -> int:
-        """Block of the Hadamard transform that a matrix wants its inputs to go through; 0 for none."""
+        """Block size of the Hadamard transform that a matrix expects its inputs to have gone through; 0 for none."""
         online = self._packed.online if self._packed else None
         return online.block_of(module) if online else 0
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A dense tensor of the shape that config.json calls for.
+        """A dense tensor of the shape that config.json implies.
 
         Raises:
-            CheckpointError: it is missing, has another shape, or is of a type that models do not compute in.
+            CheckpointError: it is missing, has another shape, or has a dtype that models do not compute in.
         """
         tensor = self.checkpoint.read([name])[name]
         self.left.discard(name)
@@ -56,10 +56,10 @@ class Source:
         return tensor
 
     def matrix(self, module: str, shape: Sequence[int]) -> tuple[QuantizedWeight | Tensor, Tensor | None]:
-        """A matrix [N, K], quantized or dense, and its column order (see `PackedReader.read_sorted`).
+        """A matrix [N, K], quantized or dense, and its column permutation (see `PackedReader.read_sorted`).
 
         Raises:
-            CheckpointError: it is missing, has another shape, or is dense and of another type than `tensor` takes.
+            CheckpointError: it is missing, has another shape, or is dense and has a dtype that `tensor` refuses.
         """
         if self._packed is None or module not in self._modules:
             return self.tensor(f"{module}.weight", shape), None

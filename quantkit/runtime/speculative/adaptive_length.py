@@ -1,26 +1,26 @@
-"""How many tokens to draft: what pays by the running acceptance rate and the measured costs, within what may be lost.
+"""How many tokens to draft: the length that is fastest by the acceptance rate and the measured costs, with bounded losses.
 
-A draft of d tokens of which each is accepted with probability a gives E = 1 + a + ... + a^d tokens (Leviathan et al., arXiv
-2211.17192, equation 1) in the time of d draft steps and a forward over d + 1 rows. The length with the most tokens a second
-is taken; 0 is one of them. With rows that cost alike, what is right for a batch in which all draft alike is right for one
-sequence of it, so each decides as if the others did as it does.
+A draft of d tokens, each accepted with probability a, gives E = 1 + a + ... + a^d tokens (Leviathan et al., arXiv 2211.17192,
+equation 1) in the time of d draft steps and one forward over d + 1 rows. The length with the most tokens per second is chosen;
+0 is one of the candidates. If every row costs the same, the length that is right for a batch in which all sequences draft
+alike is also right for one sequence of it. So each sequence decides as if the others drafted as many tokens.
 
-However wrong these estimates are, little can be lost. Accounts are kept, one for the engine and one for each request: what
-drafting has gained or lost in seconds that really passed, against plain steps for the same tokens, and a small share of the
-time of these. A draft is as long as both accounts cover it if nothing of it is accepted. So at any moment the time lost, of a
-request and of all together, is at most
+However wrong these estimates are, little time can be lost. There is an account for the engine and one for each request. It
+adds up what drafting has gained or lost, in measured seconds against plain steps for the same tokens, plus a small share of
+the time of plain steps. A draft is only as long as both accounts can pay for if none of its tokens is accepted. So at any
+moment the time lost, by one request and by all together, is at most
 
     _SHARE of the time that plain steps would have taken, and _START plain steps
 
-but for what a round takes longer than rounds did before, which the next ones pay off. Of what befalls a round from outside
-(a kernel that is compiled, a machine that stalls) no more is charged than makes it cost twice as much as usual: it would have
-befallen plain steps as well. A stall in a plain step is not believed (see `costs`). A drafter that has to catch up on a text,
-which buys drafts far ahead, may spend another _SHARE of the rest of the text on it.
+plus the time by which a round exceeds earlier rounds, which the next rounds pay off. An outlier round (compilation, a stalled
+machine) is charged at most twice its usual cost, because plain steps would have suffered as well. A stall in a plain step is
+ignored (see `cost_model`). A drafter that has to catch up on a text invests in many later drafts, so it may spend another
+_SHARE of the time of the remaining text on that.
 
-A sequence for which drafts do not pay probes now and then, after a pause that doubles with each probe in vain. Costs are
-known to all requests of an engine, and a new one starts with the latest requests' acceptance rate and pause.
+A sequence for which drafts do not pay probes now and then, after a pause that doubles with each failed probe. Costs are shared
+by all requests of an engine, and a new request starts with the acceptance rate and the pause of the latest ones.
 
-Times come from outside, so that every decision is a function of what was noted.
+Times are passed in by the caller, so every decision is a function of what was recorded.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -31,37 +31,37 @@ from quantkit.runtime.speculative.cost_model import ORDINARY_BACKLOG, CostModel
 from quantkit.runtime.speculative.draft_history import FIRST_PAUSE, DraftHistory, best_length
 from quantkit.runtime.speculative.proposers import MAX_DRAFT_LEN
 
-#: What may be lost: a share of the time of plain steps, and as many of them at once.
+#: What may be lost: this share of the time of plain steps, and this many plain steps at once.
 _SHARE, _START = 0.02, 1.0
 
-#: A round is charged at most this many times what its parts usually cost.
+#: A round is charged at most this multiple of what its parts usually cost.
 _MOST_CHARGED = 2
 
-#: Tokens of a probe. While the cost of drafts is unknown, one.
+#: Tokens per probe; one while the cost of drafts is unknown.
 _PROBE = 2
 
-#: Steps before a probe at most, and at most for a new request.
+#: Most steps before a probe, and most that a new request inherits.
 _LONGEST_PAUSE, _LONGEST_INHERITED = 512, 64
 
-#: Steps between looks at whether drafts have come to pay: a look costs half a percent of a short step.
-_LOOK = 4
+#: Steps between checks whether drafts have begun to pay: a check costs half a percent of a short step.
+_CHECK_INTERVAL = 4
 
-#: After this many steps with drafts comes one without, so that the cost of a plain step stays known.
+#: After this many steps with drafts comes one without, so that the cost of a plain step stays current.
 _STREAK = 32
 
-#: Tokens that a new request's rate counts for.
+#: Weight of the acceptance rate that a new request inherits, in tokens.
 _PRIOR = 4.0
 
 
 @dataclass(frozen=True)
 class DraftedStep:
-    """What came of a step with drafts, or with prompts beside.
+    """The outcome of a step that drafted, or that also computed prompts.
 
     Attributes:
-        outcomes: of every sequence that decoded: tokens drafted, and of these accepted.
-        backlog: tokens beyond the ordinary that drafters caught up on.
-        draft_seconds: of proposing.
-        verify_seconds: of the forward and the verification; None where it computed prompts, too.
+        outcomes: every sequence that decoded -> tokens drafted, and how many of these were accepted.
+        backlog: tokens beyond `ORDINARY_BACKLOG` that drafters caught up on.
+        draft_seconds: time of proposing.
+        verify_seconds: time of the forward and the verification; None if the step also computed prompts.
     """
 
     outcomes: dict[Sequence, tuple[int, int]]
@@ -71,19 +71,19 @@ class DraftedStep:
 
 
 class AdaptiveLength:
-    """Draft lengths of all requests of an engine.
+    """Chooses the draft lengths of all requests of an engine.
 
     Attributes:
-        costs: of steps.
+        costs: of steps and drafts.
     """
 
     def __init__(self) -> None:
         self.costs = CostModel()
         self._histories: dict[Sequence, DraftHistory] = {}
-        #: Of all requests.
+        #: The history of all requests together.
         self._common = DraftHistory(accepted=2.0, judged=4.0)
         self._streak = 0
-        #: What was last asked for, and the answer: worked out anew with every step, it would cost half a percent of one.
+        #: The last question and its answer: computing it anew in every step would cost half a percent of a step.
         self._asked: tuple[int, int, int] = 0, 0, 0
         self._known: list[float] = []
 
@@ -91,9 +91,9 @@ class AdaptiveLength:
         """How many tokens to draft for a sequence.
 
         Args:
-            sequence: decodes.
-            running: sequences that decode.
-            backlog: what its drafter must catch up on, in tokens.
+            sequence: one that decodes in this step.
+            running: number of sequences that decode in this step.
+            backlog: tokens that its drafter must catch up on.
         """
         history = self._history(sequence)
         history.waited += 1
@@ -107,22 +107,21 @@ class AdaptiveLength:
         if not wanted and (history.waited > history.pause or best_length(history.acceptance_upper_bound, seconds)):
             wanted = _PROBE if self.costs.drafts.samples else 1
         if not wanted:
-            history.steps_to_next_check = _LOOK
+            history.steps_to_next_check = _CHECK_INTERVAL
             return 0
-        # Were all to draft alike.
+        # As if all sequences drafted alike.
         covered = seconds[0] * (1 + _START) + min(self._common.balance, running * history.balance)
         length = next((each for each in range(wanted, 0, -1) if seconds[each] <= covered), 0)
         if not length:
             missing = seconds[1] - covered
-            history.steps_to_next_check = min(
-                int(missing / (_SHARE * seconds[0])), _LOOK
-            )  # Each plain step covers a little of it.
+            # Each plain step earns a little of what is missing.
+            history.steps_to_next_check = min(int(missing / (_SHARE * seconds[0])), _CHECK_INTERVAL)
         catching_up = self.costs.backlog(max(backlog - ORDINARY_BACKLOG, 0), seconds[0])
         left = (sequence.limit - len(sequence.tokens)) * seconds[0]
         return length if catching_up <= _SHARE * left else 0
 
     def record(self, step: DraftedStep) -> None:
-        """Add a step that is not plain, see `record_plain_step`."""
+        """Add a step that is not plain; see `record_plain_step`."""
         running, longest = len(step.outcomes), max(drafted for drafted, _ in step.outcomes.values())
         if longest:
             self._judge(step.outcomes, running)
@@ -138,10 +137,10 @@ class AdaptiveLength:
         self._common.waited += 1
 
     def record_plain_step(self, sequences: SequenceOf[Sequence], seconds: float) -> float | None:
-        """Add a step in which these sequences decoded, nothing else was computed and nothing drafted.
+        """Add a step that decoded these sequences, drafted nothing and computed no prompts.
 
         Returns:
-            What such a step took before; None while that is unknown.
+            Seconds that such a step usually takes; None while that is unknown.
         """
         running = len(sequences)
         plain = self.costs.step(running)
@@ -155,12 +154,12 @@ class AdaptiveLength:
         return plain
 
     def released(self, sequence: Sequence) -> None:
-        """Forget a sequence that has ended; one that was preempted comes back."""
+        """Forget a sequence if it has ended; a preempted one will come back."""
         if sequence.status is Status.FINISHED:
             self._histories.pop(sequence, None)
 
     def _judge(self, outcomes: dict[Sequence, tuple[int, int]], running: int) -> None:
-        """Learn from the drafts of a step."""
+        """Update acceptance rates and pauses from the drafts of a step."""
         seconds = self._seconds(running)
         for sequence, (drafted, accepted) in outcomes.items():
             if drafted:
@@ -169,27 +168,27 @@ class AdaptiveLength:
                 history.record(drafted, accepted)
                 self._common.record(drafted, accepted)
                 if accepted == drafted and best_length(1.0, seconds):
-                    history.waited, history.pause = history.pause, FIRST_PAUSE  # It is worth another look at once.
+                    history.waited, history.pause = history.pause, FIRST_PAUSE  # Probe again at once.
                 elif probed:
                     history.pause = min(2 * history.pause, _LONGEST_PAUSE)
                 self._common.pause = history.pause
 
     def _lost(self, step: DraftedStep, plain: float) -> float:
-        """Seconds that a step with drafts took longer than a plain one."""
+        """Seconds by which a step with drafts took longer than a plain one."""
         rows, longest = len(step.outcomes), max(drafted for drafted, _ in step.outcomes.values())
         rows += sum(drafted for drafted, _ in step.outcomes.values())
         usual, drafting = self.costs.step(rows), step.draft_seconds
         assert usual is not None
         verifying = usual if step.verify_seconds is None else min(step.verify_seconds, _MOST_CHARGED * usual)
         if step.backlog:
-            drafting = longest * self.costs.draft_step(len(step.outcomes))  # Catching up has an allowance of its own.
+            drafting = longest * self.costs.draft_step(len(step.outcomes))  # Catching up is paid for separately, see `length`.
         else:
             known = self.costs.draft_step(len(step.outcomes))
             drafting = min(drafting, longest * (_MOST_CHARGED * known if known else plain))
         return drafting + verifying - plain
 
     def _update_balances(self, step: DraftedStep, plain: float, lost: float) -> None:
-        """Enter a step in the accounts: each sequence pays for its part of the drafts."""
+        """Enter a step in the accounts. Each sequence pays for its share of the drafted tokens."""
         token = plain / len(step.outcomes)
         drafts = max(sum(drafted for drafted, _ in step.outcomes.values()), 1)
         for sequence, (drafted, accepted) in step.outcomes.items():
@@ -205,7 +204,7 @@ class AdaptiveLength:
         return self._histories[sequence]
 
     def _seconds(self, running: int) -> list[float]:
-        """Of a step with drafts of 0, 1, 2, ... tokens for `running` sequences."""
+        """Seconds of a step in which `running` sequences draft 0, 1, 2, ... tokens each."""
         asked = running, self.costs.steps.changes, self.costs.drafts.changes
         if asked != self._asked or not self._known:
             self._asked, self._known = asked, self.costs.rounds(running, MAX_DRAFT_LEN)

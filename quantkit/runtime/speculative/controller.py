@@ -1,7 +1,7 @@
-"""Drafts in a step: who gets how many tokens, in which blocks, and what became of them.
+"""Drafts in a step: how many tokens each sequence drafts, in which blocks, and how many of them were accepted.
 
-Drafts take what is left: of the step's token budget, and of the free blocks. Nobody is preempted and no prompt waits for one;
-a draft is shortened instead, and after the step every block that it did not fill is free again.
+Drafts take what remains of the step's token budget and of the free blocks. No sequence is preempted and no prompt waits for a
+draft: drafts are shortened instead. After the step every block that a draft did not fill is free again.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -15,20 +15,20 @@ from quantkit.runtime.speculative.proposer import Proposer
 
 
 class Speculation:
-    """A proposer's place in the engine."""
+    """Runs a proposer within the steps of an engine."""
 
     def __init__(self, proposer: Proposer | None, draft_len: int | None, kv: BlockManager, token_budget: int) -> None:
         """
         Args:
-            proposer: None: no drafts.
-            draft_len: tokens of a draft at most; None: what pays.
+            proposer: proposes drafts; None: there are none.
+            draft_len: most tokens per draft; None adapts the length to what pays.
             kv: the target's blocks.
-            token_budget: new tokens in a step at most.
+            token_budget: most new tokens per step.
         """
         self._proposer, self._draft_len, self._kv, self._token_budget = proposer, draft_len, kv, token_budget
         self._adaptive = AdaptiveLength() if draft_len is None else None
-        #: This step's sequences that decode, their drafts that are not empty, and what the proposer caught up on for these
-        #: beyond the ordinary, in tokens.
+        #: Of the current step: the sequences that decode, their drafts that are not empty, and the tokens beyond the ordinary
+        #: that the proposer caught up on for these.
         self._decoding: list[Sequence] = []
         self._drafts: dict[Sequence, Draft] = {}
         self._backlog = 0
@@ -36,11 +36,11 @@ class Speculation:
 
     @property
     def stats(self) -> SpeculationStats | None:
-        """What became of the drafts so far; None without a proposer."""
+        """Statistics of the drafts so far; None without a proposer."""
         return None if self._proposer is None else self._metrics.stats()
 
     def reserve(self, scheduled: SequenceOf[Scheduled]) -> dict[Sequence, int]:
-        """Room for drafts behind the sequences that decode, and how long each may be."""
+        """Reserve blocks for the drafts of sequences that decode; returns how many tokens each may draft."""
         if self._proposer is None:
             return {}
         self._drafts, self._backlog = {}, 0
@@ -49,7 +49,7 @@ class Speculation:
         lengths: dict[Sequence, int] = {}
         spare = self._token_budget - sum(entry.num_tokens for entry in scheduled) if wanted else 0
         for sequence, length in wanted.items():
-            # A step adds one token more than it accepts: the last one before the limit needs no draft.
+            # A step adds one token to those it accepts, so the last token before the limit needs no draft.
             most = min(spare, sequence.limit - len(sequence.tokens) - 1, self._kv.capacity - sequence.num_held - 1)
             length = min(length, most)
             while length > 0 and not self._kv.extend(sequence, 1 + length):
@@ -61,7 +61,7 @@ class Speculation:
         return lengths
 
     def propose(self, scheduled: list[Scheduled], lengths: dict[Sequence, int]) -> list[Scheduled]:
-        """The step with drafts."""
+        """Propose drafts of at most these lengths; returns the step with the drafts added."""
         if self._proposer is None or not lengths:
             return scheduled
         proposed = zip(lengths, self._proposer.propose(list(lengths.items())), strict=True)
@@ -78,17 +78,18 @@ class Speculation:
         draft_seconds: float,
         seconds: float,
     ) -> None:
-        """Note what came of a step.
+        """Record the outcome of a step.
 
         Args:
             scheduled: the step.
-            chosen: sequences, and what follows each.
-            draft_seconds, seconds: time of proposing, and of the forward and the verification.
+            chosen: the sequences that need a next token, and the tokens that follow each.
+            draft_seconds: time of proposing.
+            seconds: time of the forward and the verification.
         """
         if self._proposer is None:
             return
         if not self._drafts and len(self._decoding) >= len(scheduled):
-            # Most steps are like this where drafts do not pay, and what is done beside them is slower generation.
+            # Where drafts do not pay, most steps are like this one, and any work done here would slow down generation.
             plain = None if self._adaptive is None else self._adaptive.record_plain_step(self._decoding, seconds)
             self._metrics.plain(draft_seconds, seconds, plain)
             return
@@ -112,7 +113,7 @@ class Speculation:
             self._adaptive.costs.record_prompt(sum(entry.num_tokens for entry in scheduled), seconds)
 
     def commit_accepted(self, sequence: Sequence, accepted: int) -> None:
-        """A sequence has the first tokens of its draft for good, if it had one: room for the others is given back."""
+        """Commit the first `accepted` tokens of a sequence's draft, if it had one, and free the blocks of the others."""
         if sequence not in self._drafts:
             return
         self._kv.commit(sequence, accepted)
@@ -121,7 +122,7 @@ class Speculation:
         self._proposer.accepted(sequence, accepted)
 
     def released(self, sequence: Sequence) -> None:
-        """A sequence lost its blocks."""
+        """Forget a sequence that lost its blocks."""
         if self._proposer is not None:
             self._proposer.released(sequence)
         if self._adaptive is not None:

@@ -1,4 +1,4 @@
-"""What is known about a request's drafts, and how long its next one should be by that."""
+"""The recent drafts of a request, and the draft length that they suggest."""
 
 import math
 from collections.abc import Sequence as SequenceOf
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 #: Steps before the first probe.
 FIRST_PAUSE = 8
 
-#: A length must promise this much more speed than none.
+#: A draft length must promise this much more speed than no draft.
 _MARGIN = 1.03
 
-#: What older outcomes count after each token that was judged: the last 25 or so have the say.
+#: Decay of older outcomes per judged token: about the last 25 tokens decide.
 _FADE = 0.96
 
 
 def best_length(rate: float, seconds: SequenceOf[float]) -> int:
-    """The draft length that gives the most tokens a second; 0 where none is faster than no draft by a margin.
+    """The draft length that gives the most tokens per second; 0 if none is faster than no draft by a margin.
 
     Args:
         rate: probability that a draft token is accepted.
-        seconds: of a step with drafts of 0, 1, 2, ... tokens.
+        seconds: time of a step with drafts of 0, 1, 2, ... tokens.
     """
     best, most, tokens = 0, _MARGIN, 1.0
     for length in range(1, len(seconds)):
@@ -32,14 +32,15 @@ def best_length(rate: float, seconds: SequenceOf[float]) -> int:
 
 @dataclass
 class DraftHistory:
-    """A request's recent drafts.
+    """The recent drafts of a request.
 
     Attributes:
-        accepted, judged: tokens accepted; tokens accepted or rejected, those behind a rejected one left out. Both fade.
+        accepted: tokens that were accepted; decays.
+        judged: tokens that were accepted or rejected, without those after a rejected one; decays.
         pause: steps between probes.
         waited: steps since the last draft.
-        steps_to_next_check: steps to the next look at whether one pays.
-        balance: seconds gained and allowed to be lost, less those lost.
+        steps_to_next_check: steps until it is checked again whether a draft pays.
+        balance: seconds gained and allowed to be lost, minus seconds lost.
     """
 
     accepted: float
@@ -51,12 +52,12 @@ class DraftHistory:
 
     @property
     def rate(self) -> float:
-        """Probability that a token is accepted."""
+        """Estimated probability that a draft token is accepted."""
         return self.accepted / self.judged
 
     @property
     def acceptance_upper_bound(self) -> float:
-        """That probability if the tokens so far were unlucky, by one standard deviation."""
+        """That probability plus one standard deviation, in case the tokens so far were unlucky."""
         return min(self.rate + math.sqrt(self.rate * (1 - self.rate) / self.judged), 1.0)
 
     def record(self, drafted: int, accepted: int) -> None:

@@ -1,10 +1,10 @@
-"""Drafts by a model, one token after another, for all sequences at a time.
+"""Drafts by a model, one token after another, for all sequences at the same time.
 
-A sequence with a seed is to have the same text however long its drafts are, which depends on the clock and on the batch. So
-its drafts are drawn with the very random numbers that the model will draw with, which are then given back: where the two
-distributions are alike, so mostly are the tokens, and what is verified is a guess like any other (see `verify`). Without a
-seed tokens are drawn with numbers of their own, and speculative sampling accepts more of them: on a 135M-parameter model at
-temperature 0.8, 84% instead of 44% of QSpec's drafts of 3.
+A sequence with a seed must get the same text however long its drafts are, because their length depends on the clock and on the
+batch. So its drafts are drawn with the same random numbers that the target will use, and these are then given back. Where the
+two distributions are similar, most of the tokens are equal, and the draft is verified like any other guess (see `verify`).
+Without a seed, drafts use random numbers of their own, and speculative sampling accepts more of them: on a 135M-parameter
+model at temperature 0.8, 84% instead of 44% of the tokens of QSpec's drafts of 3.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,21 +18,22 @@ from quantkit.runtime.core.sequence import Draft, Sequence
 from quantkit.runtime.sampling.logits import find_nonfinite
 from quantkit.runtime.sampling.sampler import apply_constraints, apply_penalties, distribution, draw, inverse_cdf
 
-#: Computes the newest token of some drafts, each given in full: logits behind it, float32 [S, V], which may be changed.
+#: Computes the newest token of each of some drafts, which are given in full; returns the logits after it, float32 [S, V],
+#: which the caller may change.
 Extend = Callable[[SequenceOf[tuple[Sequence, list[int]]]], Tensor]
 
 
 @torch.inference_mode()
 def draft(lengths: Mapping[Sequence, int], logits: Tensor, extend: Extend) -> dict[Sequence, Draft]:
-    """Draft as each sequence samples: the likeliest tokens for a greedy one, drawn ones for others, and the distributions that
-    they were drawn from where there is no seed.
+    """Draft in the way in which each sequence samples: the most probable tokens for greedy sequences, drawn tokens for others.
+    Drafts of sequences without a seed come with the distributions that they were drawn from.
 
-    A draft ends early where the drafter's logits are NaN or Inf: only the model's own can fail a request.
+    A draft ends early if the drafter's logits are NaN or Inf: only the target's own logits can fail a request.
 
     Args:
-        lengths: tokens of each draft, at least 1.
-        logits: float32 [S, V], behind the sequences in this order; changed.
-        extend: called while a draft is not complete.
+        lengths: tokens per draft, at least 1.
+        logits: float32 [S, V], after the sequences in the order of `lengths`; changed in place.
+        extend: called until all drafts are complete.
     """
     tokens: dict[Sequence, list[int]] = {sequence: [] for sequence in lengths}
     drawn: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in lengths}
@@ -55,7 +56,7 @@ def draft(lengths: Mapping[Sequence, int], logits: Tensor, extend: Extend) -> di
 def _choose(
     logits: Tensor, sequences: SequenceOf[Sequence], tokens: dict[Sequence, list[int]], drawn: dict[Sequence, list[Tensor]]
 ) -> None:
-    """Append the next token of every draft, and what it was drawn from where there is no seed."""
+    """Append the next token of every draft and, for sequences without a seed, the distribution it was drawn from."""
     ahead = [tokens[sequence] for sequence in sequences]
     apply_constraints(logits, sequences, ahead)
     apply_penalties(logits, sequences, ahead)

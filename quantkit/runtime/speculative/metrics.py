@@ -1,4 +1,4 @@
-"""What became of the drafts of a run, in numbers."""
+"""Statistics of the drafts of a run."""
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SpeculationStats:
-    """Speculation so far; ratios are None where there is nothing to divide by.
+    """Statistics of speculation so far; ratios are None where the denominator is zero.
 
     Attributes:
-        drafts: drafts that were verified, the empty ones left out.
-        drafted, accepted: tokens of these.
+        drafts: verified drafts, without empty ones.
+        drafted, accepted: their tokens.
         acceptance_rate: accepted / drafted.
-        mean_accepted_length: tokens that a verified draft gave, the one behind the accepted ones included.
-        accepted_by_position: drafts whose token at a position was accepted.
-        acceptance_by_position: of the drafts that reach a position, the share whose token there was accepted.
-        draft_seconds: spent on proposing, in all.
-        cost_ratio: seconds of a draft step (one token more for all sequences) / seconds of a step that verifies; without
-            steps in which the model or the drafter computes prompts.
-        speed_up: seconds without drafts / seconds, of decoding steps: those with drafts against as many tokens in steps
-            without, as the same run timed these. None where drafts have a fixed length, and so nothing to compare them with.
+        mean_accepted_length: tokens per verified draft, including the one that the model adds after the accepted ones.
+        accepted_by_position: per position, drafts whose token there was accepted.
+        acceptance_by_position: per position, the share of the drafts that reach it whose token there was accepted.
+        draft_seconds: total time of proposing.
+        cost_ratio: seconds per draft step (one more token for all sequences) / seconds per verifying step, over steps in which
+            neither the model nor the drafter computes prompts.
+        speed_up: decoding time without drafts / decoding time. The time without drafts is that of as many tokens in plain
+            steps, as the same run timed them. None if drafts have a fixed length, because then there are no plain steps.
     """
 
     drafts: int
@@ -36,7 +36,7 @@ class SpeculationStats:
 
 @dataclass
 class _Compared:
-    """Decoding steps of a kind: the time they took, and what their tokens take without drafts if nothing disturbs them."""
+    """Decoding steps of one kind: the time they took, and the time of their tokens in undisturbed plain steps."""
 
     seconds: float = 0.0
     undisturbed: float = 0.0
@@ -49,7 +49,7 @@ class _Compared:
 
 @dataclass
 class SpecMetrics:
-    """Counts and times as they come in; see `SpeculationStats`."""
+    """Collects counts and times; see `SpeculationStats`."""
 
     drafts: int = 0
     reached: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ class SpecMetrics:
     _pure_verify_seconds: float = 0.0
     _draft_steps: int = 0
     _verify_steps: int = 0
-    #: Steps without and with drafts.
+    #: Steps without drafts, and steps with drafts.
     _plain: _Compared = field(default_factory=_Compared)
     _drafted: _Compared = field(default_factory=_Compared)
 
@@ -78,8 +78,9 @@ class SpecMetrics:
 
         Args:
             longest: tokens of its longest draft.
-            draft_seconds, verify_seconds: of proposing, and of the forward and the verification.
-            pure: whether it computed newest tokens and drafts and nothing else, in the model and in the drafter.
+            draft_seconds: time of proposing.
+            verify_seconds: time of the forward and the verification.
+            pure: whether model and drafter computed only newest tokens and drafts, and no prompts.
         """
         self.draft_seconds += draft_seconds
         if longest and pure:
@@ -93,18 +94,18 @@ class SpecMetrics:
 
         Args:
             draft_seconds, seconds: as for `time`.
-            undisturbed: what such a step takes where nothing disturbs it; None while that is unknown.
+            undisturbed: seconds of such a step if nothing disturbs it; None while that is unknown.
         """
         self.draft_seconds += draft_seconds
         if undisturbed is not None:
             self._plain.add(draft_seconds + seconds, undisturbed)
 
     def compare(self, seconds: float, undisturbed: float) -> None:
-        """Add the time of a decoding step with drafts, and what its tokens take in undisturbed steps without."""
+        """Add the time of a decoding step with drafts, and the time of its tokens in undisturbed plain steps."""
         self._drafted.add(seconds, undisturbed)
 
     def stats(self) -> SpeculationStats:
-        """The numbers so far."""
+        """The statistics so far."""
         drafted, accepted = sum(self.reached), sum(self.passed)
         verify = self._pure_verify_seconds / max(self._verify_steps, 1)
         return SpeculationStats(
@@ -124,7 +125,7 @@ class SpecMetrics:
         plain, drafted = self._plain, self._drafted
         if not plain.undisturbed:
             return None
-        # Steps with drafts were disturbed as those without were.
+        # Assume that steps with and without drafts were disturbed equally.
         without = plain.seconds * (1 + drafted.undisturbed / plain.undisturbed)
         return without / (plain.seconds + drafted.seconds)
 

@@ -1,13 +1,13 @@
-"""Which of a draft's tokens are accepted, and the one that follows them: the text is distributed as without drafts.
+"""Which tokens of a draft are accepted, and the token that follows them. The text is distributed as it is without drafts.
 
-Greedy, and for a drafter that draws nothing: each row's token is chosen as if the draft before it were accepted, and the draft
-is accepted as long as it is what was chosen. For a draft token x that is to accept it with probability p(x) and otherwise to
-draw from p without x, which is the rule below for a q with all its mass on x; and the random numbers spent are those that
-would be spent without drafts, so that a seed gives the same text.
+`match_exact`, for greedy sequences and for drafts that were not drawn from a distribution: the token of each row is chosen as
+if the draft before it were accepted, and draft tokens are accepted as long as they equal the chosen ones. A draft token x is
+thus accepted with probability p(x), and otherwise a token is drawn from p without x. That is the rule below for a q with all
+its mass on x. It spends the same random numbers as generation without drafts, so a seed gives the same text.
 
-For a drafter that drew x from q: speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv
-2302.01318). Accept x with probability min(1, p(x) / q(x)); otherwise draw from max(p - q, 0), normalised, and stop. If all
-are accepted, one more token is drawn from p.
+`rejection_sample`, for a drafter that drew x from q: speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1;
+Chen et al., arXiv 2302.01318). Accept x with probability min(1, p(x) / q(x)); otherwise draw from max(p - q, 0), normalized,
+and stop. If all tokens are accepted, one more is drawn from p.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -32,10 +32,10 @@ def verify(
     """The tokens that follow each sequence: the accepted ones of its draft, and one more.
 
     Args:
-        logits: float32 [R, V], behind the sequence and behind each token of its draft, one sequence after another; as for
+        logits: float32 [R, V], after the sequence and after each token of its draft, one sequence after another; as for
             `sample`.
         sequences: the S sequences.
-        drafts: of each.
+        drafts: one per sequence.
         likeliest_ids: the largest logit's of every row, where they are known.
     """
     starts = list(accumulate((1 + len(draft.tokens) for draft in drafts), initial=0))
@@ -58,11 +58,11 @@ def match_exact(
     drafts: SequenceOf[Draft],
     argmax_ids: SequenceOf[int] | None,
 ) -> list[list[Sample]]:
-    """Choose on every row, accept what agrees."""
+    """Choose a token on every row; accept draft tokens as long as they equal the chosen ones."""
     rows = [(s, draft.tokens[:i]) for s, draft in zip(sequences, drafts, strict=True) for i in range(len(draft.tokens) + 1)]
     if len(rows) == len(sequences):
         return [[each] for each in sample(logits, sequences, argmax_ids=argmax_ids)]
-    # Rows behind the first disagreement spend random numbers in vain: they are given back.
+    # Rows after the first disagreement spend random numbers for nothing: these are given back.
     drawing = [bool(d.tokens) and not s.params.greedy for s, d in zip(sequences, drafts, strict=True)]
     states = [s.random.getstate() if draws else None for s, draws in zip(sequences, drawing, strict=True)]
     samples = iter(sample(logits, [sequence for sequence, _ in rows], [ahead for _, ahead in rows], argmax_ids))
@@ -95,7 +95,7 @@ def rejection_sample(logits: Tensor, sequence: Sequence, draft: Draft) -> list[S
     last = p[accepted]
     if accepted < len(drawn):
         residual = (last - q[accepted]).clamp_(min=0)
-        # Where p and q are equal but for rounding, nothing may be left of a token that rounding refused.
+        # Where p and q differ by rounding only, the residual may be zero everywhere.
         last = residual if bool(residual.any()) else last
     tokens = [*drawn[:accepted], inverse_cdf(last, sequence.random.random())]
     if raw is None:
