@@ -135,7 +135,7 @@ class BlockManager:
         child.scores, child.mass = parent.scores[:], parent.mass[:]
 
     def release(self, sequence: Sequence) -> None:
-        """Release all blocks of a sequence, the last first, so that the ends of prefixes are reused before their starts."""
+        """Release all blocks of a sequence, the last first: the ends of prefixes are reused before their starts."""
         for block in reversed(sequence.blocks):
             self.pool.release(block, keep=block in self.cache)
         del sequence.blocks[:]
@@ -143,7 +143,7 @@ class BlockManager:
         sequence.num_evicted, sequence.evicted, sequence.scores, sequence.mass = 0, [], [], []
 
     def check(self, sequences: Iterable[Sequence]) -> None:
-        """Assert that the pool is consistent, that these sequences hold all used blocks, and that shared ones may be shared."""
+        """Assert that the pool is consistent, that these sequences hold all used blocks and may share them."""
         self.pool.check()
         self.cache.check()
         holders: dict[int, list[tuple[Sequence, int]]] = defaultdict(list)

@@ -178,7 +178,7 @@ class NativeDecoder:
         return logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap) if model.logit_softcap > 0 else logits
 
     def _queries(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """An empty buffer for every layer's queries of the measured tokens, float32 [layers, O, heads, head_dim]; their rows."""
+        """A buffer for every layer's queries of the measured tokens, float32 [layers, O, heads, head_dim]; their rows."""
         model = self._model
         rows = torch.empty(0, dtype=torch.int64) if batch.attention_mass is None else batch.attention_mass.rows
         return torch.empty(len(model.layers), len(rows), model.heads, model.head_dim), rows
