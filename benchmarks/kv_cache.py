@@ -1,13 +1,13 @@
-"""What each type of KV cache (`--kv-dtype`) takes, gives and costs, for one sequence on this machine's CPU.
+"""Memory, speed and quality of each KV dtype (`--kv-dtype`), for one sequence on a CPU.
 
 Terms:
 
-    bytes   a token takes in the cache, all layers; open pages are not counted
-    tg@N    decoded tokens per second behind N tokens of context: 1 / median seconds of 32 steps of one token
+    bytes   bytes per token in the cache, over all layers; tail pages are not counted
+    tg@N    decoded tokens per second after N tokens of context: 1 / median seconds of 32 steps of one token
     ppl     perplexity, KL = mean KL divergence in nats from the same model without a cache in float32, both by `quantkit eval`
-            with the cache's type, so through the same kernels
+            with the same KV dtype, and so through the same kernels
 
-Types are measured one after another, speed first; nothing else may run meanwhile.
+The dtypes are measured one after another, speed first; nothing else may run meanwhile.
 
 usage: python -m benchmarks.kv_cache [--model demo] [--contexts 256,2048,4096] [--windows 4] [--json FILE]
 """
@@ -34,7 +34,7 @@ NEW, CHUNK, SEQ_LEN = 32, 512, 1024
 
 
 def decode_rates(folder: Path, dtype: str, contexts: list[int]) -> dict[int, float]:
-    """Tokens per second behind each number of tokens, ascending."""
+    """Tokens per second after each of some numbers of context tokens, which ascend."""
     options = CacheOptions(max_model_len=contexts[-1] + NEW, max_batch=1, step_tokens=CHUNK, dtype=dtype)
     model = open_model(folder, CPU, options)
     tokens = torch.tensor(prompt_tokens(contexts[-1] + NEW, model.vocab_size))
@@ -52,7 +52,7 @@ def decode_rates(folder: Path, dtype: str, contexts: list[int]) -> dict[int, flo
 
 
 def measure(folder: Path, dtype: str, contexts: list[int], windows: int) -> dict[str, Any]:
-    """Everything about one type."""
+    """All measurements of one KV dtype."""
     rates = decode_rates(folder, dtype, contexts)
     request = EvalRequest(folder, folder, "builtin", windows, SEQ_LEN, CPU, dtype)
     report = run_evaluation(request, lambda stage, done, total: None)

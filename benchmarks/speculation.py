@@ -1,25 +1,25 @@
-"""Speculative generation against none, on texts that suit it and texts that do not: one request a mode, one process.
+"""Speculative decoding compared with plain decoding, on texts that suit it and texts that do not: one request per mode.
 
-    tok/s       tokens behind the first / seconds of the steps that made them, the median of the repeats
-    speed-up    tok/s over that of the `off` beside it, the median of the repeats (and their quartiles)
-    accepted    drafted tokens that were accepted
-    tokens/draft  tokens that a verified draft gave, the one behind it included
-    cost        seconds of a draft step / seconds of a step that verifies
+    tok/s       tokens after the first / seconds of the steps that generated them, median of the repeats
+    speed-up    tok/s / tok/s of `off` in the same repeat, median of the repeats (and their quartiles)
+    accepted    share of the drafted tokens that were accepted
+    tokens/draft  tokens per verified draft, including the one that the model adds
+    cost        seconds per draft step / seconds per verifying step
 
-All modes generate at once, each from a model of its own, and step in turn: whichever has the fewest tokens is next. A machine
-that slows down, for a second or for a minute, slows all of them alike. Every repeat starts with engines that have learned
-nothing. `same` says whether the tokens are those of `off`, as they must be.
+All modes generate at the same time in one process, each with a model of its own, and step in turn: the mode with the fewest
+tokens is next. A machine that slows down, for a second or for a minute, slows all of them alike. Every repeat starts with
+engines that have learned nothing. `same` says whether the tokens equal those of `off`, as they must.
 
-Texts: `repetitive` continues a table, `ordinary` continues prose, both greedily; `random` goes on with random digits, sampled
-from the ten likeliest tokens, so that every pair of tokens has occurred before and says nothing about the next.
+Texts: `repetitive` continues a table and `ordinary` continues prose, both greedily. `random` continues random digits, sampled
+from the ten most probable tokens, so that every pair of tokens has occurred before and does not predict the next.
 
 usage: python -m benchmarks.speculation [--model demo] [--draft MODEL | --qspec 4|8 | --quantspec] [--tokens 128]
            [--repeats 5] [--context TOKENS] [--json FILE]
 
-Without --draft: prompt lookup. A draft model is any artifact with the model's tokenizer. With --qspec the model, an artifact,
-drafts for itself with activations of so many bits; with --quantspec from the upper half of an int4+4 cache, which `off` has,
-too: `default KV` is without drafts and with the cache that there is without --quantspec, whose tokens may be others.
-With --context, instead of the three texts, the `long` one: the built-in text up to there, which goes on greedily.
+By default drafts come from prompt lookup. --draft names a draft model: any artifact with the same tokenizer. With --qspec the
+model, which must be an artifact, drafts for itself with activations of 4 or 8 bits. With --quantspec it drafts from the upper
+half of an int4+4 cache, which `off` uses too; `default KV` is plain decoding with the default cache, and may give other
+tokens. --context replaces the three texts by `long`: that many tokens of the built-in text, continued greedily.
 """
 
 import argparse
@@ -91,9 +91,9 @@ class Stream:
     """One mode's text as it grows.
 
     Attributes:
-        engine: which makes it, and nothing else.
-        tokens: so far.
-        seconds: of the steps behind the one that gave the first.
+        engine: generates this text and nothing else.
+        tokens: generated so far.
+        seconds: time of the steps after the one that gave the first token.
     """
 
     def __init__(self, model: ModelRunner, proposer: Proposer | None, draft_len: int | None, request: Request) -> None:
@@ -106,14 +106,14 @@ class Stream:
             self._step()
 
     def advance(self) -> None:
-        """One step more."""
+        """Run one more step."""
         started = time.perf_counter()
         self._step()
         self.seconds += time.perf_counter() - started
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return (len(self.tokens) - 1) / self.seconds
 
     def _step(self) -> None:
@@ -124,7 +124,7 @@ class Stream:
 
 
 def run(opened: Mapping[str, OpenedModel], request: Request) -> dict[str, Stream]:
-    """A text of each mode, all at once."""
+    """Generate the text of every mode, all at the same time."""
     streams = {
         mode: Stream(model, new_proposer() if new_proposer else None, MODES.get(mode), request)
         for mode, (model, new_proposer, _) in opened.items()

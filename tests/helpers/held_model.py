@@ -53,7 +53,7 @@ class HeldModel(FakeModel):
 
 
 def logits_of(held: Sequence[Held]) -> Tensor:
-    """float32 [V] behind what is held."""
+    """Logits after the held tokens, float32 [V]."""
     return logits_after([1009 * position + token for position, token in held])
 
 
@@ -63,7 +63,7 @@ def mass_of(held: Sequence[Held], block: int, block_size: int) -> int:
 
 
 def visible(tokens: Sequence[int], eviction: Eviction, block_size: int) -> list[list[Held]]:
-    """What the token at each position sees, itself included."""
+    """The positions that the token at each position sees, including its own."""
     held: list[Held] = []
     scores = [0.0] * eviction.blocks
     seen = []

@@ -34,7 +34,7 @@ def reference_logits(folder: Path, tokens: Tensor) -> Tensor:
 
 
 def paged_logits(model: ModelRunner, tokens: Tensor, pieces: list[int]) -> Tensor:
-    """Logits [T, V] of one sequence that comes in pieces, in scattered blocks."""
+    """Logits [T, V] of one sequence that is computed in chunks, in scattered blocks."""
     table = torch.randperm(model.num_blocks, generator=torch.Generator().manual_seed(1)).int()
     out, start = [], 0
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Proposers that are right, wrong, or both in turn, and that keep book of what they are told."""
+"""Proposers that are right, wrong, or alternate, and that record what they are told."""
 
 from collections.abc import Callable, Sequence
 from random import Random
@@ -12,12 +12,12 @@ from quantkit.runtime.core.sequence import Sequence as Text
 
 
 def right(tokens: Sequence[int], _random: Random) -> int:
-    """What the fake model finds likeliest."""
+    """The fake model's most probable token."""
     return int(logits_after(tokens).argmax())
 
 
 def wrong(tokens: Sequence[int], random: Random) -> int:
-    """Something else."""
+    """Another token."""
     return (right(tokens, random) + 1) % VOCAB
 
 
@@ -27,12 +27,12 @@ def mixed(tokens: Sequence[int], random: Random) -> int:
 
 
 def wrong_then_right(tokens: Sequence[int], random: Random) -> int:
-    """Wrong and right in turn, by the length of the text."""
+    """Alternately wrong and right, by the length of the text."""
     return (wrong, right)[len(tokens) % 2](tokens, random)
 
 
 class Guesser:
-    """Drafts by a rule, of lengths that it chooses itself; checks that it is asked and told what the protocol says.
+    """Drafts by a rule, with lengths that it chooses itself; checks that it is called as the protocol says.
 
     Attributes:
         drafted, accepted: tokens in all.
@@ -45,7 +45,7 @@ class Guesser:
 
     def propose(self, wanted: Sequence[tuple[Text, int]]) -> list[Draft]:
         """See `Proposer`."""
-        self._open.clear()  # drafts of a step that failed, say
+        self._open.clear()  # for example drafts of a step that failed
         return [self._draft(text, count) for text, count in wanted]
 
     def _draft(self, text: Text, count: int) -> Draft:
@@ -91,7 +91,7 @@ class Drawer:
         return [self.draft(text, count) for text, count in wanted]
 
     def draft(self, text: Text, count: int) -> Draft:
-        """`count` tokens and what they were drawn from."""
+        """`count` tokens, and the distributions that they were drawn from."""
         tokens, rows = list(text.tokens), []
         for _ in range(count):
             rows.append(self.distribution(tokens))

@@ -26,7 +26,7 @@ def engine(model: ModelRunner, activation_bits: int | None, config: EngineConfig
 
 
 def generated(running: Engine, params: SamplingParams = GREEDY) -> list[list[int]]:
-    """The outputs for all prompts, which come in an order in which a small cache throws some out again."""
+    """The outputs for all prompts, in an order in which a small cache preempts some of them."""
     outputs = running.generate([Request(PROMPTS[index], params) for index in (3, 2, 4, 1, 0, 5)])
     running.check()
     return [output.token_ids for output in outputs]

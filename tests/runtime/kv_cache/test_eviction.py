@@ -1,5 +1,5 @@
-"""Eviction within a budget, on a model that shows every token it is given: whatever else happens, what a token sees depends
-on its position alone."""
+"""Eviction within a budget, on a model whose logits reveal every token that it sees: which tokens a token sees depends on its
+position alone."""
 
 import random
 import re
@@ -39,7 +39,7 @@ def kept(policy: str, blocks: int, length: int) -> list[int]:
 def test_window_keeps_the_newest_blocks() -> None:
     assert kept("window", 5, 20) == list(range(20))
     assert kept("window", 5, 21) == list(range(4, 21))
-    # Sixteen blocks: two go at a time.
+    # Of sixteen blocks, two are evicted at a time.
     assert kept("window", 16, 65) == list(range(8, 65))
     assert kept("window", 16, 72) == list(range(8, 72))
     assert kept("window", 16, 73) == list(range(16, 73))
@@ -52,7 +52,7 @@ def test_sinks_keeps_the_first_block_and_the_newest() -> None:
 
 def test_scored_keeps_sinks_recent_blocks_and_those_with_the_largest_scores() -> None:
     six = chosen("scored", 6)
-    # The first is pinned and so are the last three; of equal scores the older goes.
+    # The first block and the last three are pinned; of equal scores the older is evicted.
     assert six.drop([0.0, 5.0, 4.0, 0.0, 0.0, 0.0]) == [2]
     assert six.drop([0.0, 1.0, 1.0, 0.0, 0.0, 0.0]) == [1]
     assert chosen("scored", 16).drop([float(i % 3) for i in range(16)]) == [3, 6]
@@ -75,12 +75,12 @@ def test_a_prompt_longer_than_memory_is_served_within_a_budget(policy: str) -> N
     running = Engine(model, EngineConfig(max_batch=1, token_budget=64, eviction=six))
     (out,) = running.generate([greedy(TEXT, 30)])
     assert out.token_ids == expected(TEXT, 30, six, 4)
-    # The first chunk fills the budget, then a block at a time.
+    # The first chunk fills the budget; then come chunks of one block.
     assert [tokens for _, tokens in model.batches[:3]] == [24, 4, 4]
     assert running.stats.evicted_blocks == 57 - 6 + 1
     with pytest.raises(RequestError, match="KV memory holds 24 tokens, this request needs up to 229"):
         Engine(model, EngineConfig(max_batch=1)).add(greedy(TEXT, 30))
-    # A budget that is larger than memory helps nobody.
+    # A budget that is larger than memory does not help.
     with pytest.raises(RequestError, match="KV memory holds 24 tokens, this request needs up to 229"):
         Engine(model, EngineConfig(max_batch=1, eviction=chosen(policy, 7))).add(greedy(TEXT, 30))
 
@@ -116,10 +116,10 @@ def test_what_a_sequence_drops_is_free_at_once_and_what_it_published_stays_known
     kv.commit(one, kv.admit(one, budget=100, reserve=0))
     _run(kv, one, 36)
     assert (len(one.blocks), kv.pool.num_free, one.evicted) == (3, 9, list(range(7)))
-    # Three blocks were published before the first was dropped; the rest of the text is unknown, for it saw less.
+    # Three blocks were published before the first eviction. Later blocks are not published, because their tokens saw less.
     assert len(kv.cache) == 3
     assert one.num_published == 3
-    # A prompt that starts alike finds two of them: the last of a budget is always computed.
+    # A prompt with the same start finds two of them: the last block of a budget is always computed.
     other = sequence(TEXT[:40], request_id=1)
     assert kv.admit(other, budget=100, reserve=0) == 4
     assert other.num_computed == 8
@@ -192,7 +192,7 @@ def test_any_batch_chunks_preemption_forks_and_cancellation_leave_every_text_its
 
 
 class Guesses:
-    """Drafts that are right for a random while; implements `Proposer`."""
+    """Drafts whose first tokens, a random number of them, are right; implements `Proposer`."""
 
     def __init__(self, draw: random.Random, dropping: Eviction, size: int) -> None:
         self._draw, self._dropping, self._size = draw, dropping, size
@@ -268,7 +268,7 @@ def test_options_that_cannot_work_are_refused_in_one_line(policy: str, budget: i
 
 @pytest.mark.parametrize(("dtype", "size"), [("auto", 16), ("int8", 16), ("int4", 32), ("int4+4", 32)])
 def test_a_cache_is_not_asked_for_with_less_than_its_policy_needs(dtype: str, size: int) -> None:
-    """So nothing is loaded for it."""
+    """Checked before a model is loaded."""
     with pytest.raises(QuantkitError, match=f"^--kv-budget {3 * size - 1} is less than 3 blocks of {size} tokens; give"):
         CacheOptions(dtype=dtype, budget=Budget("sinks", 3 * size - 1))
     assert CacheOptions(dtype=dtype, budget=Budget("sinks", 3 * size))

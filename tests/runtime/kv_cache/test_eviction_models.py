@@ -1,4 +1,4 @@
-"""Real attention under eviction: the engine's logits are those of full attention with a mask of what is left to see."""
+"""Real attention under eviction: the engine's logits equal those of full attention under a mask of the evicted tokens."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ CLOSE = {"rtol": 1e-3, "atol": 2e-3}
 
 @pytest.fixture(scope="module", params=["llama", "gemma3_text"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Full attention everywhere; windows of 32 tokens and full attention in turn."""
+    """A model with full attention everywhere, and one with alternating windows of 32 tokens and full attention."""
     return tiny.make_model(tmp_path_factory.mktemp("eviction") / "model", request.param)
 
 
@@ -49,7 +49,7 @@ def chosen(policy: str) -> Eviction:
 
 
 def mask(seen: list[list[tuple[int, int]]]) -> Tensor:
-    """bool [T, T] from what each token sees."""
+    """The attention mask, bool [T, T]: the tokens that each token sees."""
     out = torch.zeros(len(seen), len(seen), dtype=torch.bool)
     for row, held in enumerate(seen):
         out[row, [position for position, _ in held]] = True
@@ -81,7 +81,7 @@ def test_generated_tokens_follow_the_masked_model_in_any_batch(folder: Path, pol
         text = [*prompt, *out.token_ids]
         logits, _ = masked_forward(folder, text, mask(visible(text, chosen(policy), BLOCK)), running.model.sliding_window)
         rows = logits[len(prompt) - 1 : -1]
-        # The best token, unless it is best by less than rounding.
+        # The best token, unless the lead is less than rounding.
         assert float((rows.amax(-1) - rows[torch.arange(30), out.token_ids]).max()) < 2e-3
 
 
@@ -98,7 +98,7 @@ def test_windows_wider_than_the_recent_blocks_are_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_scored_drops_what_the_newest_queries_look_at_least(folder: Path, fast: bool) -> None:
-    """Against attention weights in float64: the mask that follows from what was dropped, and the mass behind every drop."""
+    """Against attention weights in float64: the mask that follows from the evicted blocks, and the mass that chose them."""
     dropping, model, sequence = chosen("scored"), opened(folder), scored_text(TOKENS)
     if not fast:
         model.backends = model.backends[-1:]  # through transformers' definition
@@ -137,7 +137,7 @@ def test_scored_drops_what_the_newest_queries_look_at_least(folder: Path, fast: 
 def test_block_mass_is_attention_summed_over_heads_and_blocks(softcap: float, window: int, with_sinks: bool) -> None:
     draw = torch.Generator().manual_seed(3)
     keys, query = torch.randn(9, 4, 2, 8, generator=draw), torch.randn(3, 6, 8, generator=draw).double()
-    keys[0] = float("nan")  # behind the shorter sequences
+    keys[0] = float("nan")  # after the ends of the shorter sequences
     table, lengths = torch.tensor([[3, 1, 7, 2], [5, 6, 0, 0], [4, 0, 0, 0]], dtype=torch.int32), torch.tensor([15, 8, 1])
     sinks = torch.randn(6, generator=draw) if with_sinks else None
     options = {"scale": 0.3, "window": window, "softcap": softcap, "sinks": sinks}
@@ -145,7 +145,7 @@ def test_block_mass_is_attention_summed_over_heads_and_blocks(softcap: float, wi
     for row, length in enumerate(lengths.tolist()):
         for head in range(6):
             rows = keys[table[row].long(), :, head // 3].reshape(-1, 8)[:length].double()
-            # Values that say which block they are of: attention then gives each block's mass.
+            # Each value is one-hot for its block, so attention returns the mass of each block.
             cache = torch.zeros(9, 4, 1, 4)
             for place in range(length):
                 cache[table[row, place // 4], place % 4, 0, place // 4] = 1
@@ -169,7 +169,7 @@ def test_block_mass_is_attention_summed_over_heads_and_blocks(softcap: float, wi
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "int4", "int4+4"])
 @pytest.mark.parametrize("policy", ["sinks", "scored"])
 def test_quantized_caches_evict_and_offload_alike_in_any_batch(folder: Path, policy: str, dtype: str) -> None:
-    """What a token sees depends on its position alone: the same text alone, in a batch, and behind fetched blocks."""
+    """What a token sees depends on its position alone: the text is the same alone, in a batch, and after fetched blocks."""
     budget = Budget(policy, BUDGET)
     requests = [
         Request(TOKENS[:length], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)) for length in (140, 50, 90)

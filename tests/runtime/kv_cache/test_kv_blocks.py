@@ -1,4 +1,4 @@
-"""Blocks: counts, order of reuse, prefixes, copies before writing, and that the integrity check sees what is broken."""
+"""Blocks: reference counts, order of reuse, prefixes, copy on write; and the integrity check finds corrupted state."""
 
 from collections.abc import Callable
 
@@ -59,7 +59,7 @@ def test_a_node_stands_for_everything_before_it() -> None:
     end = cache.publish(left, [9, 9], 2)
     assert cache.find(left, [9, 9]) == (2, end)
     assert cache.find(right, [9, 9]) is None
-    # The block is filled anew with the same text: what came behind the old node is not behind the new one.
+    # The block is filled again with the same text: blocks after the old node are not found after the new one.
     cache.forget(0)
     again = cache.publish(ROOT, [1, 2], 0)
     assert again not in (left, right, end)
@@ -83,7 +83,7 @@ def test_eviction_starts_with_the_ends_of_the_longest_unused_prefix() -> None:
     kv.release(new)
 
     def known() -> list[int]:
-        """Blocks of both texts that are found, without taking any."""
+        """How many blocks of each text are found, without taking any."""
         return [len(kv._match(sequence([*text, 99]))) for text in ([1, 2, 3, 4, 5, 6], [7, 8, 9, 10])]
 
     seen = []
@@ -118,13 +118,13 @@ def test_a_fork_goes_on_with_its_parents_chain() -> None:
 def test_admission_counts_the_cached_blocks_that_it_takes_out_of_the_free_ones() -> None:
     kv = BlockManager(4, 2, prefix_caching=True)
     kv.release(computed(kv, [1, 2, 3, 4]))
-    # Two cached and two new blocks are all four; none could be left in reserve.
+    # Two cached and two new blocks are all four, so none is left in reserve.
     assert kv.admit(sequence([1, 2, 3, 4, 5, 6, 7]), budget=1000, reserve=1) == 0
     assert kv.pool.num_free == 4
     one = sequence([1, 2, 3, 4, 5, 6, 7])
     assert kv.admit(one, budget=1000, reserve=0) == 3
     assert one.num_computed == 4
-    # Nothing is left, but a text that shares held blocks and needs one more still does not fit.
+    # No block is free: even a text that shares held blocks and needs only one more does not fit.
     assert kv.admit(sequence([1, 2, 3, 4, 5], request_id=1), budget=1000, reserve=0) == 0
     kv.check([one])
 

@@ -1,4 +1,4 @@
-"""Known prefixes outside of the model's cache: what comes back is what left, and whatever fails is computed anew."""
+"""Known prefixes outside of the model's cache: blocks come back intact, and blocks that fail are computed again."""
 
 import os
 import random
@@ -30,7 +30,7 @@ TEXTS = [[(5 * i + 13 * n) % 97 for i in range(33)] for n in range(8)]
 
 
 class StoredModel(FakeModel):
-    """A block is bytes: position and token of every slot."""
+    """A model whose blocks are bytes: the position and the token of every slot."""
 
     def __init__(self, num_blocks: int = 12) -> None:
         super().__init__(num_blocks, SIZE, max_model_len=48)
@@ -46,7 +46,7 @@ class StoredModel(FakeModel):
 
 
 def opened(places: int, folder: Path | None = None, blocks: int = 12) -> tuple[Engine, KVOffload]:
-    """An engine whose offload holds `places` blocks in memory; the cache holds one text and a third of another.
+    """An engine whose offload holds `places` blocks in host memory. The cache holds one text and a third of another.
 
     As many as come may wait for a file, so that nothing depends on the disk's pace.
     """
@@ -74,7 +74,7 @@ def file_of(offload: KVOffload) -> int:
 
 
 def run(running: Engine, *texts: list[int]) -> list[int]:
-    """Generate behind each text, one after another; how many of each one's tokens were not computed."""
+    """Continue each text, one after another; returns how many tokens of each were found in a cache."""
     cached = []
     for text in texts:
         running.add(Request(text, SamplingParams(temperature=0, max_tokens=4)))
@@ -121,7 +121,7 @@ def test_a_file_takes_what_memory_does_not_hold(tmp_path: Path) -> None:
     assert run(running, *TEXTS[:6]) == [32] * 6
     assert offload.stats.lost == 0
     assert os.fstat(file_of(offload)).st_size > 0
-    assert list(tmp_path.iterdir()) == []  # Nor when the process is killed now.
+    assert list(tmp_path.iterdir()) == []  # So nothing is left over if the process is killed now.
 
 
 def _flip(file: int) -> None:
@@ -138,7 +138,7 @@ def _empty(file: int) -> None:
 
 
 def _shift(file: int) -> None:
-    """Whole blocks, in each other's places."""
+    """Exchange whole blocks."""
     data = os.pread(file, os.fstat(file).st_size, 0)
     os.pwrite(file, data[SIZE * 16 :] + data[: SIZE * 16], 0)
 
@@ -154,7 +154,7 @@ def test_what_comes_back_damaged_is_computed_anew(tmp_path: Path, damage: Callab
 
 
 class _Gate:
-    """Stands for `os.pwrite`: a disk that takes nothing before it is opened."""
+    """Replaces `os.pwrite` with a disk that blocks every write until `open` is set."""
 
     def __init__(self) -> None:
         self.open, self.begun, self._write = threading.Event(), threading.Event(), os.pwrite
@@ -190,9 +190,9 @@ def test_a_disk_that_is_too_slow_costs_what_may_not_wait(tmp_path: Path, gate: _
     assert run(running, *TEXTS[:6]) == [0] * 6
     assert offload.stats.lost == offload.stats.saved - 14 - 3
     assert len(offload) == 14 + 3
-    # What waits are the last blocks of the first text: ends of prefixes leave before their starts.
+    # The last blocks of the first text wait, because ends of prefixes leave before their starts.
     assert run(running, TEXTS[5], TEXTS[0]) == [32, 0]
-    gate.open.set()  # for whoever closes the file
+    gate.open.set()  # so that the file can be closed
 
 
 def test_a_place_that_is_filled_anew_while_it_is_written_holds_the_newer_block(tmp_path: Path, gate: _Gate) -> None:
@@ -237,7 +237,7 @@ def test_a_full_disk_costs_what_it_does_not_take(tmp_path: Path, monkeypatch: py
         assert run(running, text) == [0]
         written(offload)
     assert offload.stats.lost == offload.stats.saved - 12
-    # What was lost is not taken to be stored: it is saved when it leaves once more.
+    # A lost block does not count as stored: it is saved when it leaves the device again.
     assert run(running, TEXTS[5], TEXTS[0], TEXTS[1], TEXTS[0]) == [32, 0, 0, 32]
 
 
@@ -253,7 +253,7 @@ def test_a_full_file_drops_its_longest_unused(tmp_path: Path) -> None:
 def test_a_text_that_is_computed_again_keeps_what_is_known_behind_it() -> None:
     running, offload = opened(places=100)
     run(running, *TEXTS[:3])
-    # The host tier loses the first block of a text: all is computed, and what is behind the block is a new chain.
+    # The host tier loses the first block of a text: the whole text is computed again, and its blocks form a new chain.
     first = next(key for key in offload.nodes() if key[1] == tuple(TEXTS[0][:SIZE]))
     offload._host_index.remove(first)
     assert run(running, TEXTS[0]) == [0]

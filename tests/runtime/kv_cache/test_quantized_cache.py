@@ -30,7 +30,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module", params=["llama", "gemma3_text"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model: plain attention; windows and full attention in turn."""
+    """A model with full attention, and one that alternates windows and full attention."""
     return tiny.make_model(tmp_path_factory.mktemp("quantized") / "model", request.param)
 
 
@@ -66,7 +66,7 @@ def test_any_batch_any_chunks_and_a_warm_prefix_cache(folder: Path, dtype: str) 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 def test_preemption(folder: Path, dtype: str) -> None:
-    """Room for one and a half of the longest: most sequences are thrown out and computed again."""
+    """There is room for one and a half of the longest sequences, so most are preempted and computed again."""
     alone = generated(engine(folder, dtype, EngineConfig(max_batch=1)), list(range(len(PROMPTS))))
     tight = engine(folder, dtype, EngineConfig(max_batch=6, prefix_caching=False), blocks=33)
     assert alone == generated(tight, [3, 2, 4, 1, 0, 5])
@@ -75,7 +75,7 @@ def test_preemption(folder: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 def test_forked_samples_copy_what_they_share(folder: Path, dtype: str) -> None:
-    """Four samples part in the middle of a block: each goes on as a lone request with its tokens does."""
+    """Four samples fork in the middle of a block: each continues like a single request with the same tokens."""
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=3, n=4, ignore_eos=True)
     together = engine(folder, dtype, EngineConfig(max_batch=4)).generate([Request(PROMPTS[3], params)])
     again = engine(folder, dtype, EngineConfig(max_batch=4, token_budget=9))
@@ -88,7 +88,7 @@ def test_forked_samples_copy_what_they_share(folder: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["int4", "int4+4"])
 def test_many_short_requests_never_run_out_of_open_pages(folder: Path, dtype: str) -> None:
-    """Each leaves an open page behind, many times more than there are."""
+    """Each request leaves a tail page, and there are many more requests than pages."""
     config = EngineConfig(max_batch=3, token_budget=8, prefix_caching=False)
     small = engine(folder, dtype, config, blocks=60)
     params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
@@ -107,7 +107,7 @@ def test_torchs_fall_back_gives_the_same_text(folder: Path, dtype: str, monkeypa
 
 @pytest.mark.parametrize(
     ("dtype", "bits"),
-    # Heads of 64 in blocks of 32: a scale and a minimum in 16 bit for 64 numbers, or for a channel's 32.
+    # Heads of 64 in blocks of 32: a 16-bit scale and a 16-bit minimum per 64 numbers, or per 32 numbers of a channel.
     [("bf16", 16), ("fp8", 8), ("int8", 8.5), ("int4", (5 + 4.5) / 2), ("int4+4", (9 + 8.5) / 2)],
 )
 def test_bytes_of_a_block(dtype: str, bits: float) -> None:
@@ -125,7 +125,7 @@ def test_auto_is_the_checkpoints_type() -> None:
 
 @pytest.mark.parametrize("dtype", ["int4", "int4+4"])
 def test_a_rejected_draft_leaves_no_trace(folder: Path, dtype: str) -> None:
-    """Wrong tokens written over the end of a page, then overwritten: the logits are those of a text without them."""
+    """Wrong tokens are written across the end of a page, then overwritten: the logits are those of a text without them."""
 
     def model() -> ModelRunner:
         found: ModelRunner = engine(folder, dtype, EngineConfig(max_batch=2)).model  # type: ignore[assignment]
@@ -171,7 +171,7 @@ def test_a_draft_models_cache_is_not_quantized_by_pages(llama: Path, dtype: str,
 
 @pytest.mark.parametrize("dtype", ["auto", "int8", "int4", "int4+4"])
 def test_a_model_and_its_drafter_hold_as_many_tokens(llama: Path, dtype: str) -> None:
-    """But for what each rounds down to its blocks; the model's open pages are taken off before."""
+    """Except that each rounds down to whole blocks, and the model's tail pages are subtracted first."""
     main, small = open_with_draft(llama, llama, CPU, CacheOptions(memory=1 << 22, max_model_len=256, dtype=dtype))
     assert small.cache.num_tokens < 64 * 256  # what all sequences together could use
     assert abs(main.cache.num_tokens - small.cache.num_tokens) <= 32

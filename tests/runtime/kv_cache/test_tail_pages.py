@@ -1,4 +1,4 @@
-"""Open pages of int4 caches: who has one, until when, and that losing one is noticed."""
+"""Tail pages of int4 caches: which blocks have one, until when; and losing one is noticed."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_a_page_is_given_back_when_a_step_begins_behind_it() -> None:
 
 
 def test_a_draft_gives_nothing_back() -> None:
-    """So that a step may begin before it."""
+    """The page stays, so that a later step may begin before the draft."""
     pages = TailPages(10, SIZE, 8, torch.device("cpu"))
     pages.prepare([KVSpan([7, 2], 0, 7)], draft=False)
     before = _pages(pages, [2])
@@ -39,7 +39,7 @@ def test_a_draft_gives_nothing_back() -> None:
         pages.prepare([KVSpan([7, 2, 5], length, length + 1)], draft=True)
     pages.prepare([KVSpan([7, 2, 5], 7, 10)], draft=False)
     assert _pages(pages, [2]) == before
-    assert len(pages) == 2  # Of the block that holds token 7, and of the next.
+    assert len(pages) == 2  # The pages of the block that holds token 7, and of the next block.
 
 
 def test_pages_that_nobody_uses_are_taken_from_whoever_used_theirs_longest_ago() -> None:
@@ -66,7 +66,7 @@ def test_a_copied_block_gets_a_copy_of_its_page() -> None:
     copies = pages.copy([(7, 5), (6, 3), (7, 4)])
     assert copies == [(page := _pages(pages, [7])[0], _pages(pages, [5])[0]), (page, _pages(pages, [4])[0])]
     assert len({*_pages(pages, [7, 5, 4])}) == 3
-    # Block 3 now holds a full block, whose source had no page: what it had is not its content.
+    # Block 3 is now a copy of a full block without a page, so the page that block 3 had is no longer its content.
     with pytest.raises(AssertionError, match="the tail page of block 3 is lost"):
         pages.prepare([KVSpan([3], 1, 2)], draft=False)
 

@@ -1,4 +1,4 @@
-"""Decode graphs without a GPU: a stand-in for CUDA that records what is captured, and computes it again at every replay."""
+"""CUDA graphs without a GPU: a fake CUDA records what is captured, and computes it again at every replay."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +16,7 @@ VOCAB, BLOCK_SIZE, MAX_LEN = 5, 4, 30
 
 
 def compute(batch: Batch, draft: bool) -> Tensor:
-    """Logits that tell all that a row's sequence has; what is padding must look like it."""
+    """Logits that reveal everything about a row's sequence; asserts that padding looks like padding."""
     width, new = batch.block_table.shape[1], batch.max_query_len
     assert width == -(-MAX_LEN // BLOCK_SIZE)
     rows = []
@@ -33,7 +33,7 @@ def compute(batch: Batch, draft: bool) -> Tensor:
 
 
 class Device:
-    """What CUDA does: inside a capture results are made once, and every replay overwrites them."""
+    """A fake CUDA: a capture allocates results once, and every replay overwrites them."""
 
     def __init__(self) -> None:
         self.capturing: Any = None
@@ -69,7 +69,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 def step(lengths: list[int], new: int, blocks: int | None = None) -> Batch:
-    """`new` tokens of each sequence, at their ends, in a table of as many blocks as the longest has."""
+    """A step over the last `new` tokens of each sequence; the block table is as wide as the longest sequence."""
     width = blocks or max(-(-length // BLOCK_SIZE) for length in lengths)
     positions = torch.cat([torch.arange(length - new, length) for length in lengths])
     table = torch.arange(len(lengths) * width, dtype=torch.int32).view(len(lengths), width) + 3
@@ -88,7 +88,7 @@ def step(lengths: list[int], new: int, blocks: int | None = None) -> Batch:
 
 
 def eager(batch: Batch, draft: bool) -> Tensor:
-    """The same without a graph, its table as wide as the static one."""
+    """The same without a graph, with a block table as wide as the static one."""
     missing = -(-MAX_LEN // BLOCK_SIZE) - batch.block_table.shape[1]
     return compute(Batch(**{**vars(batch), "block_table": torch.nn.functional.pad(batch.block_table, (0, missing))}), draft)
 

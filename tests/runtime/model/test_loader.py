@@ -1,4 +1,4 @@
-"""Loading for the runtime: every family and format gives the tokens and logits of transformers; what is wrong is one line."""
+"""Loading for the runtime: every family and format gives the tokens and logits of transformers; errors are one line."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_artifacts_of_every_format_and_width(tmp_path: Path, form: str, bits: in
 
 
 def test_mixed_schemes_and_a_quantized_head(tmp_path: Path) -> None:
-    """Members of a merged group that differ are not merged."""
+    """Matrices of a group that are packed differently are not fused."""
     folder = tiny.make_model(tmp_path / "model", "llama")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -73,8 +73,10 @@ def test_mixed_schemes_and_a_quantized_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("shared", [True, False])
 def test_dynamic_act_order(tmp_path: Path, bits: int, shared: bool) -> None:
-    """A GPTQ artifact whose groups were formed on permuted columns, as other tools write them: with one permutation for all
-    matrices that read one input they are merged and run natively, otherwise they are still right."""
+    """A GPTQ artifact whose groups were formed on permuted columns, as other tools write them.
+
+    Matrices that read one input and share a permutation are fused and run natively; otherwise they are still right.
+    """
     folder = tiny.make_model(tmp_path / "model", "llama")
     options = ["--method", "rtn", "--bits", str(bits), "--group-size", "16", "--format", "gptq", "-q"]
     assert CliRunner().invoke(app, ["quantize", str(folder), "-o", str(tmp_path / "out"), *options]).exit_code == 0
@@ -91,7 +93,7 @@ def test_dynamic_act_order(tmp_path: Path, bits: int, shared: bool) -> None:
 
 
 def test_without_a_compiler_and_with_a_16_bit_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own kernels serve, on a cache of the type that the checkpoint declares."""
+    """torch's own kernels are used, with a cache of the dtype that the checkpoint declares."""
     monkeypatch.setattr(library, "load", lambda: None)
     folder = tiny.make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
     model = open_model(folder, CPU, CacheOptions(memory=1 << 24, block_size=4))
@@ -102,7 +104,7 @@ def test_without_a_compiler_and_with_a_16_bit_cache(tmp_path: Path, monkeypatch:
 
 
 def test_groups_that_no_gpu_kernel_holds_are_dequantized() -> None:
-    """Groups of 8 columns: less than a plane."""
+    """Groups of 8 columns, which are smaller than a plane."""
     codes, scales, zeros = torch.zeros(4, 48, dtype=torch.uint8), torch.ones(4, 6), torch.zeros(4, 6, dtype=torch.uint8)
     weight = QuantizedWeight(codes, scales, zeros, Scheme(4, 8, symmetric=False))
     dense = pack_weight(weight, torch.device("meta"), torch.float16)
@@ -227,7 +229,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_a_cache_larger_than_what_is_free_is_refused(llama: Path, little: int) -> None:
-    # What counts is what would be allocated: for 4 sequences of 256 tokens, all that is free.
+    # Only what would be allocated counts: 4 sequences of 256 tokens take all free memory.
     assert open_model(llama, CPU, CacheOptions(memory=1 << 40, max_batch=4)).cache.nbytes == little
     with pytest.raises(ResourceError, match=r"--kv-memory: there are 0.0 GiB of free memory and the cache would take "):
         open_model(llama, CPU, CacheOptions(memory=1 << 40, max_batch=5))

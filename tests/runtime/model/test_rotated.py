@@ -1,4 +1,4 @@
-"""Rotated artifacts in the engine: the online transform, and drafts that 4-bit activations no longer spoil."""
+"""Rotated artifacts in the engine: the online transform, and drafts that stay good with 4-bit activations."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_the_engine_computes_what_the_dequantized_weights_do(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In another order of sums. With 8 bits that is also near what the original computes."""
+    """Up to the order of sums. With 8 bits the logits are also close to those of the original."""
     if way == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
     if way == "definition":
@@ -71,7 +71,7 @@ def test_greedy_output_is_the_models(
     least: float,
     config: EngineConfig,
 ) -> None:
-    """To the token, with drafts that round what was rotated. Activations of random models have no outliers to spread."""
+    """The same tokens, with drafts that quantize rotated activations. Activations of random models have no outliers."""
     _, out = made("llama", bits=4, group_size=32, rules=HEAD)
     alone = generated(engine(opened(out), None, EngineConfig(max_batch=1)))
     running = engine(opened(out), bits, config)
@@ -83,8 +83,8 @@ def test_greedy_output_is_the_models(
 
 @pytest.mark.slow
 def test_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotated, several times as many drafts with 4-bit activations are accepted; the text is that without drafts."""
-    # The demo model is made once for a machine, not once for a test run.
+    """With rotation, several times as many drafts with 4-bit activations are accepted; the text is that without drafts."""
+    # The demo model is made once per machine, not once per test run.
     monkeypatch.delenv("QUANTKIT_CACHE")
     accepted = []
     for number, choice in enumerate(("--rotate", "--no-rotate")):

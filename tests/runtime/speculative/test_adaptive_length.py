@@ -1,4 +1,4 @@
-"""Adaptive draft lengths as a function of what was noted: every time is made up."""
+"""Adaptive draft lengths as a function of recorded steps; all times are made up."""
 
 import itertools
 from collections.abc import Callable
@@ -375,7 +375,7 @@ def test_a_backlog_is_caught_up_on_only_for_a_small_share_of_the_rest_of_the_tex
     length = policy.length(text, 1, backlog=100)
     assert length > 0
     policy.record(DraftedStep({text: (length, length)}, 98, 20 * PLAIN, PLAIN))
-    assert policy.length(text, 1, backlog=1) > 0  # it was not charged to the drafts behind it
+    assert policy.length(text, 1, backlog=1) > 0  # it was not charged to the drafts after it
 
 
 def test_a_preempted_request_keeps_its_record_and_a_finished_one_does_not() -> None:

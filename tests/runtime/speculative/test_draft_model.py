@@ -1,4 +1,4 @@
-"""A draft model with its own cache, beside a target that shows every wrong slot; so does the draft model."""
+"""A draft model with its own cache. Both it and the target reveal every wrong slot."""
 
 import math
 from collections import Counter
@@ -30,7 +30,7 @@ class Wrong(FakeModel):
 
 
 class Doubtful(FakeModel):
-    """Right in two of three places."""
+    """Two of three tokens are right."""
 
     def forward(self, batch: Batch) -> Tensor:
         """See `Model`."""
@@ -41,7 +41,7 @@ class Doubtful(FakeModel):
 
 
 def flawed() -> FakeModel:
-    """Its logits are NaN behind every third token."""
+    """Its logits are NaN after every third token."""
     model = FakeModel(256)
     model.spoil = dict.fromkeys(range(0, VOCAB, 3), math.nan)
     return model
@@ -56,7 +56,7 @@ def pair(
 
 
 def drain(running: Engine, drafter: DraftModel) -> list[Output]:
-    """All outputs to the end, with both integrity checks after every step."""
+    """Run to the end, with both integrity checks after every step; returns all outputs."""
     outputs = []
     while running.has_work:
         outputs += running.step()
@@ -106,7 +106,7 @@ def test_greedy_output_is_the_models(draft: str, num_blocks: int, max_batch: int
 
 
 def test_what_it_computes() -> None:
-    """The prompt, then a token at a time; and behind a draft that was accepted whole the two tokens that it has not seen."""
+    """The prompt, then one token at a time; after a draft that was accepted entirely, the two tokens that are missing."""
     draft = FakeModel()
     running, drafter = pair(draft, draft_len=3)
     running.add(Request(PROMPTS[3], SamplingParams(temperature=0, max_tokens=9)))
@@ -120,12 +120,12 @@ def test_what_it_computes() -> None:
     stats = running.stats.speculation
     assert stats is not None
     assert stats.accepted == 0
-    # Four more tokens, and drafts of 3, 2 and 1; what was refused is overwritten.
+    # Four more tokens, and drafts of 3, 2 and 1; rejected tokens are overwritten.
     assert wrong.batches == [(1, 4)] + [(1, 1)] * 5
 
 
 def test_a_token_that_the_drafter_does_not_have_ends_the_drafts() -> None:
-    """Of the sequences that hold it, and of no other in the step."""
+    """The sequences that hold it get no drafts; the others in the step do."""
     sizes = []
 
     class Narrow(FakeModel):
@@ -134,7 +134,7 @@ def test_a_token_that_the_drafter_does_not_have_ends_the_drafts() -> None:
             sizes.append(len(batch.seq_lens))
             return super().forward(batch)
 
-    prompts = [[3, VOCAB - 1, 4], [1, 2], [VOCAB - 9]]  # The last ones' texts go on through the tokens behind.
+    prompts = [[3, VOCAB - 1, 4], [1, 2], [VOCAB - 9]]  # The last texts continue through the token that the model lacks.
     running, drafter = pair(Narrow(256, vocab_size=VOCAB - 7))
     ids = [running.add(Request(prompt, GREEDY)) for prompt in prompts]
     outputs = drain(running, drafter)

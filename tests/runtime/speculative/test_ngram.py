@@ -1,4 +1,4 @@
-"""Prompt lookup against its definition."""
+"""Prompt lookup, compared with its definition."""
 
 from array import array
 from random import Random
@@ -10,7 +10,7 @@ from quantkit.runtime.speculative.ngram import LONGEST, SHORTEST, Index, NgramPr
 
 
 def looked_up(tokens: list[int], count: int) -> list[int]:
-    """The definition: the longest end first, its latest earlier occurrence, and the text from there on, again and again."""
+    """The definition: the latest earlier occurrence of the longest suffix, and the text after it, repeated if it is short."""
     end = len(tokens)
     for n in range(LONGEST, SHORTEST - 1, -1):
         for stop in range(end - 1, n - 1, -1):

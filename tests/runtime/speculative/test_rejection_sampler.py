@@ -1,4 +1,4 @@
-"""What follows a draft is distributed as if there had been none: against the exact distribution over a small vocabulary."""
+"""Text with drafts is distributed as without drafts: against the exact distribution over a small vocabulary."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -36,7 +36,7 @@ CASES = {
 
 @cache
 def exact(text: tuple[int, ...], params: SamplingParams) -> Tensor:
-    """The next token's probabilities behind PROMPT, OUTPUT and `text`, float64 [V]."""
+    """The next token's probabilities after PROMPT, OUTPUT and `text`, float64 [V]."""
     logits, output = logits_after([*PROMPT, *OUTPUT, *text], VOCAB).double(), [*OUTPUT, *text]
     for token in {*PROMPT, *output}:
         logits[token] *= 1 / params.repetition_penalty if logits[token] > 0 else params.repetition_penalty
@@ -55,23 +55,23 @@ def texts(params: SamplingParams) -> dict[Hashable, float]:
 
 
 def rows(text: Sequence, draft: Draft) -> Tensor:
-    """The model's logits behind the sequence and behind each token of its draft."""
+    """The model's logits after the sequence and after each token of its draft."""
     tokens = [*text.tokens, *draft.tokens]
     return torch.stack([logits_after(tokens[: len(text.tokens) + i], VOCAB) for i in range(len(draft.tokens) + 1)])
 
 
 def certain(random: Random) -> Callable[[Sequence], Draft]:
-    """A drafter that knows what it wants: some tokens more than others, by no rule that has to do with the model."""
+    """A drafter that returns no distributions: it prefers some tokens, by a rule that has nothing to do with the model."""
     return lambda text: Draft([min(random.choices(range(VOCAB), k=3)) for _ in range(LENGTH)])
 
 
 def drawn(_: Random) -> Callable[[Sequence], Draft]:
-    """A drafter that draws."""
+    """A drafter that draws its tokens."""
     return lambda text: Drawer(VOCAB).draft(text, LENGTH)
 
 
 def run(params: SamplingParams, drafter: Callable[[Sequence], Draft], seed: int) -> tuple[Counter[Hashable], int]:
-    """Texts that came out, those that end early completed by the exact distribution; and how many tokens were accepted."""
+    """The resulting texts, with those that end early completed by the exact distribution; and the number of accepted tokens."""
     counts: Counter[Hashable] = Counter()
     accepted, rest = 0, Random(seed)
     made = [sequence(PROMPT, OUTPUT, params, index=10_000 * seed + index) for index in range(ROUNDS)]
@@ -93,7 +93,7 @@ def test_texts_are_distributed_as_without_drafts(drafter: Callable[[Random], Cal
     counts, accepted = run(CASES[name], drafter(Random(5)), seed=1)
     statistic, bound = chi_square(counts, texts(CASES[name]))
     assert statistic < bound
-    # Drafts were accepted and refused, or else the test says nothing.
+    # Some drafts were accepted and some rejected; otherwise the test would show nothing.
     assert 0.05 * ROUNDS < accepted < 0.95 * LENGTH * ROUNDS
 
 
@@ -124,12 +124,12 @@ def test_a_drafter_that_draws_from_the_models_own_distribution_is_always_right()
         token = text.random.choices(range(VOCAB), first.tolist())[0]
         draft = Draft([token], first[None].float())
         (samples,) = verify(rows(text, draft), [text], [draft])
-        # 2^-24 of the draws may be refused by rounding.
+        # Rounding may reject 2^-24 of the draws.
         assert len(samples) == 2
 
 
 def test_nothing_left_over_falls_back_to_the_models_distribution() -> None:
-    # p is what the drafter claims, and still the token is refused: it was never in either.
+    # p equals q, and still the token is rejected, because its probability is 0 in both.
     params = SamplingParams(temperature=2.0, top_k=2)
     p = exact((), params)
     never = int((p == 0).nonzero()[0])
@@ -158,7 +158,7 @@ def test_random_numbers_are_those_of_a_run_without_drafts() -> None:
 
 
 def test_sequences_of_all_kinds_in_one_call() -> None:
-    """Each gets what it gets alone: greedy, drawn, with logprobs and without, with drafts of any length and of any kind."""
+    """Each sequence gets the same as alone: greedy, drawn, with and without logprobs, with drafts of any length and kind."""
     kinds = [
         SamplingParams(temperature=0),
         SamplingParams(temperature=0, logprobs=2, repetition_penalty=1.3),

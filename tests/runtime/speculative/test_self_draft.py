@@ -1,4 +1,4 @@
-"""A model's drafts for itself, which share its weights and cache: QSpec's rounded activations, QuantSpec's upper half."""
+"""A model that drafts for itself with its own weights and cache: QSpec's quantized activations, QuantSpec's upper half."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -38,7 +38,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """A model of a family, quantized by a recipe, made once."""
+    """A model of a family, quantized by a recipe; each is made once."""
     folder = tmp_path_factory.mktemp("qspec")
 
     def get(family: str, recipe: str) -> Path:
@@ -56,7 +56,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
 
 
 class Rounded:
-    """The draft pass in the model's place."""
+    """The draft pass in place of the model."""
 
     def __init__(self, model: ModelRunner, activation_bits: int) -> None:
         self.num_blocks, self.block_size = model.num_blocks, model.block_size
@@ -88,8 +88,11 @@ def test_the_draft_pass(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rounded where the oracle rounds. Sums differ in their order, by a millionth; where that flips an integer next to a tie,
-    all that follows is as far off as rounding itself moves it. Of 8 bits, whose steps are small, a few tokens meet no tie."""
+    """Quantized where the oracle quantizes.
+
+    Sums differ in their order, by a millionth. Where that flips an integer next to a tie, everything after it is off by as
+    much as quantization itself. With 8 bits, whose steps are small, a few tokens meet no tie.
+    """
     folder, tokens, pieces = artifact("llama", recipe), TOKENS[:count], [count - 3, 1, 2]
     if way == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
@@ -99,7 +102,7 @@ def test_the_draft_pass(
     exact, found = (paged_logits(each, tokens, pieces) for each in (model, Rounded(model, bits)))
     wanted = rounded_reference(folder, tokens, bits, recipe, monkeypatch)
     assert (found - wanted).abs().max() <= 0.01 * (exact - wanted).abs().max()
-    # The model itself is what it was.
+    # The model itself is unchanged.
     assert torch.equal(paged_logits(model, tokens, pieces), exact)
 
 
@@ -122,7 +125,7 @@ def test_nothing_to_round(tmp_path: Path) -> None:
 def test_greedy_output_is_the_models(
     artifact: Callable[[str, str], Path], family: str, bits: int, least: float, config: EngineConfig, tokens: int
 ) -> None:
-    """To the token, whatever the drafts are worth; of random models with flat logits they are worth little at 4 bits."""
+    """The same tokens, however good the drafts are. At 4 bits those of random models with flat logits are poor."""
     folder = artifact(family, "whole")
     alone = generated(engine(opened(folder), None, EngineConfig(max_batch=1)))
     running = engine(opened(folder, tokens), bits, config)
@@ -137,14 +140,14 @@ def test_greedy_output_is_the_models(
 def test_a_seed_gives_the_samples_that_it_gives_without_drafts(
     artifact: Callable[[str, str], Path], filters: dict[str, float]
 ) -> None:
-    """However long the drafts are, and whatever shortens them: a small budget of tokens, a batch."""
+    """However long the drafts are, and whether a small token budget or a batch shortens them."""
     params = SamplingParams(max_tokens=12, temperature=1.0, seed=5, n=3, ignore_eos=True, **filters)
     model = opened(artifact("llama", "whole"))
     wanted = generated(Engine(model, EngineConfig(max_batch=6)), params)
     for batch, budget, length in ((6, 512, 3), (3, 512, 5), (6, 8, 4), (3, 512, None)):
         running = engine(model, 8, EngineConfig(max_batch=batch, token_budget=budget, draft_len=length))
         assert generated(running, params) == wanted
-        if length:  # The tiny model's distributions are flat, so that what is drawn changes with little.
+        if length:  # The tiny model's distributions are flat, so small differences change the drawn tokens.
             assert speculation(running).accepted > 0.5 * speculation(running).drafts
 
 
@@ -171,12 +174,12 @@ def test_drafts_from_the_upper_half_of_the_cache(
     assert generated(running) == alone
     stats = speculation(running)
     assert stats.drafted > 50
-    # Drafts see 4 bits of keys and values of 8.
+    # Drafts see 4 of the 8 bits of keys and values.
     assert stats.accepted >= 0.5 * stats.drafted
 
 
 class Doubtful:
-    """A fake model's draft pass, in the same slots: right in two of three places."""
+    """The draft pass of a fake model, in the same slots; two of three tokens are right."""
 
     def __init__(self, model: FakeModel) -> None:
         self._model = model
@@ -190,7 +193,7 @@ class Doubtful:
 
 @pytest.mark.parametrize(("num_blocks", "max_batch"), [(64, 1), (64, 8), (13, 8)], ids=["alone", "batch", "preemption"])
 def test_drafts_stand_where_their_tokens_belong(num_blocks: int, max_batch: int) -> None:
-    """A model that reads every slot back: what a draft wrote is never read as anything else."""
+    """A model that reads every slot back: slots that a draft wrote are never read as anything else."""
     model = FakeModel(num_blocks)
     running = Engine(model, EngineConfig(max_batch, 64, draft_len=4), proposer=SelfDraft(Doubtful(model), model.block_size))
     prompts = [[(7 * i + j) % 97 for j in range(3 + 4 * i)] for i in range(6)]
@@ -227,8 +230,8 @@ def test_samples_are_distributed_as_without_drafts() -> None:
 
 @pytest.mark.slow
 def test_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same text with drafts of either kind. Nearly all of 8 bits is accepted; of 4 bits, without rotation, little."""
-    # The demo model is made once for a machine, not once for a test run.
+    """The same text with drafts of either kind. With 8 bits nearly all are accepted; with 4 bits, without rotation, few."""
+    # The demo model is made once per machine, not once per test run.
     monkeypatch.delenv("QUANTKIT_CACHE")
     (tmp_path / "recipe.yaml").write_text("{method: rtn, bits: 4, group_size: 64, rules: [{match: ^lm_head$, bits: 8}]}")
     options = ["--recipe", str(tmp_path / "recipe.yaml"), "-q"]
@@ -247,7 +250,7 @@ def test_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert texts[0] == texts[1] == texts[2]
     assert accepted[0] > 0.7  # near 0.9 over many texts; one of 48 tokens varies with the last bits of the model's sums
     assert accepted[0] > accepted[1]
-    # The upper half of a cache, behind several pages.
+    # The upper half of a cache, after several pages.
     cached = open_model(tmp_path / "out", CPU, CacheOptions(memory=1 << 27, max_model_len=256, max_batch=1, dtype="int4+4"))
     config = EngineConfig(max_batch=1, draft_len=4, prefix_caching=False)
     plain = Engine(cached, config).generate([Request(prompt, params)])

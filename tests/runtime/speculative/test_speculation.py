@@ -1,4 +1,4 @@
-"""Drafts through the whole engine, on a model that shows every wrong slot: whatever is drafted, the text is the model's."""
+"""Drafts through the whole engine, on a model that reveals every wrong slot: whatever is drafted, the text is the model's."""
 
 import itertools
 import math
@@ -60,7 +60,7 @@ def test_greedy_output_is_the_models(proposer: str, num_blocks: int, max_batch: 
 
 @pytest.mark.parametrize("proposer", ["right", "wrong", "mixed"])
 def test_logits_that_are_no_numbers_fail_a_request_where_they_do_without_drafts(proposer: str) -> None:
-    """Behind a draft's token they count only if the text gets there; what is accepted before is the model's."""
+    """After a draft token they count only if the text gets there; the tokens accepted before are the model's."""
     texts = [expected(prompt, 12) for prompt in PROMPTS]
     for token in (texts[2][5], (texts[3][4] + 1) % VOCAB):
         model = FakeModel()
@@ -85,7 +85,7 @@ def test_right_drafts_save_steps_and_wrong_ones_cost_none() -> None:
         running = engine(proposer)
         running.generate([Request(PROMPTS[3], SamplingParams(temperature=0, max_tokens=21))])
         steps[name] = running.stats.steps
-    # The prompt's step gives one token, then 20 come one by one, or in fives.
+    # The prompt's step gives one token; then 20 come one by one, or five at a time.
     assert steps == {"off": 21, "right": 5, "wrong": 21}
 
 
@@ -94,7 +94,7 @@ def test_the_last_token_is_not_drafted() -> None:
     running = engine(proposer, model)
     (out,) = running.generate([Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=4))])
     assert len(out.token_ids) == 4
-    # Three tokens are left: two are drafted, the third comes behind them.
+    # Three tokens are left: two are drafted, and the third follows them.
     assert model.batches == [(1, 3), (1, 3)]
     assert proposer.drafted == proposer.accepted_tokens == 2
 
@@ -116,7 +116,7 @@ def test_a_step_mixes_drafts_prompts_and_plain_sequences() -> None:
 
 
 def test_drafts_take_no_block_from_others() -> None:
-    """Two sequences fill a pool to the last block: drafts get shorter, and nobody is thrown out."""
+    """Two sequences fill a pool to the last block: drafts get shorter, and none is preempted."""
     model = FakeModel(num_blocks=8, block_size=4)
     running = engine(Guesser(wrong), model, caching=False)
     for start in (0, 40):
@@ -147,7 +147,7 @@ def test_only_accepted_tokens_reach_the_prefix_cache() -> None:
     prompt = list(range(6))
     (out,) = running.generate([Request(prompt, SamplingParams(temperature=0, max_tokens=30))])
     (again,) = running.generate([Request(prompt + out.token_ids, GREEDY)])
-    # 36 tokens; all but the last were computed. Where the run ends in the middle of a draft it is just as many.
+    # 36 tokens, of which all but the last were computed. It is the same number if the run ends in the middle of a draft.
     assert again.usage.cached == 32
     assert again.token_ids == expected(prompt, 42)[30:]
 
@@ -188,7 +188,7 @@ def test_logprobs_of_every_token(proposer: str) -> None:
         assert found.token_ids == wanted.token_ids
         for mine, theirs in zip(found.logprobs, wanted.logprobs, strict=True):
             assert mine.token == theirs.token
-            # A row of several is summed in another order.
+            # A row of a batch is summed in another order.
             assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
             assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
 
@@ -250,7 +250,7 @@ def test_numbers_add_up() -> None:
     running.generate([Request(PROMPTS[3], SamplingParams(temperature=0, max_tokens=9))])
     stats = running.stats.speculation
     assert stats is not None
-    # Eight tokens behind the first: two whole drafts with a token more.
+    # Eight tokens after the first: two whole drafts, each with one more token.
     assert (stats.drafts, stats.drafted, stats.accepted) == (2, 6, 6)
     assert (stats.acceptance_rate, stats.mean_accepted_length) == (1.0, 4.0)
     assert stats.acceptance_by_position == [1.0, 1.0, 1.0]
@@ -260,7 +260,7 @@ def test_numbers_add_up() -> None:
     running.generate([Request(PROMPTS[3], SamplingParams(temperature=0, max_tokens=9))])
     stats = running.stats.speculation
     assert stats is not None
-    # Of the last eight tokens seven can be drafted for; the drafts end where the text does.
+    # Seven of the last eight tokens can be drafted; the drafts end where the text does.
     assert (stats.drafts, stats.drafted, stats.accepted) == (7, 3 * 5 + 2 + 1, 0)
     assert (stats.acceptance_rate, stats.mean_accepted_length) == (0.0, 1.0)
     assert stats.speed_up is None  # no step without drafts to compare with
@@ -276,7 +276,7 @@ def test_the_speed_up_is_over_steps_without_drafts(monkeypatch: pytest.MonkeyPat
     stats = running.stats.speculation
     assert stats is not None
     assert stats.drafted > 0
-    # Not counted: the prompt's step and six steps, behind which the cost of a step is known, with a token each.
+    # Not counted: the prompt's step, and six steps of one token each after which the cost of a step is known.
     assert stats.speed_up == pytest.approx((60 - 7) / (len(model.batches) - 7))
     assert (stats.speed_up > 2) == (guess is right)
 
