@@ -74,7 +74,7 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print a row a type as it is measured, then everything as JSON."""
+    """Print one row per KV dtype as soon as it is measured, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--contexts", default="256,2048,4096")
@@ -88,7 +88,7 @@ def main() -> None:
         results[dtype] = measure(folder, dtype, contexts, options.windows)
         print(row(dtype, results[dtype]), flush=True)
         result = json.dumps({"model": options.model, "threads": torch.get_num_threads(), "results": results}, indent=2)
-        if options.json:  # what was measured is kept even when a later type is cut off
+        if options.json:  # Written after every dtype, so that results are kept if a later one is interrupted.
             options.json.write_text(result + "\n")
     print(result)
 

@@ -131,7 +131,7 @@ def run(opened: Mapping[str, OpenedModel], request: Request) -> dict[str, Stream
     }
     waiting = list(streams.values())
     while waiting:
-        # Of several that have as few, the one that has waited longest.
+        # The stream with the fewest tokens; of several, the one that has waited longest.
         stream = min(waiting, key=lambda each: len(each.tokens))
         waiting.remove(stream)
         stream.advance()
@@ -141,7 +141,7 @@ def run(opened: Mapping[str, OpenedModel], request: Request) -> dict[str, Stream
 
 
 def measure(opened: Mapping[str, OpenedModel], text: str, request: Request, repeats: int) -> list[Measured]:
-    """All modes on one text; the first run of all warms up."""
+    """Measure all modes on one text; an extra run comes first as a warm-up."""
     run(opened, request)
     runs = [run(opened, request) for _ in range(repeats)]
     measured = []
@@ -157,7 +157,7 @@ def measure(opened: Mapping[str, OpenedModel], text: str, request: Request, repe
 
 
 def requests(folder: Path, tokens: int, context: int | None = None) -> dict[str, Request]:
-    """The three texts, or the long one."""
+    """Name -> request: the three texts, or the long one if `context` is given."""
     encode = load_tokenizer(Checkpoint(folder))
     greedy = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
     if context is not None:
@@ -171,7 +171,7 @@ def requests(folder: Path, tokens: int, context: int | None = None) -> dict[str,
 
 
 def open_modes(folder: Path, device: torch.device, cache: CacheOptions, options: argparse.Namespace) -> dict[str, OpenedModel]:
-    """Mode -> its model; `off` first."""
+    """Mode -> a model of its own; `off` comes first."""
     words, bits = speculation(options), options.qspec or 8
     opened: dict[str, OpenedModel] = {
         "off": open_with_proposer(words, folder, device, cache, bits)._replace(new_proposer=None)
@@ -182,14 +182,14 @@ def open_modes(folder: Path, device: torch.device, cache: CacheOptions, options:
 
 
 def speculation(options: argparse.Namespace) -> str:
-    """The words of `--spec`."""
+    """The value of `--spec`."""
     if options.draft:
         return f"draft:{options.draft}"
     return "qspec" if options.qspec else "quantspec" if options.quantspec else "ngram"
 
 
 def main() -> None:
-    """Print a row a mode and text, then everything as JSON."""
+    """Print one row per mode and text, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     drafters = parser.add_mutually_exclusive_group()

@@ -19,7 +19,7 @@ from quantkit.runtime.kv_cache.cache_format import cache_format
 from quantkit.runtime.kv_cache.dtype_base import LayerShape
 from quantkit.runtime.model import attention
 from quantkit.runtime.model.loader import load_block, load_non_block_weights
-from quantkit.runtime.model.weights import Source
+from quantkit.runtime.model.weights import WeightReader
 
 #: Tokens that run through a block at once.
 _BATCH_TOKENS = 4096
@@ -30,7 +30,7 @@ class PackedStreamedModel(StreamedModel):
 
     def load_non_block_weights(self) -> None:
         """Read embeddings, final norm and head, as the engine does; nothing is widened. To be called once."""
-        load_non_block_weights(self._model, Source(self.checkpoint), self.device, self.dtype)
+        load_non_block_weights(self._model, WeightReader(self.checkpoint), self.device, self.dtype)
         self._load(self._model, "", [name for name, _ in self._model.named_parameters() if name in self._non_block_names])
 
     @contextmanager
@@ -38,7 +38,7 @@ class PackedStreamedModel(StreamedModel):
         """Block `index` with kernel-ready weights; they are released when the context ends."""
         module = copy.deepcopy(self._blocks[index])
         materialize_buffers(self._model, module, self.device)
-        load_block(module, self.prefix(index), self.family, Source(self.checkpoint), self.device, self.dtype)
+        load_block(module, self.prefix(index), self.family, WeightReader(self.checkpoint), self.device, self.dtype)
         yield module
 
 

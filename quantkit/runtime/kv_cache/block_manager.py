@@ -21,7 +21,7 @@ class BlockManager:
         block_size: tokens per block.
         pool: the blocks.
         capacity: most tokens that a sequence may hold.
-        cache: which blocks hold known prefixes.
+        prefix_cache: which blocks hold known prefixes.
         copies: (source, target) blocks to copy before the next forward.
         evicted: blocks that sequences have evicted so far to stay within their budget.
     """
@@ -36,7 +36,7 @@ class BlockManager:
     ) -> None:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks)
-        self.cache = PrefixCache(offload)
+        self.prefix_cache = PrefixCache(offload)
         self.copies: list[tuple[int, int]] = []
         self.evicted = 0
         self._prefix_caching, self._eviction = prefix_caching, eviction
@@ -82,7 +82,7 @@ class BlockManager:
             dropped = self._eviction.drop(scores)
             for place in reversed(dropped):
                 block = sequence.blocks.pop(place)
-                self.pool.release(block, keep=block in self.cache)
+                self.pool.release(block, keep=block in self.prefix_cache)
             sequence.evicted = sorted([*sequence.evicted, *(logical[place] for place in dropped)])
             sequence.mass, sequence.scores = [], [score for place, score in enumerate(scores) if place not in dropped]
             sequence.num_evicted += len(dropped) * self.block_size
@@ -117,7 +117,7 @@ class BlockManager:
         size = self.block_size
         for i in range(sequence.num_published, sequence.num_computed // size):
             tokens = sequence.tokens[i * size : (i + 1) * size]
-            sequence.chain = self.cache.publish(sequence.chain, tokens, sequence.blocks[i])
+            sequence.chain = self.prefix_cache.publish(sequence.chain, tokens, sequence.blocks[i])
             sequence.num_published += 1
 
     def trim(self, sequence: Sequence, num_tokens: int = 0) -> None:
@@ -137,7 +137,7 @@ class BlockManager:
     def release(self, sequence: Sequence) -> None:
         """Release all blocks of a sequence, the last first: the ends of prefixes are reused before their starts."""
         for block in reversed(sequence.blocks):
-            self.pool.release(block, keep=block in self.cache)
+            self.pool.release(block, keep=block in self.prefix_cache)
         del sequence.blocks[:]
         sequence.num_computed, sequence.num_published, sequence.chain = 0, 0, ROOT
         sequence.num_evicted, sequence.evicted, sequence.scores, sequence.mass = 0, [], [], []
@@ -145,7 +145,7 @@ class BlockManager:
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert that the pool is consistent, that these sequences hold all used blocks and may share them."""
         self.pool.check()
-        self.cache.check()
+        self.prefix_cache.check()
         holders: dict[int, list[tuple[Sequence, int]]] = defaultdict(list)
         for sequence in sequences:
             evicted, held = sequence.num_evicted, len(sequence.blocks)
@@ -167,9 +167,9 @@ class BlockManager:
             end = min((i + 1) * size, sequence.num_computed, other.num_computed)
             assert i == j, f"block {block} is in two places"
             assert sequence.tokens[:end] == other.tokens[:end], f"block {block} is shared by two texts"
-            if block in self.cache:
+            if block in self.prefix_cache:
                 assert i < sequence.num_published, f"block {block} is cached before it is full"
-                assert self.cache.tokens(block) == tuple(sequence.tokens[i * size : (i + 1) * size])
+                assert self.prefix_cache.tokens(block) == tuple(sequence.tokens[i * size : (i + 1) * size])
 
     def _attach(self, sequence: Sequence, nodes: list[Entry]) -> int:
         """Give a sequence its cached prefix, up to the first block that the offload cannot return; returns its tokens."""
@@ -180,7 +180,7 @@ class BlockManager:
             if block is None:
                 block = self._take()
                 tokens = sequence.tokens[i * self.block_size : (i + 1) * self.block_size]
-                if not self.cache.fetch(sequence.chain, tokens, block):
+                if not self.prefix_cache.fetch(sequence.chain, tokens, block):
                     self.pool.release(block, keep=False)
                     for later, _ in nodes[i + 1 :]:
                         if later is not None:
@@ -196,7 +196,7 @@ class BlockManager:
         nodes: list[Entry] = []
         size, node = self.block_size, ROOT
         for stop in range(size, min(sequence.num_reusable + 1, self.capacity), size):
-            entry = self.cache.find(node, sequence.tokens[stop - size : stop])
+            entry = self.prefix_cache.find(node, sequence.tokens[stop - size : stop])
             if entry is None:
                 break
             node = entry.node
@@ -208,5 +208,5 @@ class BlockManager:
 
     def _take(self) -> int:
         block = self.pool.take()
-        self.cache.forget(block)
+        self.prefix_cache.forget(block)
         return block

@@ -23,7 +23,7 @@ from quantkit.runtime.kv_cache.dtype_base import LayerShape
 from quantkit.runtime.kv_cache.sizing import CachedModel
 from quantkit.runtime.model import attention
 from quantkit.runtime.model.layers import Embedding, FusedLinear, FusedSlice, Linear, Norm, pack_weight
-from quantkit.runtime.model.weights import Source
+from quantkit.runtime.model.weights import WeightReader
 
 logger = logging.getLogger("quantkit.runtime")
 
@@ -79,7 +79,7 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     family = family_of(checkpoint.config["model_type"], str(checkpoint.folder / "config.json"))
     dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.bfloat16
     model = build_skeleton(config, attention.register(), dtype)
-    source = Source(checkpoint)
+    source = WeightReader(checkpoint)
     if source.beside:
         where, fields = checkpoint.folder / "config.json", " and ".join(source.beside)
         logger.warning("note: %s: %s are not applied; activations and KV cache stay more precise", where, fields)
@@ -90,8 +90,8 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
         load_non_block_weights(model, source, device, dtype)
         _load_norms(model, "", family, source, device, dtype)
     materialize_buffers(model, model, device)
-    unread = _COMPUTED + sum(source.beside.values(), ())
-    stray = sorted(name for name in source.left if not name.endswith(unread))
+    ignored = _COMPUTED + sum(source.beside.values(), ())
+    stray = sorted(name for name in source.unread if not name.endswith(ignored))
     if stray:
         raise CheckpointError(f"{checkpoint.folder}: holds {quoted(stray[0])}, for which config.json has no place")
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), "a tensor was not loaded"
@@ -101,7 +101,7 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
 
 
 def load_block(
-    block: nn.Module, prefix: str, family: Family, source: Source, device: torch.device, dtype: torch.dtype
+    block: nn.Module, prefix: str, family: Family, source: WeightReader, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Give a block of the skeleton its weights, packed for their kernels.
 
@@ -128,7 +128,7 @@ def load_block(
 
 
 def _read_linear(
-    module: nn.Module, path: str, source: Source
+    module: nn.Module, path: str, source: WeightReader
 ) -> tuple[QuantizedWeight | Tensor, Tensor | None, Tensor | None]:
     """Weight, bias and column permutation of a linear layer of the skeleton."""
     assert isinstance(module.weight, Tensor)
@@ -173,7 +173,7 @@ def _fused_weight(weights: list[QuantizedWeight | Tensor]) -> QuantizedWeight | 
 
 
 def _load_norms(
-    root: nn.Module, prefix: str, family: Family, source: Source, device: torch.device, dtype: torch.dtype
+    root: nn.Module, prefix: str, family: Family, source: WeightReader, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Replace every RMS norm below `root` that has not been replaced yet."""
     for name, module in list(root.named_modules()):
@@ -186,7 +186,7 @@ def _load_norms(
         root.set_submodule(name, Norm((stored.float() + family.norm_offset).to(device, dtype), eps))
 
 
-def load_non_block_weights(model: Any, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+def load_non_block_weights(model: Any, source: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
     """Give the skeleton its embedding and head, ready for their kernels; a tied head shares the embedding's memory.
 
     Args:

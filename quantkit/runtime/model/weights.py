@@ -15,11 +15,11 @@ from quantkit.methods.grid import QuantizedWeight
 _DENSE = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Source:
+class WeightReader:
     """The matrices and vectors of a checkpoint by name.
 
     Attributes:
-        left: tensors that were not read so far.
+        unread: tensors that were not read so far.
         beside: see `PackedReader`.
     """
 
@@ -29,7 +29,7 @@ class Source:
         self._packed = PackedReader(checkpoint) if quantized else None
         self._modules = set(self._packed.modules) if self._packed else set()
         self.beside = self._packed.beside if self._packed else {}
-        self.left = set(checkpoint.tensors)
+        self.unread = set(checkpoint.tensors)
 
     def holds(self, module: str) -> bool:
         """Whether there is a packed or dense matrix under that path."""
@@ -47,7 +47,7 @@ class Source:
             CheckpointError: it is missing, has another shape, or has a dtype that models do not compute in.
         """
         tensor = self.checkpoint.read([name])[name]
-        self.left.discard(name)
+        self.unread.discard(name)
         self._check(name, tensor.shape, shape)
         if tensor.dtype not in _DENSE:
             file, found = self.checkpoint.tensors[name].file, str(tensor.dtype).removeprefix("torch.")
@@ -64,7 +64,7 @@ class Source:
         if self._packed is None or module not in self._modules:
             return self.tensor(f"{module}.weight", shape), None
         weight, column_perm = self._packed.read_sorted(module)
-        self.left -= {f"{module}.{suffix}" for suffix in self._packed.form.suffixes}
+        self.unread -= {f"{module}.{suffix}" for suffix in self._packed.form.suffixes}
         self._check(module, weight.codes.shape, shape)
         return weight, column_perm
 

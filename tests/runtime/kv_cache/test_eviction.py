@@ -117,7 +117,7 @@ def test_what_a_sequence_drops_is_free_at_once_and_what_it_published_stays_known
     _run(kv, one, 36)
     assert (len(one.blocks), kv.pool.num_free, one.evicted) == (3, 9, list(range(7)))
     # Three blocks were published before the first eviction. Later blocks are not published, because their tokens saw less.
-    assert len(kv.cache) == 3
+    assert len(kv.prefix_cache) == 3
     assert one.num_published == 3
     # A prompt with the same start finds two of them: the last block of a budget is always computed.
     other = sequence(TEXT[:40], request_id=1)

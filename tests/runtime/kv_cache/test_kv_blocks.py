@@ -197,7 +197,7 @@ def _mistake(kv: BlockManager, one: Sequence, _: Sequence) -> None:
 
 
 def _early(kv: BlockManager, one: Sequence, _: Sequence) -> None:
-    kv.cache.publish(one.chain, [5, 6], one.blocks[2])
+    kv.prefix_cache.publish(one.chain, [5, 6], one.blocks[2])
 
 
 @pytest.mark.parametrize("damage", [_leak, _extra, _steal, _twice, _lose, _mistake, _early])

@@ -71,7 +71,7 @@ def drawn(_: Random) -> Callable[[Sequence], Draft]:
 
 
 def run(params: SamplingParams, drafter: Callable[[Sequence], Draft], seed: int) -> tuple[Counter[Hashable], int]:
-    """The resulting texts, with those that end early completed by the exact distribution; and the number of accepted tokens."""
+    """The resulting texts, those that end early completed by the exact distribution; and the number of accepted tokens."""
     counts: Counter[Hashable] = Counter()
     accepted, rest = 0, Random(seed)
     made = [sequence(PROMPT, OUTPUT, params, index=10_000 * seed + index) for index in range(ROUNDS)]
