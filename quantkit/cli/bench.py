@@ -66,7 +66,7 @@ def bench(
         from quantkit.bench.plot import plot as draw
         from quantkit.bench.run import BenchRequest, run
     except ModuleNotFoundError as error:
-        raise QuantkitError(f'quantkit bench needs {error.name}; pip install "quantkit[bench]"') from None
+        raise QuantkitError(f'quantkit bench needs {error.name}; pip install "quantkit-llm[bench]"') from None
     from quantkit.cli import tables
     from quantkit.cli.bench_table import bench_table
 

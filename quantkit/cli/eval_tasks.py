@@ -29,7 +29,7 @@ def evaluate_tasks(
     try:
         from quantkit.evaluation.tasks import TaskRequest, run_tasks
     except ModuleNotFoundError as error:
-        raise QuantkitError(f'quantkit eval --tasks needs {error.name}; pip install "quantkit[lm-eval]"') from None
+        raise QuantkitError(f'quantkit eval --tasks needs {error.name}; pip install "quantkit-llm[lm-eval]"') from None
     request, reports = TaskRequest(**wanted), {}
     for role, name in models.items():
         session = engine.open(name)

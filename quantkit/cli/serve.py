@@ -47,7 +47,7 @@ def serve(
         from quantkit.server.app import ServerConfig, create_app
         from quantkit.server.process import run
     except ModuleNotFoundError as error:
-        raise QuantkitError(f'quantkit serve needs {error.name}; pip install "quantkit[serve]"') from None
+        raise QuantkitError(f'quantkit serve needs {error.name}; pip install "quantkit-llm[serve]"') from None
     from quantkit.cli import tables
 
     if api_key is None and not _loopback(host):

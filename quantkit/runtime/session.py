@@ -130,7 +130,7 @@ class Session:
         try:
             from quantkit.runtime.sampling.json_schema import JsonGrammars  # an extra, and only needed here
         except ImportError:
-            raise RequestError("JSON of a given form needs llguidance; run: pip install 'quantkit[serve]'") from None
+            raise RequestError("JSON of a given form needs llguidance; run: pip install 'quantkit-llm[serve]'") from None
         return JsonGrammars(self.tokenizer, self.model.vocab_size, self.eos_token_ids)
 
     def request(self, prompt: Prompt, params: SamplingParams, *, chat: bool, constraint: Constraint | None = None) -> Request:

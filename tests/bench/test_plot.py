@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib", reason='needs pip install "quantkit[bench]"')
+pytest.importorskip("matplotlib", reason='needs pip install "quantkit-llm[bench]"')
 
 from quantkit.bench.client import Workload
 from quantkit.bench.measures import Limits, Record, figures

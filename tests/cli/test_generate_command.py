@@ -131,7 +131,7 @@ def test_without_the_library_it_is_named(llama: Path, tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "llguidance", None)
     monkeypatch.delitem(sys.modules, "quantkit.runtime.sampling.json_schema", raising=False)
     line = refused("generate", llama, "x", "--json-schema", tmp_path / "s.json")
-    assert "needs llguidance; run: pip install 'quantkit[serve]'" in line
+    assert "needs llguidance; run: pip install 'quantkit-llm[serve]'" in line
 
 
 @pytest.mark.parametrize("length", ["auto", 3])

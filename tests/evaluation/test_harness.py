@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from helpers import tiny
 from helpers.command import quantkit, refused
 
-pytest.importorskip("lm_eval", reason='needs pip install "quantkit[lm-eval]"')
+pytest.importorskip("lm_eval", reason='needs pip install "quantkit-llm[lm-eval]"')
 
 from lm_eval.api.instance import Instance
 
@@ -274,4 +274,4 @@ def test_a_task_without_its_data(llama: Path, folder: Path, tmp_path: Path) -> N
 
 def test_without_the_harness(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "quantkit.evaluation.tasks", None)
-    assert 'pip install "quantkit[lm-eval]"' in refused("eval", llama, "--tasks", "quiz")
+    assert 'pip install "quantkit-llm[lm-eval]"' in refused("eval", llama, "--tasks", "quiz")

@@ -121,7 +121,7 @@ class TestHarness:
 
     @pytest.fixture(scope="class")
     def lm(self, url: str, folder: Path) -> Any:
-        pytest.importorskip("lm_eval", reason='needs pip install "quantkit[lm-eval]"')
+        pytest.importorskip("lm_eval", reason='needs pip install "quantkit-llm[lm-eval]"')
         pytest.importorskip("tenacity", reason='needs pip install "lm-eval[api]"')
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
