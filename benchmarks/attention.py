@@ -1,11 +1,11 @@
-"""Paged attention on a GPU against torch's scaled_dot_product_attention, at the heads of Llama 3 8B and 70B, one layer.
+"""Time paged attention on a GPU against torch's scaled_dot_product_attention: one layer, with the heads of Llama 3 8B and 70B.
 
-Terms: us = median time of one call replayed from a CUDA graph, the L2 cache flushed before each (triton.testing.do_bench).
-read = bytes of keys and values that the sequences hold, each counted once; GB/s = read / us; of copy = GB/s over what
-copying 1 GiB on the same device attains (read + written). TFLOP/s = 4 D Hq x (query, key) pairs that the causal mask leaves,
-over us. sdpa us = torch's function on the same numbers laid out contiguously, which no serving engine has; `new` = new tokens
-of each sequence, `context` = its tokens in the cache, those included. Results are compared before they are timed. Configs are
-tuned on first use and kept under $QUANTKIT_CACHE.
+Terms: us = median time of one call, replayed from a CUDA graph with the L2 cache flushed before each call
+(triton.testing.do_bench). GB/s = bytes of the sequences' keys and values, each counted once, per us. of copy = GB/s, as a
+fraction of the bandwidth (read + written) of copying 1 GiB on the same device. TFLOP/s = 4 D Hq x (query, key) pairs that the
+causal mask leaves, per us. sdpa us = time of torch's function on the same numbers, stored contiguously, which no serving
+engine does. new = new tokens per sequence. context = tokens per sequence in the cache, the new ones included. Results are
+compared before they are timed. Configs are tuned on first use and kept under $QUANTKIT_CACHE.
 
 usage: python -m benchmarks.attention [--dtype bfloat16] [--json FILE]
 """
@@ -25,7 +25,7 @@ BLOCK_SIZE = 16
 #: (new tokens, sequences, context)
 DECODE = [(new, batch, context) for new in (1, 5) for batch in (1, 8, 32, 128) for context in (1024, 4096, 32768)]
 PREFILL = [(512, 1, 512), (2048, 1, 2048), (8192, 1, 8192), (512, 8, 512), (512, 1, 8192), (2048, 1, 32768)]
-MOST_TOKENS = 1 << 20  # in the cache, all sequences together: 4 GiB, twice
+MOST_TOKENS = 1 << 20  # in the cache, over all sequences: 4 GiB of keys and values, and as much for the dense copy
 
 Row = dict[str, str | int | float]
 
@@ -50,7 +50,7 @@ class Case:
         return paged_attention(*tensors, scale=self.query.shape[2] ** -0.5, max_query_len=self.new)
 
     def dense(self) -> Callable[[], Tensor]:
-        """The same from torch, [S, Hq, new, D], on copies that are gathered beforehand."""
+        """A call that computes the same in torch, [S, Hq, new, D], on contiguous copies that are made beforehand."""
         sequences, context = len(self.seq_lens), int(self.seq_lens[0])
         table = self.block_table.long()
         keys, values = (
@@ -67,7 +67,7 @@ class Case:
 
 
 def make_case(heads: tuple[int, int, int], new: int, batch: int, context: int, dtype: torch.dtype, device: str) -> Case:
-    """Normal numbers in blocks that lie in no order; `context` is a multiple of the block size."""
+    """Random numbers in randomly ordered blocks; `context` is a multiple of the block size."""
     query_heads, kv_heads, dim = heads
     blocks = batch * context // BLOCK_SIZE
     caches = torch.randn(2, blocks, BLOCK_SIZE, kv_heads, dim, dtype=dtype, device=device)
@@ -79,7 +79,7 @@ def make_case(heads: tuple[int, int, int], new: int, batch: int, context: int, d
 
 
 def assert_same(case: Case) -> None:
-    """The kernels and torch agree up to the rounding of 16-bit weights and results."""
+    """Assert that the kernels and torch agree up to the rounding of 16-bit weights and results."""
     dense = case.dense()().transpose(1, 2).flatten(0, 1)
     torch.testing.assert_close(case.paged(), dense, rtol=2e-2, atol=2e-2)
 
@@ -98,14 +98,14 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def copy_bandwidth() -> float:
-    """GB/s read and written by a copy of 1 GiB."""
+    """Bandwidth of a copy of 1 GiB: GB/s read plus written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / 1e3 / microseconds(lambda: target.copy_(source))
 
 
 def measure(name: str, new: int, batch: int, context: int, dtype: torch.dtype, copy: float) -> Row:
-    """One row of the table; `copy` in GB/s."""
+    """Measure one row of the table; `copy` is the device's copy bandwidth in GB/s."""
     query_heads, kv_heads, dim = HEADS[name]
     case = make_case(HEADS[name], new, batch, context, dtype, "cuda")
     assert_same(case)
@@ -129,7 +129,7 @@ def measure(name: str, new: int, batch: int, context: int, dtype: torch.dtype, c
 
 
 def rows(dtype: torch.dtype, copy: float) -> Iterator[Row]:
-    """Every row, as it is measured; `copy` is the device's copy bandwidth in GB/s."""
+    """The rows, each as soon as it is measured; `copy` is the device's copy bandwidth in GB/s."""
     for name in HEADS:
         for new, batch, context in DECODE + PREFILL:
             if batch * context <= MOST_TOKENS:
@@ -137,10 +137,10 @@ def rows(dtype: torch.dtype, copy: float) -> Iterator[Row]:
 
 
 def main() -> None:
-    """Print a row as it is measured, then everything as JSON."""
+    """Print each row when it is measured, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.attention: no CUDA device; run it on a machine with an NVIDIA GPU", file=sys.stderr)

@@ -1,12 +1,12 @@
-"""Everything there is to run on a machine with an NVIDIA GPU, in one call from the source tree: tests, then benchmarks.
+"""Run all tests and benchmarks for a machine with an NVIDIA GPU, in one call from the source tree.
 
-    tests     the tests of the kernels, which are compiled there instead of interpreted, and of whole models on the GPU
-    kernels   benchmarks.kernels: matmuls of 4 bits, and attention; then matmuls of 8, 3 and 2 bits
-    speed     `quantkit eval --speed` of a random Llama of 1.1B parameters (or of --model) in 16 and in 4 bits
+    tests     the kernels' tests, with kernels compiled instead of interpreted, and tests of whole models on the GPU
+    kernels   benchmarks.kernels: 4-bit matmuls and attention; then kernels-8bit, -3bit and -2bit: matmuls of 8, 3 and 2 bits
+    speed     `quantkit eval --speed` for a random Llama of 1.1B parameters (or for --model), in 16 bits and in 4 bits
 
-Each step is a process of its own, which is cut off after --limit seconds; one that fails does not keep the others from
-running. FOLDER gets NAME.log with what a step printed, NAME.json with what it measured, and summary.json with the machine and
-how each step ended. The choices of the tuner are kept there, too, and found again by the next run into the same folder.
+Each step runs in a separate process and is stopped after --limit seconds. If a step fails, the others still run. FOLDER
+receives NAME.log with the output of each step, NAME.json with its measurements, and summary.json with the machine and the
+outcome of each step. The kernels' tuned configs are kept in FOLDER too, and the next run into the same folder reuses them.
 
 usage: python -m benchmarks.gpu [--out FOLDER] [--only tests,kernels,...] [--model MODEL] [--limit 1800]
 """
@@ -28,13 +28,13 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m"]
-#: Without the current folder in the path: its `kernels` would be taken for the distribution of that name.
+#: Without the current folder in the import path: its `kernels` would be mistaken for the distribution of that name.
 PYTEST = [sys.executable, "-c", "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"]
-GPU_TESTS = ["tests/kernels", "tests/runtime/test_gpu.py"]
+GPU_TESTS = ["tests/kernels", "tests/runtime/engine/test_gpu.py"]
 
 
 def steps(out: Path, model: str | None) -> dict[str, list[str]]:
-    """Name -> command; those that measure write to NAME.json."""
+    """Name -> command of each step; steps that measure write to NAME.json."""
 
     def kernels(name: str, *options: str) -> list[str]:
         return [*PYTHON, "benchmarks.kernels", "--json", str(out / f"{name}.json"), *options]
@@ -48,7 +48,7 @@ def steps(out: Path, model: str | None) -> dict[str, list[str]]:
 
 
 def run_step(name: str, command: list[str], out: Path, limit: float) -> dict[str, Any]:
-    """Run one, its words into a log; how it ended."""
+    """Run one step with its output going to NAME.log; returns its outcome."""
     environment = {**os.environ, "QUANTKIT_CACHE": os.environ.get("QUANTKIT_CACHE", str(out / "cache"))}
     started = time.monotonic()
     with (out / f"{name}.log").open("w", encoding="utf-8") as log:
@@ -58,12 +58,12 @@ def run_step(name: str, command: list[str], out: Path, limit: float) -> dict[str
             )
             status = "ok" if done.returncode == 0 else f"exit status {done.returncode}"
         except subprocess.TimeoutExpired:
-            status = f"cut off after {limit:g} s"
+            status = f"stopped after {limit:g} s"
     return {"status": status, "seconds": round(time.monotonic() - started, 1), "command": command}
 
 
 def run_all(chosen: dict[str, list[str]], out: Path, limit: float, machine: dict[str, Any]) -> bool:
-    """Run them one after another; whether all went well. The summary is kept even when a later step is cut off."""
+    """Run the steps one after another; returns whether all succeeded. The summary is written after each step."""
     ended: dict[str, dict[str, Any]] = {}
     for name, command in chosen.items():
         ended[name] = run_step(name, command, out, limit)
@@ -73,7 +73,7 @@ def run_all(chosen: dict[str, list[str]], out: Path, limit: float, machine: dict
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The GPU and the software versions that the numbers were measured with."""
     properties = torch.cuda.get_device_properties(0)
     names = ("torch", "triton", "transformers", "gemlite")
     return {
@@ -87,7 +87,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def measure_speed(model: str | None, out: Path) -> None:
-    """Speed of a model in 16 and in 4 bits, each in a process of its own, into speed.json."""
+    """Measure the speed of a model in 16 bits and in 4 bits, each in a separate process, and write speed.json."""
     from benchmarks.memory import MODELS, make_checkpoint
     from benchmarks.quality import run
     from quantkit.checkpoint.locate import locate
@@ -109,12 +109,12 @@ def measure_speed(model: str | None, out: Path) -> None:
 
 
 def main() -> None:
-    """Run the steps that were asked for."""
+    """Run the chosen steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out/gpu")), help="default: $OUT, or out/gpu")
-    parser.add_argument("--only", help="steps, separated by commas")
-    parser.add_argument("--model", help="a folder or name; by default a random one of 1.1B parameters is made")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for one step")
+    parser.add_argument("--only", help="names of steps, separated by commas; default: all")
+    parser.add_argument("--model", help="model folder or name; default: a random model of 1.1B parameters")
+    parser.add_argument("--limit", type=float, default=1800, help="stop a step after this many seconds")
     parser.add_argument("--measure", nargs="?", const="", help=argparse.SUPPRESS)  # the process of the step `speed`
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -1,12 +1,12 @@
-"""The kernels on a GPU: the matmul with packed weights at the linear layers of Llama 3 8B and 70B, then paged attention.
+"""Time the GPU kernels: the matmul with packed weights at the linear layers of Llama 3 8B and 70B, then paged attention.
 
-Terms: us = median time of one call replayed from a CUDA graph, the L2 cache flushed before each. read = bytes of packed
-weights, scales, zero points and activations, each counted once; GB/s = read / us; of copy = GB/s over what copying 1 GiB on
-the same device attains (read + written). times dense = us of torch.nn.functional.linear with the same weights in 16 bit,
-over us; times gemlite = the same of gemlite (4 bits), where it is installed. Results are compared before they are timed.
-Configs are tuned on first use and kept under $QUANTKIT_CACHE. For attention see benchmarks.attention.
+Terms: us = median time of one call, replayed from a CUDA graph with the L2 cache flushed before each call. GB/s = bytes of
+packed weights, scales, zero points and activations, each counted once, per us. of copy = GB/s, as a fraction of the bandwidth
+(read + written) of copying 1 GiB on the same device. times dense = time of torch.nn.functional.linear with the same weights in
+16 bit, divided by us. times gemlite = the same for gemlite (4 bits), if it is installed. Results are compared before they are
+timed. Configs are tuned on first use and kept under $QUANTKIT_CACHE. For attention see benchmarks.attention.
 
-Goals: at 1 row 0.75 of copy and 3 times dense; at no number of rows below 0.95 times dense.
+Goals: at 1 row, 0.75 of copy and 3 times dense; at any number of rows, at least 0.95 times dense.
 
 usage: python -m benchmarks.kernels [--dtype bfloat16] [--bits 4] [--group 128] [--skip-attention] [--json FILE]
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks import attention
 from benchmarks.attention import Row, copy_bandwidth, microseconds
 
-#: name -> [N, K]; q, k, v are one matrix, and so are gate and up.
+#: Name -> [N, K]. q, k and v are fused into one matrix, and so are gate and up.
 SHAPES = {
     "8b qkv": (6144, 4096),
     "8b o": (4096, 4096),
@@ -44,7 +44,7 @@ Matmul = Callable[[Tensor], Tensor]
 
 
 def gemlite_matmul(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> Matmul:
-    """gemlite's layer with the same weight."""
+    """The product by gemlite's layer with the same weight."""
     from gemlite import helper
 
     maker = helper.A16Wn(device="cuda", dtype=scales.dtype)
@@ -53,7 +53,7 @@ def gemlite_matmul(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, grou
 
 
 def matmuls(shape: tuple[int, int], dtype: torch.dtype, bits: int, group: int, device: str) -> tuple[int, dict[str, Matmul]]:
-    """Bytes of a random packed weight [N, K], and every way to multiply by it."""
+    """Bytes of a random packed weight [N, K], and the implementations that multiply with it, by name."""
     from quantkit.kernels.gpu.matmul.dequant_matmul import dequant_matmul
     from quantkit.kernels.gpu.matmul.dequantize import dequantize
     from quantkit.kernels.layouts.planes import to_planes
@@ -64,24 +64,24 @@ def matmuls(shape: tuple[int, int], dtype: torch.dtype, bits: int, group: int, d
     zeros = torch.randint(0, 1 << bits, scales.shape, dtype=torch.uint8, device=device)
     weight = to_planes(codes, scales, zeros, bits, group, dtype)
     dense = dequantize(weight, dtype)
-    ways: dict[str, Matmul] = {
+    implementations: dict[str, Matmul] = {
         "packed": lambda x: dequant_matmul(x, weight),
         "dense": lambda x: torch.nn.functional.linear(x, dense),
     }
     if bits == 4 and find_spec("gemlite"):
-        ways["gemlite"] = gemlite_matmul(codes, scales, zeros, bits, group)
-    return weight.nbytes, ways
+        implementations["gemlite"] = gemlite_matmul(codes, scales, zeros, bits, group)
+    return weight.nbytes, implementations
 
 
 def matmul_rows(dtype: torch.dtype, bits: int, group: int, copy: float, device: str = "cuda") -> Iterator[Row]:
-    """Every row of the matmul's table, as it is measured; `copy` is the device's copy bandwidth in GB/s."""
+    """The rows of the matmul table, each as soon as it is measured; `copy` is the device's copy bandwidth in GB/s."""
     for name, shape in SHAPES.items():
-        nbytes, ways = matmuls(shape, dtype, bits, group, device)
+        nbytes, implementations = matmuls(shape, dtype, bits, group, device)
         for rows in ROWS:
             x = torch.randn(rows, shape[1], dtype=dtype, device=device)
-            assert_same({way: run(x) for way, run in ways.items()})
-            took = {way: microseconds(partial(run, x)) for way, run in ways.items()}
-            rate = (nbytes + x.nbytes) / 1e3 / took["packed"]
+            assert_same({way: run(x) for way, run in implementations.items()})
+            times = {way: microseconds(partial(run, x)) for way, run in implementations.items()}
+            rate = (nbytes + x.nbytes) / 1e3 / times["packed"]
             yield {
                 "operation": "matmul",
                 "layer": name,
@@ -89,23 +89,24 @@ def matmul_rows(dtype: torch.dtype, bits: int, group: int, copy: float, device: 
                 "group": group,
                 "rows": rows,
                 "dtype": str(dtype).removeprefix("torch."),
-                "us": round(took["packed"], 2),
+                "us": round(times["packed"], 2),
                 "GB/s": round(rate, 1),
                 "of copy": round(rate / copy, 3),
-                **{f"times {way}": round(us / took["packed"], 2) for way, us in took.items() if way != "packed"},
+                **{f"times {other}": round(us / times["packed"], 2) for other, us in times.items() if other != "packed"},
             }
 
 
 def assert_same(results: dict[str, Tensor]) -> None:
-    """All agree within 2% of the largest value: tests measure rounding, this only keeps nonsense from being timed."""
+    """Assert that all results agree within 2% of the largest value. The tests check accuracy; this only keeps wrong kernels
+    from being timed."""
     wanted = results["dense"].float()
-    for way, result in results.items():
+    for name, result in results.items():
         worst = (result.float() - wanted).abs().max() / wanted.abs().max()
-        assert worst < 0.02, f"{way} is off by {worst:.3g} of the largest value"
+        assert worst < 0.02, f"{name} is off by {worst:.3g} of the largest value"
 
 
 def goals(rows: list[Row]) -> dict[str, str]:
-    """Each goal with its worst case in rows of the matmul."""
+    """For each goal, whether it is met, and the worst of the matmul's rows."""
     one = [row for row in rows if row["rows"] == 1]
     cases = {
         "1 row, of copy, 0.75": (one, "of copy", 0.75),
@@ -121,13 +122,13 @@ def goals(rows: list[Row]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Print a row as it is measured, then the goals, then everything as JSON, which is also kept in benchmarks/results."""
+    """Print each row when it is measured, then the goals, then everything as JSON; write the JSON to benchmarks/results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--bits", type=int, choices=[2, 3, 4, 8], default=4)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--skip-attention", action="store_true")
-    parser.add_argument("--json", type=Path, help="instead of benchmarks/results/<device>.json")
+    parser.add_argument("--json", type=Path, help="write the results here; default: benchmarks/results/<device>.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.kernels: no CUDA device; run it on a machine with an NVIDIA GPU", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""The best of a few configs of a kernel, timed once per device and remembered in a file.
+"""Picks the fastest of a few configs of a kernel. Each choice is timed once per device and kept in a file.
 
-Triton's own autotuner keeps its choices for one process, times again in the next, and refuses to run under the interpreter.
+Triton's own autotuner keeps its choices for one process only, and does not run under the interpreter.
 """
 
 import json
@@ -19,16 +19,16 @@ from triton.runtime.errors import PTXASError
 
 from quantkit.utils.cache_dir import cache_dir
 
-#: Names and values of a kernel's choices.
+#: Names and values of a kernel's tunable parameters.
 Config = Mapping[str, int]
 
 
 class Tuner:
-    """Chosen configs of one device.
+    """Finds and remembers the best configs on one device.
 
     Attributes:
         path: JSON file, "kernel: problem" -> config. Processes may share it.
-        clock: milliseconds that a call takes; None chooses the first config everywhere and touches no file.
+        clock: returns the milliseconds that a call takes. If None, the first config is always chosen, and no file is used.
     """
 
     def __init__(self, path: Path, clock: Callable[[Callable[[], object]], float] | None) -> None:
@@ -38,13 +38,14 @@ class Tuner:
     def best(
         self, kernel: str, problem: tuple[object, ...], configs: Sequence[Config], run: Callable[[Config], object]
     ) -> Config:
-        """The config to use.
+        """The config to use for a problem, timed if it is not known.
 
         Args:
-            kernel: its name.
-            problem: all that the choice depends on.
+            kernel: name of the kernel.
+            problem: everything that the choice depends on.
             configs: candidates, the likely best first.
-            run: runs the kernel; may raise what says that the device cannot hold a config, or its memory the timing.
+            run: runs the kernel with a config. A config that exceeds the device's resources or memory may raise Triton's or
+                torch's out-of-resources error; it is then not chosen.
         """
         known = self._chosen.get((kernel, problem))
         if known is not None:
@@ -53,14 +54,14 @@ class Tuner:
             return configs[0]
         name = f"{kernel}: {' '.join(map(str, problem))}"
         config = self._read().get(name)
-        # What an older kernel chose may mean nothing to this one.
+        # The file may hold a config of an older version of the kernel.
         if config is None or config not in configs:
-            # Timing would become part of a CUDA graph that is being captured.
+            # While a CUDA graph is captured, timing runs would become part of the graph.
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return configs[0]
-            took = [self._time(run, each) for each in configs]
-            config = configs[took.index(min(took))]
-            if min(took) < inf:
+            times = [self._time(run, each) for each in configs]
+            config = configs[times.index(min(times))]
+            if min(times) < inf:
                 self._write(name, config)
         return self._chosen.setdefault((kernel, problem), config)
 
@@ -79,8 +80,8 @@ class Tuner:
         return found if isinstance(found, dict) else {}
 
     def _write(self, name: str, config: Config) -> None:
-        """Add to the file, replacing it in one move. Of two processes that do so at once, one may have to tune again."""
-        # A read-only cache costs time in the next process and nothing else.
+        """Add a choice to the file, which is replaced atomically. If two processes do so at once, one choice may be lost."""
+        # If the cache folder is read-only, the next process has to time again; nothing else breaks.
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
@@ -90,9 +91,9 @@ class Tuner:
 
 @cache
 def tuner(device: torch.device) -> Tuner:
-    """The tuner of a device, whose file is $QUANTKIT_CACHE/kernels/<device>-triton-<version>.json."""
+    """The tuner of a device; its file is $QUANTKIT_CACHE/kernels/<device>-triton-<version>.json."""
     if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return Tuner(Path(os.devnull), None)
-    clock = partial(triton.testing.do_bench, warmup=5, rep=20, return_mode="median")  # milliseconds, the L2 cache flushed
+    clock = partial(triton.testing.do_bench, warmup=5, rep=20, return_mode="median")  # flushes the L2 cache
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
     return Tuner(cache_dir() / "kernels" / f"{name}-triton-{triton.__version__}.json", clock)

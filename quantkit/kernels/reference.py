@@ -1,9 +1,9 @@
-"""What every kernel computes, in plain torch and in float32: the oracles that tests compare the kernels with."""
+"""What every kernel computes, in plain torch and float32: the reference that the tests compare the kernels with."""
 
 import torch
 from torch import Tensor
 
-from quantkit.kernels.layouts.kv_codec import stored, write
+from quantkit.kernels.layouts.kv_codec import read_blocks, write_slots
 from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV
 
 
@@ -14,7 +14,7 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) ->
         codes: integer [N, K], q.
         scales: floating [N, G], s of each group of columns.
         zeros: integer [N, G], z.
-        group_size: columns in a group, K / G; -1 for one group a row.
+        group_size: columns per group, K / G; -1 for one group per row.
 
     Returns:
         float32 [N, K].
@@ -29,7 +29,7 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) ->
 def dequant_matmul(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bias: Tensor | None = None
 ) -> Tensor:
-    """x W^T + bias, where W is `dequantize` of the rest.
+    """x W^T + bias, where W = `dequantize`(codes, scales, zeros, group_size).
 
     Args:
         x: floating [..., K].
@@ -44,20 +44,20 @@ def dequant_matmul(
 
 
 def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symmetric integers for every row: q = round(x * m / max|x|), m = 2^(bits-1) - 1, so that x is about q * scale.
+    """Quantize each row symmetrically: q = round(x * m / max|x|), m = 2^(bits-1) - 1, so that x is about q * scale.
 
-    Ties go to the even integer; a row of zeros has scale 0.
+    Ties round to the even integer; a row of zeros gets scale 0.
 
     Args:
         x: floating [M, K], finite.
-        bits: 4 or 8; integers lie in -7 .. 7 or -127 .. 127.
+        bits: 4 or 8; integers are in -7 .. 7 or -127 .. 127.
 
     Returns:
         int8 [M, K] and float32 [M], max|x| / m.
     """
     most = float(2 ** (bits - 1) - 1)
     largest = x.float().abs().amax(-1)
-    # Not most / largest, which is a reciprocal and a product, rounded twice.
+    # A tensor divided by a tensor: for a number divided by a tensor, torch multiplies with the reciprocal and rounds twice.
     inverse = torch.where(largest > 0, torch.full_like(largest, most) / largest, 0.0)
     return (x.float() * inverse[:, None]).round().to(torch.int8), largest / most
 
@@ -65,7 +65,8 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def w4a8_matmul(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, activation_bits: int, bias: Tensor | None = None
 ) -> Tensor:
-    """x W^T + bias with x rounded to integers q times a scale s_x a row, the draft pass of QSpec (arXiv 2410.11305):
+    """x W^T + bias, with each row of x quantized to integers q_x times a scale s_x: the draft pass of QSpec (arXiv
+    2410.11305).
 
         s_x * sum over groups g of s_g * (sum of q_x * q_w - z_g * sum of q_x) + bias
 
@@ -84,12 +85,12 @@ def w4a8_matmul(
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:
-    """x H for every run of `block` elements of the last dimension, H the orthonormal Hadamard matrix of Sylvester's order:
+    """x H for each run of `block` elements of the last dimension, with the orthonormal Hadamard matrix in Sylvester's order:
 
         H_1 = 1,  H_2n = [[H_n, H_n], [H_n, -H_n]] / sqrt(2)
 
-    It is symmetric, and so its own inverse. By log2(block) steps of sums and differences, neighbours first (the fast
-    Walsh-Hadamard transform); every kernel adds in that order, so that they agree to the bit.
+    H is symmetric, and thus its own inverse. The fast Walsh-Hadamard transform takes log2(block) steps of sums and
+    differences, neighbours first. All kernels add in that order, so they agree to the bit.
 
     Args:
         x: floating [..., K].
@@ -124,28 +125,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def kv_write(key: Tensor, value: Tensor, key_cache: Cache, value_cache: Cache, slot_mapping: Tensor) -> None:
-    """Store new keys and values, as the caches hold them, in their slots of the paged caches, in place.
+    """Write new keys and values to their slots of the paged caches, in place, in the format of the caches.
 
     Args:
         key: [T, Hkv, D].
         value: [T, Hkv, Dv].
         key_cache: [num_blocks, block_size, Hkv, D], contiguous; or quantized.
         value_cache: [num_blocks, block_size, Hkv, Dv], likewise.
-        slot_mapping: int64 [T], block * block_size + offset of every token; -1 for padding, which is not written.
+        slot_mapping: int64 [T], block * block_size + offset of each token; -1 for padding, which is not written.
     """
     real = slot_mapping >= 0
     for new, cache in ((key, key_cache), (value, value_cache)):
-        write(new[real], cache, slot_mapping[real])
+        write_slots(new[real], cache, slot_mapping[real])
 
 
-def _seen(cache: Cache, blocks: Tensor, position: int, draft: bool) -> Tensor:
-    """What a query at `position` sees of the tokens in `blocks`, its own page the last: [tokens, H, D]."""
+def _visible_tokens(cache: Cache, blocks: Tensor, position: int, draft: bool) -> Tensor:
+    """The tokens of `blocks` as a query at `position` sees them, [tokens, H, D]; the last block is the query's own page."""
     if isinstance(cache, Tensor) or cache.tail_pages is None:
-        return stored(cache, blocks).flatten(0, 1)
+        return read_blocks(cache, blocks).flatten(0, 1)
     assert cache.tail_page_ids is not None
-    own = position // cache.tail_pages.shape[1]
-    before = stored(cache, blocks[:own], draft)
-    return torch.cat([before, cache.tail_pages[cache.tail_page_ids[blocks[own:]].long()].to(before.dtype)]).flatten(0, 1)
+    own_page = position // cache.tail_pages.shape[1]
+    before = read_blocks(cache, blocks[:own_page], draft)
+    tail = cache.tail_pages[cache.tail_page_ids[blocks[own_page:]].long()]
+    return torch.cat([before, tail.to(before.dtype)]).flatten(0, 1)
 
 
 def paged_attention(
@@ -162,22 +164,22 @@ def paged_attention(
     sinks: Tensor | None = None,
     draft: bool = False,
 ) -> Tensor:
-    """Causal attention of every sequence's newest tokens to all of its tokens, whose keys and values lie in the paged caches.
+    """Causal attention of each sequence's newest tokens to all of its tokens, whose keys and values are in the paged caches.
 
     Args:
-        query: [T, Hq, D], the new tokens of all sequences one after the other; Hq is a multiple of Hkv.
-        key_cache: [num_blocks, block_size, Hkv, D]; or quantized, see `kv_store` for what a query then sees.
+        query: [T, Hq, D], the new tokens of all sequences, one sequence after the other; Hq is a multiple of Hkv.
+        key_cache: [num_blocks, block_size, Hkv, D]; or quantized, where `quantized_kv` says what a query sees.
         value_cache: [num_blocks, block_size, Hkv, Dv], likewise.
-        block_table: int32 [S, max_blocks], physical block of each logical block; what lies beyond a sequence's length is
+        block_table: int32 [S, max_blocks], physical block of each logical block; entries past a sequence's length are
             arbitrary and not read.
         query_start: int32 [S + 1], first row of each sequence in `query`; the last entry is T.
-        seq_lens: int32 [S], tokens in the cache, the new ones included. Query i of n stands at position seq_lens - n + i;
+        seq_lens: int32 [S], tokens in the cache, the new ones included. Query i of n is at position seq_lens - n + i;
             a query at a negative position (padding: seq_lens is 0) sees nothing and its output is zero.
         scale: factor of the scores.
         window: if above 0, the query at position p sees only the keys p - window + 1 .. p.
         softcap: if above 0, scores become softcap * tanh(scores / softcap).
-        sinks: float [Hq], a further logit of each query head, which takes its share of the softmax and has no value.
-        draft: read only the upper plane of 4+4-bit caches.
+        sinks: float [Hq], an additional logit per query head, which takes part in the softmax and has no value.
+        draft: read only the upper 4 bits of 4+4-bit caches.
 
     Returns:
         [T, Hq, Dv] in the query's dtype; computed in float32 (float64 for a float64 query).
@@ -190,12 +192,14 @@ def paged_attention(
         row, stop = starts[sequence], starts[sequence + 1]
         while row < stop:
             position = length - (stop - row)
-            # Queries of one page see the same; without pages, all queries do.
+            # Queries of the same page see the same numbers. Without tail pages, all queries of a sequence do.
             paged = isinstance(key_cache, QuantizedKV) and key_cache.tail_pages is not None
             last = min(stop, row + block_size - position % block_size) if paged else stop
             end = length - (stop - last)
             blocks = block_table[sequence, : -(-max(end, 0) // block_size)].long()
-            keys, values = (_seen(c, blocks, position, draft)[: max(end, 0)].to(wide) for c in (key_cache, value_cache))
+            keys, values = (
+                _visible_tokens(c, blocks, position, draft)[: max(end, 0)].to(wide) for c in (key_cache, value_cache)
+            )
             positions = torch.arange(position, end, device=query.device)
             part = slice(row, last)
             out[part] = _attention(query[part].to(wide), keys, values, positions, scale, window, softcap, sinks).to(out.dtype)
@@ -213,7 +217,7 @@ def _attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One sequence of `paged_attention`: query [n, Hq, D] at `positions` [n], keys [L, Hkv, D], values [L, Hkv, Dv]."""
+    """`paged_attention` for one sequence: query [n, Hq, D] at `positions` [n], keys [L, Hkv, D], values [L, Hkv, Dv]."""
     ratio = query.shape[1] // keys.shape[1]
     scores = torch.einsum("nhd,lhd->hnl", query, keys.repeat_interleave(ratio, dim=1)) * scale
     if softcap > 0:
@@ -225,6 +229,6 @@ def _attention(
     scores = scores.masked_fill(hidden, float("-inf"))
     extra = scores.new_full((len(scores),), float("-inf")) if sinks is None else sinks.to(scores)
     scores = torch.cat([scores, extra[:, None, None].expand(-1, scores.shape[1], 1)], dim=-1)
-    # A row that sees nothing is 0 / 0 in the softmax.
+    # For a row that sees nothing, the softmax is 0 / 0.
     weights = torch.softmax(scores, dim=-1)[..., :-1].masked_fill(hidden, 0.0)
     return torch.einsum("hnl,lhd->nhd", weights, values.repeat_interleave(ratio, dim=1))

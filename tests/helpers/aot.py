@@ -1,7 +1,7 @@
-"""Compile Triton kernels for a GPU that is not there, and count what the machine would execute.
+"""Compile Triton kernels without a GPU, and count the machine instructions.
 
-Triton's wheel carries ptxas, cuobjdump and nvdisasm, so a cubin can be made and read anywhere. The tests' own process may
-run Triton's interpreter, which cannot compile; the work is therefore done in one child process for a list of jobs.
+Triton's wheel contains ptxas, cuobjdump and nvdisasm, so a cubin can be made and read anywhere. The tests' own process may run
+Triton's interpreter, which cannot compile. So a child process does the work for a list of jobs.
 """
 
 import json
@@ -45,14 +45,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of it.
+    """A compiled kernel.
 
     Attributes:
         registers: per thread.
         stack: bytes per thread; more than 0 means that registers spill.
         shared: static plus dynamic bytes of shared memory per program.
-        instructions: opcode ("LDG.E.128") -> how often it stands in the SASS.
-        loops: the same for the body of every innermost loop, in the order of the code.
+        instructions: opcode ("LDG.E.128") -> how often it occurs in the SASS.
+        loops: the same for the body of each innermost loop, in the order of the code.
         threads: per program.
     """
 
@@ -77,10 +77,10 @@ class Compiled:
 
 
 def compile_all(jobs: Sequence[Job]) -> list[Compiled]:
-    """Compile every job in a child process without the interpreter. Needs no GPU; 0.5 to 3 s a job.
+    """Compile all jobs in a child process without the interpreter. Needs no GPU; takes 0.5 to 3 s per job.
 
     Raises:
-        subprocess.CalledProcessError: a job does not compile; the compiler's words are on stderr.
+        subprocess.CalledProcessError: a job does not compile; the compiler's output is on stderr.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     request = json.dumps([asdict(job) for job in jobs])
@@ -115,7 +115,7 @@ def _compile(job: Job) -> Compiled:
 
 
 def read_cubin(cubin: bytes, shared: int, threads: int) -> Compiled:
-    """Resources and instructions of a compiled kernel, as NVIDIA's own tools print them."""
+    """Resources and instructions of a compiled kernel, from the output of NVIDIA's tools."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +133,7 @@ def _output(*command: str) -> str:
 
 
 def read_sass(sass: str) -> tuple[list[str], list[dict[str, int]]]:
-    """(every opcode in order, opcode counts of every innermost loop). A loop is what a backward branch encloses."""
+    """(all opcodes in order, opcode counts of each innermost loop). A loop is what a backward branch encloses."""
     code: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
@@ -143,7 +143,7 @@ def read_sass(sass: str) -> tuple[list[str], list[dict[str, int]]]:
         elif instruction := _INSTRUCTION.match(line):
             code.append(instruction[1])
             target = re.search(r"`\((\.L_[\w.]+)\)", instruction[2])
-            # Every kernel ends in a branch to itself, which is no loop.
+            # Every kernel ends with a branch to itself, which is not a loop.
             if instruction[1].startswith("BRA") and target and labels.get(target[1], len(code)) < len(code) - 1:
                 spans.append((labels[target[1]], len(code)))
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]

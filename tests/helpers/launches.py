@@ -1,4 +1,6 @@
-"""Turn a launch into an ahead-of-time job: the test compiles what would run, not a second list of settings."""
+"""Turns a launch into a job for ahead-of-time compilation, so that tests compile what would run, not a second list of
+settings.
+"""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -20,12 +22,12 @@ _TYPES = {
     torch.int64: "i64",
 }
 
-#: What a launch may say beside its kernel's arguments, other than warps and stages.
+#: Options of a launch that are not arguments of the kernel, other than warps and stages.
 _OPTIONS = {"enable_fp_fusion"}
 
 
 def jobs(module: ModuleType, kernels: tuple[str, ...], launch: Callable[[], None], capability: int) -> list[aot.Job]:
-    """One job for every launch of one of the `kernels` of `module` while `launch` runs, on tensors of the meta device."""
+    """Run `launch` on tensors of the meta device; one job for each launch of one of the `kernels` of `module`."""
     found: list[aot.Job] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in kernels:
@@ -37,7 +39,7 @@ def jobs(module: ModuleType, kernels: tuple[str, ...], launch: Callable[[], None
 
 
 class _Recorder:
-    """Stands in for a kernel."""
+    """Takes the place of a kernel and records its launches."""
 
     def __init__(self, name: str, arguments: list[str], found: list[aot.Job], capability: int) -> None:
         self.name, self.arguments, self.found, self.capability = name, arguments, found, capability

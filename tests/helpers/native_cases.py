@@ -1,4 +1,4 @@
-"""Fixtures of the CPU kernels' tests: everything runs natively, and again as if there were no compiler."""
+"""Fixtures for the tests of CPU kernels: each test runs with the native kernels, and again as if there were no compiler."""
 
 import ctypes
 
@@ -10,7 +10,7 @@ from quantkit.kernels.cpu import library
 
 @pytest.fixture(params=["native", "torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which kernels serve the test."""
+    """Which kernels the test runs with."""
     if request.param == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
     else:
@@ -29,7 +29,7 @@ def threads(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels built for vectors of four lanes, which no instruction on bytes or 16-bit integers serves."""
+    """The kernels, built for vectors of four lanes, for which there are no instructions on bytes or 16-bit integers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.getbasetemp() / "narrow"))
         patch.setattr(library, "_FLAGS", (*library._FLAGS, "-O2", "-DLANES=4"))
@@ -40,5 +40,5 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def other_lanes(narrow: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They serve the test."""
+    """The test runs with the `narrow` kernels."""
     monkeypatch.setattr(library, "load", lambda: narrow)

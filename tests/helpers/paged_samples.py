@@ -1,4 +1,4 @@
-"""Paged batches for the tests of attention, and what the oracle makes of them."""
+"""Paged batches for the tests of attention, and a comparison with the reference."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Heads:
-    """KV heads, query heads for each of them, and the head dimensions of keys and values."""
+    """Number of KV heads, query heads per KV head, and head dimensions of keys and values."""
 
     kv: int = 2
     ratio: int = 2
@@ -44,10 +44,11 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     spare: int = 1,
 ) -> Batch:
-    """Sequences of `lengths` tokens, the last `counts` of which are new, in blocks that lie in no order.
+    """Sequences of `lengths` tokens, the last `counts` of which are new, in unordered blocks.
 
-    Whatever must not be read is poisoned: the caches are NaN where no token lies, and the block table ends in `spare`
-    columns, and the short rows in entries, that point far outside the caches.
+    What must not be read is poisoned: slots without a token are NaN; the last `spare` columns of the block table, and the
+        unused
+    entries of its rows, point far outside the caches.
     """
     generator = torch.Generator().manual_seed(len(lengths) + sum(lengths))
     used = [-(-length // block_size) for length in lengths]
@@ -70,11 +71,11 @@ def make_batch(
 
 
 def assert_attends(out: Tensor, batch: Batch, **options: object) -> None:
-    """`out` is the oracle's, in float64, up to rounding.
+    """Assert that `out` is what the reference computes in float64, up to rounding.
 
-    The kernels round each softmax weight to the values' dtype, which errs by at most u * sum(weight * |value|), u being half
-    the dtype's epsilon, and then the result; Triton's interpreter truncates bfloat16 there, another 2 u |out|. Products are
-    summed in float32: a few hundred terms near 1 stay well within 1e-5.
+    The kernels round each softmax weight to the values' dtype, which is off by at most u * sum(weight * |value|), where u is
+    half the dtype's epsilon; then they round the result. Triton's interpreter truncates bfloat16 there: another 2 u |out|.
+    Products are summed in float32: a few hundred terms near 1 stay well within 1e-5.
     """
     assert out.dtype == batch.query.dtype
     exact = replace(
@@ -88,5 +89,5 @@ def assert_attends(out: Tensor, batch: Batch, **options: object) -> None:
     assert bool(wanted.isfinite().all())
     bound = 3 * torch.finfo(out.dtype).eps / 2 * size + 1e-5
     worst = ((out.double() - wanted).abs() / bound).max()
-    # Written so that a NaN fails.
+    # Written so that NaN fails.
     assert bool(worst <= 1), f"{float(worst):.2f} times the rounding error allowed"

@@ -11,17 +11,17 @@ from helpers.paged_samples import Batch, Heads, make_batch
 from quantkit.kernels import reference
 from quantkit.kernels.layouts.quantized_kv import QuantizedKV
 
-#: Names of the schemes; "int4+4" is the hierarchical one.
+#: Names of the schemes; "int4+4" is 4+4 bit.
 SCHEMES = ("int8", "int4", "int4+4")
 
-#: Of scores.
+#: Factor of the scores.
 SCALE = 0.3
 
 
-def make_store(
+def make_quantized_kv(
     scheme: str, num_blocks: int, block_size: int, heads: int, dim: int, *, keys: bool, device: str = "cpu", pages: Tensor
 ) -> QuantizedKV:
-    """An empty store; every byte that nobody writes is one that shows: codes 0xff, scales and open pages NaN."""
+    """An empty quantized cache. Bytes that are never written show up in results: codes are 0xff, scales and tail pages NaN."""
 
     def full(*shape: int, value: float, dtype: torch.dtype) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=device)
@@ -44,7 +44,7 @@ def make_store(
 
 @dataclass(frozen=True)
 class Quantized:
-    """A batch on plain caches, and the quantized stores of the same tokens."""
+    """A batch on plain caches, and quantized caches with the same tokens."""
 
     batch: Batch
     keys: QuantizedKV
@@ -52,19 +52,19 @@ class Quantized:
 
     @property
     def tensors(self) -> tuple[object, ...]:
-        """What `paged_attention` takes."""
+        """The arguments of `paged_attention`, with quantized caches."""
         b = self.batch
         return (b.query, self.keys, self.values, b.block_table, b.query_start, b.seq_lens)
 
 
 def make_quantized(scheme: str, lengths: list[int], counts: list[int], heads: Heads, block_size: int = 16) -> Quantized:
-    """`paged_samples.make_batch`, its tokens also in stores that the oracle has written, every block with an open page."""
+    """`paged_samples.make_batch`, and quantized caches of its tokens, written by the reference; each block has a tail page."""
     batch = make_batch(lengths, counts, heads, block_size)
     num_blocks = len(batch.key_cache)
     pages = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).int().to(batch.query.device)
     common = {"device": str(batch.query.device), "pages": pages}
-    keys = make_store(scheme, num_blocks, block_size, heads.kv, heads.dim, keys=True, **common)  # type: ignore[arg-type]
-    values = make_store(scheme, num_blocks, block_size, heads.kv, heads.value_dim, keys=False, **common)  # type: ignore[arg-type]
+    keys = make_quantized_kv(scheme, num_blocks, block_size, heads.kv, heads.dim, keys=True, **common)  # type: ignore[arg-type]
+    values = make_quantized_kv(scheme, num_blocks, block_size, heads.kv, heads.value_dim, keys=False, **common)  # type: ignore[arg-type]
     slots = slots_of(batch)
     tokens = (cache.flatten(0, 1)[slots] for cache in (batch.key_cache, batch.value_cache))
     reference.kv_write(*tokens, keys, values, slots)
@@ -72,7 +72,8 @@ def make_quantized(scheme: str, lengths: list[int], counts: list[int], heads: He
 
 
 def assert_right(attention: Callable[..., Tensor], case: Quantized, **options: Any) -> None:
-    """`attention` computes in float32: dequantization is exact (codes of 8 bits times scales of 11), sums differ by order."""
+    """Assert that `attention` gives the reference's result. In float32, dequantization is exact (8-bit codes times 11-bit
+    scales); sums differ in their order."""
     found = attention(*case.tensors, scale=SCALE, **options)
     query, *rest = case.tensors
     wanted = reference.paged_attention(query.double(), *rest, scale=SCALE, **options)  # type: ignore[arg-type,attr-defined]
@@ -89,7 +90,7 @@ def slots_of(batch: Batch) -> Tensor:
 
 
 def empty_like(store: QuantizedKV) -> QuantizedKV:
-    """The same shape and open pages, with nothing written."""
+    """A cache of the same shape and with the same tail pages, with nothing written."""
     fresh = {
         name: None if (found := getattr(store, name)) is None else torch.full_like(found, value)
         for name, value in (("codes", 255), ("lower", 255), ("params", float("nan")), ("tail_pages", float("nan")))

@@ -1,4 +1,4 @@
-"""The oracle of paged attention against torch's and transformers' own attention, in float64: what differs is an error."""
+"""The reference of paged attention against torch's and transformers' attention in float64, with which it must agree."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ def _dense(batch: Batch, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _visible(count: int, length: int, window: int) -> Tensor:
-    """[count, length]: key j for the query at position p = length - count + i, as the definition has it."""
+    """Mask [count, length] by definition: whether the query at position p = length - count + i sees key j."""
     seen = [[j <= p and (window == 0 or j > p - window) for j in range(length)] for p in range(length - count, length)]
     return torch.tensor(seen, device=DEVICE)
 
@@ -94,7 +94,7 @@ def test_padding_is_zero() -> None:
     for sinks in (None, torch.ones(6, device=DEVICE)):
         out = reference.paged_attention(*batch.tensors, scale=SCALE, sinks=sinks)
         assert not out[:3].any()
-        # Two of four rows stand before the sequence's first token.
+        # Two of four rows are before the sequence's first token.
         assert not out[4:6].any()
         assert bool(out[3].all())
         assert bool(out[6:].all())
@@ -109,7 +109,7 @@ def test_result_has_the_querys_dtype_and_float32_precision() -> None:
     widened = replace(
         half, query=half.query.double(), key_cache=half.key_cache.double(), value_cache=half.value_cache.double()
     )
-    # Only the rounding of the result is left: half an epsilon, and float32's error can tip it over a tie.
+    # Only the rounding of the result remains: half an epsilon; float32's error may push it over a tie.
     torch.testing.assert_close(out.double(), reference.paged_attention(*widened.tensors, scale=SCALE), rtol=5.1e-4, atol=1e-6)
 
 

@@ -1,1 +1,4 @@
-"""How quantized weights and KV caches lie in memory: documents and converters, shared by the CPU and the GPU kernels."""
+"""Memory layouts that kernels and the runtime share: packed weights (`planes`) and the quantized KV cache (`quantized_kv`).
+
+`kv_codec` reads and writes that cache in plain torch. May import torch only; never `gpu`, `cpu` or `reference`.
+"""

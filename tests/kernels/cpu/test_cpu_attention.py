@@ -1,4 +1,4 @@
-"""CPU attention and cache writes against the oracles. Whatever must not be read is NaN or points outside (paged_samples)."""
+"""CPU attention and cache writes against the reference. What must not be read is NaN or points outside (see paged_samples)."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -16,7 +16,7 @@ from quantkit.kernels.cpu import library
 SCALE = 0.3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-#: New tokens of two sequences: split over the keys, whole prompts, both in one batch.
+#: New tokens of two sequences: work split over the keys, whole prompts, both in one batch.
 STEPS = {"decode": [1, 1], "verify": [3, 8], "prefill": [33, 60], "mixed": [21, 1]}
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -91,7 +91,7 @@ def test_padding_sees_nothing() -> None:
 
 
 def test_a_query_depends_on_nothing_but_its_sequence(kernels: str, threads: int) -> None:  # noqa: F811
-    """The last token of a prompt, computed with the prompt, alone, and in a batch."""
+    """The last token of a prompt has the same result with the prompt, alone, and in a batch."""
     if kernels == "torch":
         pytest.skip("torch's products may depend on their shapes")
     both = _batch([600, 600], [1, 30], Heads(3, 3, 64, 64), dtype=torch.bfloat16)
@@ -118,7 +118,7 @@ def test_writes_what_the_oracle_writes(heads: int, dim: int, value_dim: int, dty
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_floats_are_rounded_as_torch_rounds(kernels: str, dtype: torch.dtype) -> None:  # noqa: F811
-    """Ties, subnormals, the largest numbers, infinity: every 16-bit number, its neighbours and the points between."""
+    """Ties, subnormals, the largest numbers, infinity: all 16-bit numbers, their neighbours and the midpoints between them."""
     if kernels == "torch":
         pytest.skip("torch itself")
     every = torch.arange(1 << 16).to(torch.int16).view(dtype).float()

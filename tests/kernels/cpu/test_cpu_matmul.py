@@ -1,4 +1,4 @@
-"""CPU matrix products against the oracle, natively and with torch's own kernels."""
+"""CPU matrix products against the reference, by the native kernels and by torch's."""
 
 import ctypes
 from dataclasses import dataclass, replace
@@ -31,10 +31,10 @@ class Weight:
         return reference.dequantize(self.codes, self.scales, self.zeros, self.group)
 
 
-#: Rows of x on both sides of every change of kernel: one, few, a panel, several panels.
+#: Numbers of rows on both sides of each switch between kernels: one, few, a panel, several panels.
 ROWS = [1, 2, 3, 5, 6, 7, 16, 33, 200]
 
-#: N, K, group: tiles, groups and words that end early; groups longer than a run; an odd number of groups.
+#: N, K, group: incomplete tiles, groups and words; groups longer than a run; an odd number of groups.
 SHAPES = [(70, 576, 64), (33, 96, 32), (5, 100, 100), (64, 520, -1), (40, 60, 20), (96, 1536, 512), (1, 16, 16)]
 
 
@@ -53,10 +53,11 @@ def _packed(weight: Weight) -> cpu_matmul.CpuWeight:
 
 
 def _assert_close(found: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> None:
-    """Float32 sums are off by at most K * 2^-24 of the sum of magnitudes, typically by sqrt(K): 2^-18 covers both of the
-    sums, of codes and of zero points, that make up one product. The native kernels' sums are of integers and exact, but their
-    inputs are rounded: by half of 1/32767 of the largest of a group, and a little for the rounding of the quotient. The result
-    is rounded to x's type."""
+    """Float32 sums are off by at most K * 2^-24 of the sum of magnitudes, typically by sqrt(K) * 2^-24: 2^-18 covers both sums
+    of a product, that of codes and that of zero points. The native kernels' sums are exact sums of integers, but their inputs
+    are rounded: by half of 1/32767 of the largest of a group, plus a little for the rounding of the quotient. The result is
+        rounded
+    to x's type."""
     wanted = reference.dequant_matmul(x, weight.codes, weight.scales, weight.zeros, weight.group, bias)
     size = reference.dequant_matmul(x.abs(), weight.codes, weight.scales, torch.zeros_like(weight.zeros), weight.group)
     size += reference.dequant_matmul(x.abs(), torch.zeros_like(weight.codes), -weight.scales, weight.zeros, weight.group)
@@ -70,7 +71,7 @@ def _assert_close(found: Tensor, x: Tensor, weight: Weight, bias: Tensor | None 
 
 
 def _rows(rows: int, columns: int, dtype: torch.dtype = FLOAT32) -> Tensor:
-    """Normal, with one channel 30 times the others, as models have them."""
+    """Normally distributed, with one channel 30 times larger, as in models."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     x[:, columns // 3] *= 30
     return x.to(dtype)
@@ -81,7 +82,7 @@ def _rows(rows: int, columns: int, dtype: torch.dtype = FLOAT32) -> Tensor:
 def test_packed_products(kernels: str, bits: int, shape: tuple[int, int, int]) -> None:  # noqa: F811
     weight = _sample(*shape, bits)
     packed = _packed(weight)
-    # torch's int4 product is in bfloat16 and has a test of its own.
+    # torch's int4 product is in bfloat16 and has a separate test.
     assert packed.layout == ("tiles" if kernels == "native" else "codes")
     for rows in ROWS:
         x = _rows(rows, shape[1])
@@ -99,8 +100,8 @@ def test_types_of_activations_and_bias(kernels: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("rows", [1, 7, 33])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch, bits: int, rows: int) -> None:
-    """With exact bfloat16 operands only torch's result, sum x (q - 8) s, is rounded: half of bfloat16's last place, and twice
-    that is allowed for the sum behind it."""
+    """With operands that bfloat16 holds exactly, only torch's result, sum x (q - 8) s, is rounded: by half a unit in
+    bfloat16's last place. Twice that is allowed, because another sum is added afterwards."""
     monkeypatch.setattr(library, "load", lambda: None)
     weight = _sample(64, 256, 64, bits)
     packed = _packed(weight)
@@ -115,7 +116,7 @@ def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch, bits: int, rows: i
 @pytest.mark.parametrize(("rows", "columns"), [(33, 64), (50, 101), (7, 13), (1, 1), (9, 48)])
 def test_dense_products_round_nothing(dtype: torch.dtype, rows: int, columns: int) -> None:
     assert library.load() is not None
-    # Subnormal halves among them.
+    # Some halves are subnormal.
     weight = (torch.randn(rows, columns) * 10.0 ** torch.randint(-7, 2, (rows, columns))).to(dtype)
     for count in ROWS:
         x = _rows(count, columns)
@@ -132,14 +133,14 @@ def test_dense_products_without_a_compiler(monkeypatch: pytest.MonkeyPatch, dtyp
     bias = torch.randn(50)
     found = cpu_matmul.matmul(x, cpu_matmul.pack_dense(weight), bias)
     wanted = x.double() @ weight.double().T + bias
-    # Two roundings to the type, of the product and of the sum with the bias, and float32 sums before.
+    # float32 sums, then two roundings to the type: of the product, and of its sum with the bias.
     bound = torch.finfo(dtype).eps * (wanted.abs() + bias.abs()) + 2.0**-17 * (x.double().abs() @ weight.double().abs().T)
     assert found.dtype == dtype
     assert bool(((found.double() - wanted).abs() <= bound).all())
 
 
 def test_dense_weights_may_lie_anywhere(tmp_path: Path) -> None:
-    """Mapped from a file, at an address that no vector is aligned to; nothing behind the last row is read."""
+    """Mapped from a file, at an address that is not aligned to vectors; nothing past the last row is read."""
     numbers = torch.randn(7 * 45).to(BFLOAT16)
     (tmp_path / "weights").write_bytes(b"\0\0" + numbers.view(torch.uint8).numpy().tobytes())
     stored = torch.from_file(str(tmp_path / "weights"), shared=False, size=1 + 7 * 45, dtype=BFLOAT16)[1:].view(7, 45)
@@ -166,13 +167,15 @@ def test_a_row_depends_on_nothing_but_itself(bits: int, threads: int) -> None:  
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("zero", [0, 255])
 def test_the_largest_sums_fit(zero: int, sign: int) -> None:
-    """All codes, zero points and inputs at their ends, in groups long enough for every intermediate sum to be full."""
+    """All codes, zero points and inputs are extreme, and groups are long enough for intermediate sums to reach their
+    maximum.
+    """
     codes, zeros = torch.full((32, 2048), 255 - zero, dtype=torch.uint8), torch.full((32, 2), zero, dtype=torch.uint8)
     packed = cpu_matmul.pack(codes, torch.ones(32, 2), zeros, 8, 1024)
     for rows in ROWS:
         found = cpu_matmul.matmul(torch.full((rows, 2048), 32767.0 * sign), packed)
         wanted = 32767.0 * sign * (255 - 2 * zero) * 2048
-        # Eight runs are added up in float32.
+        # Eight runs are summed in float32.
         assert bool(((found - wanted).abs() <= 8 * 2.0**-24 * abs(wanted)).all())
 
 
@@ -184,7 +187,7 @@ def test_every_processor_computes_the_same(
     narrow: ctypes.CDLL,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever its vectors' width, and with no instruction for products of 16-bit integers."""
+    """Results are the same with another vector width, and without instructions for products of 16-bit integers."""
     packed = _packed(_sample(*shape, bits))
     samples = [_rows(rows, shape[1]) for rows in ROWS]
     found = [cpu_matmul.matmul(x, packed) for x in samples]
@@ -205,7 +208,7 @@ def test_what_is_not_finite_spoils_its_row_and_no_other(bits: int, value: float)
 
 
 def test_inputs_of_any_size() -> None:
-    """Each group has its own scale, and zeros none; what is too small for one counts as zero."""
+    """Each group of inputs has its own scale; groups of zeros, and of numbers too small for a scale, count as zero."""
     weight = _sample(70, 256, 64, 4)
     x = _rows(3, 256).view(3, 4, 64) * torch.tensor([1e-12, 1e-42, 1e30, 0.0])[:, None]
     _assert_close(cpu_matmul.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
@@ -224,16 +227,16 @@ def test_weights_come_back_exactly(kernels: str, bits: int, shape: tuple[int, in
 
 
 def test_many_rows_where_the_processor_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Panels of dequantized rows, through torch; the last panel is short. Inputs, weights and result are rounded."""
+    """Products by torch on panels of dequantized rows, the last panel incomplete. Inputs, weights and result are rounded."""
     monkeypatch.setattr(cpu_matmul, "_multiplies_bf16", lambda: True)
     monkeypatch.setattr(cpu_matmul, "_PANEL_ROWS", 32)
     weight = _sample(70, 128, 64)
     x = _rows(65, 128)
     wanted, size = x @ weight.dense.T, x.abs() @ weight.dense.abs().T
     assert bool(((cpu_matmul.matmul(x, _packed(weight)) - wanted).abs() <= 2.0**-7 * size).all())
-    # Too few rows are not worth the rounding.
+    # Few rows are multiplied by the native kernels, without that rounding.
     _assert_close(cpu_matmul.matmul(x[:63], _packed(weight)), x[:63], weight)
-    # Float32 weights are not rounded; they are added up in another order.
+    # Float32 weights are not rounded; sums are in another order.
     assert bool(((cpu_matmul.matmul(x, cpu_matmul.pack_dense(weight.dense)) - wanted).abs() <= 2.0**-20 * size).all())
 
 
@@ -241,7 +244,9 @@ def test_many_rows_where_the_processor_multiplies_bfloat16(monkeypatch: pytest.M
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_scales_of_any_float(bits: int, shape: tuple[int, int, int], symmetric: bool) -> None:
-    """Those that float16 holds, subnormals among them, are kept in it; otherwise nothing is rounded either."""
+    """Scales that float16 holds exactly, even subnormals, are stored in it; others are stored in float32. Neither is
+    rounded.
+    """
     weight = _sample(*shape, bits, symmetric)
     for scales, kept in (
         ((weight.scales * 2.0**-14).half().float(), FLOAT16),
@@ -261,7 +266,7 @@ def test_scales_of_any_float(bits: int, shape: tuple[int, int, int], symmetric: 
 
 
 def test_bytes_that_a_product_reads() -> None:
-    # Half a byte a weight, a float16 scale and a byte of zero point a group, the latter in words of four.
+    # Half a byte per weight; per group, a float16 scale and one byte of zero point, in words of four.
     assert _packed(_sample(64, 128, 64)).nbytes == 64 * (128 // 2 + 2 * 2 + 4)
     assert _packed(_sample(64, 128, 64, symmetric=True)).nbytes == 64 * (128 // 2 + 2 * 2)
     assert cpu_matmul.pack_dense(torch.zeros(3, 5)).nbytes == 60
@@ -271,7 +276,7 @@ def test_bytes_that_a_product_reads() -> None:
 @pytest.mark.parametrize("activation_bits", [0, 4, 8])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_columns_in_another_order(bits: int, activation_bits: int, shape: tuple[int, int, int]) -> None:
-    """To the bit as if x had been put into the weight's order before."""
+    """Equal to the bit to permuting x beforehand."""
     lib = library.load()
     assert lib is not None
     packed, x = _packed(_sample(*shape, bits)), _rows(3, shape[1])

@@ -1,4 +1,4 @@
-"""Quantized caches on the CPU: natively the same codes as the oracle's to the bit, and its attention up to rounding."""
+"""Quantized caches on the CPU: the native codes equal the reference's to the bit, and attention agrees up to rounding."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_windows_softcap_and_sinks(scheme: str, step: str) -> None:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_draft_reads_the_upper_plane(step: str) -> None:
-    """And that is what an int4 cache of the same tokens gives."""
+    """A draft on a 4+4-bit cache gives what an int4 cache of the same tokens gives."""
     both, upper = (make_quantized(scheme, [300, 70], STEPS[step], Heads()) for scheme in ("int4+4", "int4"))
     assert_right(cpu_attention.paged_attention, both, draft=True)
     draft, four = (
@@ -70,7 +70,7 @@ def test_a_draft_reads_the_upper_plane(step: str) -> None:
 @pytest.mark.parametrize("heads", [Heads(3, 1, 64, 64), Heads(2, 1, 80, 48), Heads(5, 1, 2, 6), Heads(1, 1, 34, 18)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_writes_what_the_oracle_writes(scheme: str, heads: Heads, threads: int) -> None:  # noqa: F811
-    """Every byte, in steps that end inside of pages, and with padding."""
+    """All bytes are equal, with steps that end within pages, and with padding."""
     case = make_quantized(scheme, [70, 16, 33], [1, 1, 1], heads, 8)
     slots = slots_of(case.batch)
     tokens = [cache.flatten(0, 1)[slots] * 3 for cache in (case.batch.key_cache, case.batch.value_cache)]
@@ -89,7 +89,7 @@ def test_writes_what_the_oracle_writes(scheme: str, heads: Heads, threads: int) 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_query_depends_on_nothing_but_its_text(scheme: str, kernels: str, threads: int) -> None:  # noqa: F811
-    """The last tokens of a prompt, computed with the prompt, alone, and in a batch: to the bit."""
+    """The last tokens of a prompt have the same result, to the bit, with the prompt, alone, and in a batch."""
     if kernels == "torch":
         pytest.skip("torch's products may depend on their shapes")
     case = make_quantized(scheme, [300, 290], [1, 40], Heads(3, 3, 64, 64))

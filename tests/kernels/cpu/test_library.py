@@ -1,4 +1,4 @@
-"""Building the native kernels: what happens without a compiler, with a broken one, and twice at a time."""
+"""Building the native kernels: without a compiler, with a broken one, and in two processes at the same time."""
 
 import logging
 import subprocess
@@ -12,13 +12,13 @@ from quantkit.kernels.cpu import library
 
 @pytest.fixture(autouse=True)
 def _forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache, and nothing remembered from or for other tests."""
+    """An empty cache folder, and no library remembered from or for other tests."""
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(library, "load", library.load.__wrapped__)
 
 
 def _fake(tmp_path: Path, script: str) -> str:
-    """A compiler that runs `script`."""
+    """A compiler that is the shell script `script`."""
     path = tmp_path / "fake-cc"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -58,7 +58,7 @@ def test_a_compiler_that_makes_nonsense(
 
 
 def test_compiled_once_and_again_for_another_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A compiler that counts its work and stands in for one of another version."""
+    """A compiler that records its calls and reports another version."""
     version = 'test "$1" = --version && { echo "$VERSION"; exit; }'
     compile_it = 'echo >> "$COUNT"; while test "$1" != -o; do shift; done; : > "$2"'
     monkeypatch.setenv("CC", _fake(tmp_path, f"{version}; {compile_it}"))
@@ -72,7 +72,7 @@ def test_compiled_once_and_again_for_another_compiler(monkeypatch: pytest.Monkey
 
 
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
-    """Both load a whole file, and one file is left."""
+    """Both processes load a complete file, and one file remains."""
     code = "from quantkit.kernels.cpu import library; assert library.load() is not None"
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(timeout=300) for process in both] == [0, 0]

@@ -1,4 +1,4 @@
-"""The native decoder against transformers' own forward, for every family, through every kind of step."""
+"""The native decoder against transformers' forward pass, for all families and all kinds of steps."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ from quantkit.runtime.model.native_decoder import DecoderModel, NativeDecoder, P
 CPU = torch.device("cpu")
 BLOCK, BLOCKS = 4, 80
 
-#: Families and options that change what the decoder does: biases, dense 16-bit weights, ropes that turn a part of a head.
+#: Families and options that change what the decoder does: biases, dense 16-bit weights, ropes that rotate part of a head.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in tiny.FAMILIES},
     "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -49,7 +49,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Session:
-    """A decoder with its cache, fed by sequences of tokens; blocks of all sequences lie in no order."""
+    """A decoder with its cache, fed with sequences of tokens; the blocks of all sequences are unordered."""
 
     def __init__(self, model: DecoderModel, layers: Any, dtype: torch.dtype = torch.float32) -> None:
         cache = KVCache(layers, BLOCKS, BLOCK, plain(dtype), CPU)
@@ -60,7 +60,7 @@ class Session:
         self.done = [0] * 4
 
     def step(self, new: dict[int, Tensor]) -> Tensor:
-        """Feed sequence -> new tokens; logits of all of them, one sequence after the other."""
+        """Feed new tokens, given per sequence; returns the logits of all of them, one sequence after the other."""
         positions = torch.cat([torch.arange(self.done[s], self.done[s] + len(tokens)) for s, tokens in new.items()])
         counts = torch.tensor([0, *map(len, new.values())])
         rows = self.table[list(new)].repeat_interleave(counts[1:], 0)
@@ -82,7 +82,7 @@ class Session:
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, DecoderModel, Any]]:
-    """Folder, description and cache shape of a model, made once."""
+    """Folder, description and cache shape of a model, which is made once."""
     made: dict[str, tuple[Path, DecoderModel, Any]] = {}
 
     def get(name: str) -> tuple[Path, DecoderModel, Any]:
@@ -111,10 +111,10 @@ def _tokens(count: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_families(name: str, load: Callable[[str], Any]) -> None:
-    """A prompt in two pieces, then token by token, past every window; beside it another sequence that begins later.
+    """A prompt in two pieces, then token by token, past all windows; a second sequence in the same batch begins later.
 
-    Both compute in float32 and differ by the order of sums, which three layers of matrices 4 times their usual size
-    amplify to about 1e-5 of the logits' size.
+    Both decoders compute in float32 and differ in the order of sums. Three layers with matrices 4 times their usual size
+    amplify that to about 1e-5 of the size of the logits.
     """
     folder, model, layers = load(name)
     first, second = _tokens(60), _tokens(41, 1)
@@ -132,7 +132,7 @@ def test_families(name: str, load: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_a_sequence_depends_on_nothing_but_itself(bits: int, threads: int, load: Callable[[str], Any]) -> None:  # noqa: F811
-    """The same logits to the bit: alone or in a batch, in one prompt or token by token, on one thread or several."""
+    """Logits are equal to the bit: alone or in a batch, in one prompt or token by token, on one thread or several."""
     _, model, layers = load("qwen3")
     model = _quantized(model, bits) if bits else model
     tokens = _tokens(30)
@@ -145,7 +145,7 @@ def test_a_sequence_depends_on_nothing_but_itself(bits: int, threads: int, load:
 
 
 def _quantized(model: DecoderModel, bits: int) -> DecoderModel:
-    """The same model on packed weights, rounded to a grid of 16 columns a scale; the biases stay."""
+    """The same model with packed weights, quantized with one scale per 16 columns; biases are unchanged."""
 
     def pack(projection: Projection) -> Projection:
         weight = cpu_matmul.dequantize(projection.weight)
@@ -177,7 +177,9 @@ def test_packed_weights(bits: int, load: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_cache_types(dtype: torch.dtype, load: Callable[[str], Any]) -> None:
-    """Keys and values are rounded to the cache's type, by half of its last place; the logits move by about as much."""
+    """Keys and values are rounded to the cache's type, by half a unit in its last place; the logits change by about as
+    much.
+    """
     _, model, layers = load("llama")
     exact = Session(model, layers).step({0: _tokens(40)})
     rounded = Session(model, layers, dtype).step({0: _tokens(40)})

@@ -1,4 +1,4 @@
-"""The largest of each row against torch's."""
+"""`row_max` against torch's maximum."""
 
 import ctypes
 import math
@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers.native_cases import kernels, narrow, other_lanes, threads  # noqa: F401
 from quantkit.kernels.cpu.row_max import row_max
 
-#: Around one vector, four of them, one piece and several.
+#: Widths around one vector, four vectors, one chunk and several chunks.
 WIDTHS = [1, 7, 8, 31, 32, 33, 100, 511, 512, 513, 1025, 4999]
 
 
@@ -34,7 +34,7 @@ def test_the_first_of_the_largest(kernels: str, threads: int, width: int, count:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
 def test_values_that_are_no_numbers(kernels: str, width: int, value: float) -> None:  # noqa: F811
-    """One anywhere, two of them, and nothing else."""
+    """One such value anywhere, two of them, and rows of nothing else."""
     for place in {0, width // 3, width - 1}:
         rows = torch.randn(3, width)
         rows[1, place] = value

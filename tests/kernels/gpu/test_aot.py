@@ -1,4 +1,4 @@
-"""The ruler that other tests measure kernels with."""
+"""Tests of `helpers.aot`, with which other tests measure kernels."""
 
 import pytest
 import triton
@@ -19,7 +19,7 @@ def running_sum(x, out, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="module")
 def compiled() -> list[aot.Compiled]:
-    """A tile that fits the registers, and one that cannot."""
+    """A tile that fits into the registers, and one that does not."""
     sizes = ((80, 1024), (90, 32768))
     return aot.compile_all(
         [aot.Job("test_aot:running_sum", _POINTERS, {"BLOCK": size}, ("n",), capability) for capability, size in sizes]
@@ -28,7 +28,7 @@ def compiled() -> list[aot.Compiled]:
 
 def test_a_loop_is_found_and_counted(compiled: list[aot.Compiled]) -> None:
     small, _ = compiled
-    # 1024 values are 8 for each of 128 threads: two 16-byte loads and eight additions a pass, and little else. The assembler
+    # 1024 values are 8 per thread of 128: two 16-byte loads and eight additions per pass, and little else. The assembler
     # unrolls the loop.
     passes = small.count("LDG.E.128") // 2
     assert passes in (1, 2, 4, 8)

@@ -1,4 +1,4 @@
-"""The tuner: what it picks, remembers, shares and survives."""
+"""The tuner: what it picks, remembers and shares between processes, and which errors it tolerates."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ PROBLEM = (4, 128, torch.float16)
 
 
 class Machine:
-    """A kernel whose time is known: the nearer `block` is to `best`, the faster; blocks from `limit` on do not fit."""
+    """A kernel with a known time: the closer `block` is to `best`, the faster; blocks from `limit` on do not fit."""
 
     def __init__(self, best: int, limit: int = 1000) -> None:
         self.best, self.limit, self.runs = best, limit, 0

@@ -1,4 +1,4 @@
-"""The quantized matmul against its oracle: compiled where there is a GPU, under Triton's interpreter elsewhere."""
+"""The matmul with packed weights against the reference: compiled if there is a GPU, else under Triton's interpreter."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_groups_that_cut_blocks(bits: int, group: int) -> None:
 @pytest.mark.parametrize("splits", [2, 3, 5, 16])
 @pytest.mark.parametrize("bias_type", [None, FLOAT16, FLOAT32])
 def test_shares_of_the_columns_add_up(splits: int, bias_type: torch.dtype | None) -> None:
-    """640 columns are 5 steps: shares are even, uneven, one step each, and more than there are steps."""
+    """640 columns are 5 steps: the splits are even, uneven, one step each, and more than there are steps."""
     weight = sample(65, 640, 4, 128, BFLOAT16)
     x = activations(3, 640, BFLOAT16)
     bias = None if bias_type is None else torch.randn(65, device=DEVICE).to(bias_type)
@@ -70,7 +70,7 @@ def test_dense_copy_is_the_oracles(bits: int, columns: int, group: int) -> None:
     # One product of an integer below 2^8 and a 16-bit scale is exact in float32.
     assert torch.equal(dequantize(weight.planes, FLOAT32), wanted)
     half = dequantize(weight.planes, BFLOAT16).float()
-    # A last place, of which rounding uses half; the interpreter truncates.
+    # One unit in the last place: rounding needs half of it, but the interpreter truncates.
     assert ((half - wanted).abs() <= 2.0**-7 * wanted.abs()).all()
 
 
@@ -82,7 +82,7 @@ def test_many_rows_and_float32_go_through_dense_weights(rows: int, dtype: torch.
 
 
 def test_rows_apart_and_what_lies_between_them() -> None:
-    """x is a slice of wider rows; neither their rest nor another row's NaN reaches a result."""
+    """x is a slice of wider rows. Neither the rest of the rows nor a NaN in another row reaches a result."""
     wide = torch.full((3, 800), float("nan"), device=DEVICE, dtype=FLOAT16)
     weight = sample(20, 600, 4, -1)
     wide[:2, 100:700] = activations(2, 600, FLOAT16)
@@ -118,8 +118,8 @@ def test_every_column_meets_the_scale_of_its_group(bits: int, columns: int, grou
     assert steps.count * steps.loads * tile == -(-columns // block) * block
     for k in range(0, columns, 16):
         plane = k % block // 16
-        # The group that the kernel looks up once for `same` planes.
-        used = (k // tile * tile + plane // steps.same * steps.same * 16) // width
+        # The group that the kernel looks up once for `planes_per_scale` planes.
+        used = (k // tile * tile + plane // steps.planes_per_scale * steps.planes_per_scale * 16) // width
         assert used == k // width
 
 

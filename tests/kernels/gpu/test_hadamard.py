@@ -1,4 +1,4 @@
-"""The Hadamard transform: the oracle against its definition, and every kernel against the oracle."""
+"""The Hadamard transform: the reference against its definition, and all kernels against the reference."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from quantkit.kernels import reference
 from quantkit.kernels.cpu import hadamard as cpu_hadamard
 from quantkit.kernels.gpu.matmul.hadamard import hadamard
 
-#: Rows, columns, block: below and above a vector's width, blocks that leave a part of a vector, a single block.
+#: Rows, columns, block: narrower and wider than a vector, blocks that end within a vector, a single block.
 SHAPES = [(1, 576, 64), (3, 1536, 512), (5, 12, 4), (2, 6, 2), (2, 3, 1), (7, 40, 8), (2, 48, 16), (1, 4096, 4096)]
 
 
 def _rows(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal, with one channel 100 times the others."""
+    """Normally distributed, with one channel 100 times larger."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     x[:, columns // 3] *= 100
     return x.to(dtype)
@@ -39,7 +39,7 @@ def test_the_oracle_multiplies_by_sylvesters_matrix(block: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "columns", "block"), SHAPES)
 def test_on_a_cpu(kernels: str, rows: int, columns: int, block: int, dtype: torch.dtype) -> None:  # noqa: F811
-    """To the bit: the same sums in the same order. The input is left alone."""
+    """Equal to the bit: the same sums in the same order. The input is unchanged."""
     x = _rows(rows, columns, dtype)
     before = x.clone()
     found = cpu_hadamard.hadamard(x.view(rows, 1, columns), block)

@@ -1,4 +1,4 @@
-"""What the Hadamard transform becomes on sm_80 and sm_90: no spills, and nothing that a block does not need."""
+"""The Hadamard kernel, compiled for sm_80 and sm_90: no spills, and no more instructions than needed."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def _job(block: int, capability: int) -> aot.Job:
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[int, int], aot.Compiled]:
-    """Every case's outcome."""
+    """All cases, compiled."""
     return dict(zip(CASES, aot.compile_all([_job(*case) for case in CASES]), strict=True))
 
 
@@ -27,7 +27,7 @@ def test_it_stays_in_registers(compiled: dict[tuple[int, int], aot.Compiled], ca
     assert found.stack == 0
     # A block passes through shared memory as float32.
     assert found.shared <= 4 * block + 1024
-    # One sum or difference an element and step, shared among the program's threads.
+    # One sum or difference per element and step, divided among the program's threads.
     adds = sum(count for opcode, count in found.instructions.items() if opcode.startswith(("FADD", "FFMA")))
     steps = block.bit_length() - 1
     assert adds * found.threads <= 1.5 * steps * max(block, found.threads)

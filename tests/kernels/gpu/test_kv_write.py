@@ -1,4 +1,4 @@
-"""Writing keys and values into their slots: nothing is computed, so everything is exact."""
+"""Writing keys and values to their slots: nothing is computed, so results are exact."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ BLOCKS, BLOCK_SIZE = 5, 8
 
 
 def _caches(heads: int, dim: int, value_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Filled with numbers that no token has."""
+    """A cache filled with numbers that no token has."""
     shape = (BLOCKS, BLOCK_SIZE, heads)
     return tuple(torch.full((*shape, width), 99.0, dtype=dtype, device=DEVICE) for width in (dim, value_dim))  # type: ignore[return-value]
 
 
 def _slots(tokens: int) -> Tensor:
-    """Slots in no order, the first and the last among them, and padding: every third."""
+    """Unordered slots, including the first and the last one; every third is padding."""
     middle = torch.randperm(BLOCKS * BLOCK_SIZE - 2, generator=torch.Generator().manual_seed(tokens)) + 1
     slots = torch.cat([torch.tensor([BLOCKS * BLOCK_SIZE - 1, 0]), middle])[:tokens]
     slots[2::3] = -1
@@ -54,7 +54,7 @@ def test_every_token_lands_in_its_slot_and_nowhere_else(write: object) -> None:
 
 
 def test_slices_of_a_fused_projection() -> None:
-    # [T, (Hq + 2 Hkv) D] as one matrix product leaves it: 4 query heads, 2 key heads, 2 value heads.
+    # [T, (Hq + 2 Hkv) D], the output of a fused projection: 4 query heads, 2 key heads, 2 value heads.
     fused = torch.randn(7, 8, 16, device=DEVICE)
     key, value = fused[:, 4:6], fused[:, 6:]
     found, wanted = _caches(2, 16, 16, torch.float32), _caches(2, 16, 16, torch.float32)

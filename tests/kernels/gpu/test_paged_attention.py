@@ -1,4 +1,4 @@
-"""The paged attention kernels against the oracle: interpreted without a GPU, compiled with one."""
+"""The paged attention kernels against the reference: compiled if there is a GPU, else under Triton's interpreter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from helpers.paged_samples import DEVICE, Batch, Heads, assert_attends, make_batch
+from quantkit.kernels.gpu.attention.paged_args import AttentionArgs, ScoreParams
 from quantkit.kernels.gpu.attention.paged_attention import paged_attention
 from quantkit.kernels.gpu.attention.paged_decode import LONGEST_DECODE, paged_decode
-from quantkit.kernels.gpu.attention.paged_launch import Call, Scores
 from quantkit.kernels.gpu.attention.paged_plan import DECODE_ROWS
 
 SCALE = 0.3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-#: New tokens of two sequences: both kernels, alone and together.
+#: New tokens of two sequences: for one kernel, for the other, and for both.
 STEPS = {"decode": [1, 1], "verify": [3, 8], "prefill": [33, 9], "mixed": [21, 1]}
 
 
 @contextmanager
 def _empty_is_nan() -> Iterator[None]:
-    """`torch.empty` fills with NaN, so that what a kernel forgets to write is seen."""
+    """`torch.empty` fills with NaN, which exposes what a kernel forgets to write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -69,7 +69,7 @@ def test_head_ratios(heads: Heads, step: str) -> None:
 @pytest.mark.parametrize("step", ["verify", "mixed"])
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (33, 5), (24, 40)])
 def test_head_dimensions(dim: int, value_dim: int, step: str) -> None:
-    # 1 / sqrt(D), as models have it, so that weights are spread over many keys at any width.
+    # 1 / sqrt(D) as in models, so that weights are spread over many keys for any head dimension.
     batch = make_batch([37, 70], STEPS[step], Heads(1, 3, dim, value_dim), 16, torch.float16)
     with _empty_is_nan():
         out = paged_attention(*batch.tensors, scale=dim**-0.5)
@@ -96,7 +96,7 @@ def test_soft_cap_and_sinks(step: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sinks", [None, _sinks(Heads())], ids=["plain", "sinks"])
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_padding_is_zero(count: int, sinks: Tensor | None) -> None:
-    # A captured graph's unused sequences: rows, but no context. Sequences without rows: an eager step has them nowhere else.
+    # Unused sequences of a captured graph have rows but no context. Sequences without rows do not occur in eager steps.
     batch = make_batch([0, 40, 0, 150, 40], [count, count, count, count, 0], Heads())
     with _empty_is_nan():
         out = paged_attention(*batch.tensors, scale=SCALE, sinks=sinks)
@@ -121,12 +121,12 @@ def test_query_may_be_a_slice_of_a_fused_projection(step: str) -> None:
 @pytest.mark.parametrize("counts", [[1, 1, 1], [4, 8, 1]])
 @pytest.mark.parametrize("splits", [1, 2, 5, 40])
 def test_any_number_of_spans_gives_the_same(splits: int, counts: list[int]) -> None:
-    # The last sequence fills only a part of its spans; with 40 the merge takes more than one chunk.
+    # The last sequence fills only some of its spans; with 40 spans the merge takes more than one chunk.
     heads = Heads(1, 2)
     batch = make_batch([2300, 400, 3], counts, heads, 32, spare=300)
     out = torch.full_like(batch.query, float("nan"))
     with _empty_is_nan():
-        call = Call(*batch.tensors, _sinks(heads), out, Scores.of(SCALE, 2200, 0.0))
+        call = AttentionArgs(*batch.tensors, _sinks(heads), out, ScoreParams.of(SCALE, 2200, 0.0))
         paged_decode(call, max(counts), {"rows": 16, "tokens": 16, "warps": 4, "stages": 2, "splits": splits})
     assert_attends(out, batch, scale=SCALE, window=2200, sinks=_sinks(heads))
 

@@ -1,4 +1,4 @@
-"""The paged kernels as they would run on an A100 and on an H100, compiled without either."""
+"""The paged kernels, compiled for A100 and H100, which needs neither."""
 
 from functools import cache, partial
 
@@ -8,7 +8,7 @@ import torch
 from helpers import aot, launches
 from quantkit.kernels.autotune import Config
 from quantkit.kernels.gpu.attention import paged_decode, paged_prefill
-from quantkit.kernels.gpu.attention.paged_launch import Call, Scores
+from quantkit.kernels.gpu.attention.paged_args import AttentionArgs, ScoreParams
 from quantkit.kernels.gpu.attention.paged_plan import Device, Problem, decode_configs, prefill_configs
 from quantkit.kernels.gpu.kv import kv_write
 
@@ -17,8 +17,8 @@ NAMES = {A100: "A100", H100: "H100"}
 REGISTERS = 65536  # of a multiprocessor, on both
 KV_HEADS, BLOCK_SIZE, SEQUENCES = 8, 16, 4
 
-#: Machine instructions that one element of the cache may cost. In 16 bit, the 4.3 TB/s of an H200 leave time for 13, the
-#: 1.8 TB/s of an A100 for more. The 8 tokens of a verify step share the element but not the softmax, hence more.
+#: Limit of machine instructions per element of the cache. In 16 bit, the 4.3 TB/s of an H200 leave time for 13 instructions,
+#: the 1.8 TB/s of an A100 for more. The 8 tokens of a verify step share the elements but not the softmax, so they need more.
 MOST_INSTRUCTIONS = {(A100, 1): 4.0, (H100, 1): 4.0, (A100, 8): 12.0, (H100, 8): 6.5}
 
 DECODE = [(dim, longest, device) for device in (A100, H100) for dim, longest in [(64, 1), (128, 1), (128, 8)]]
@@ -30,25 +30,25 @@ def _name(value: object) -> str:
     return NAMES[value] if isinstance(value, Device) else str(value)
 
 
-def _call(dim: int, tokens: int) -> Call:
-    """Without data: 64 query heads for 8 KV heads."""
+def _call(dim: int, tokens: int) -> AttentionArgs:
+    """Arguments without data: 64 query heads for 8 KV heads."""
     caches = torch.empty(2, 64, BLOCK_SIZE, KV_HEADS, dim, dtype=torch.float16, device="meta")
     query, out = torch.empty(2, tokens, 8 * KV_HEADS, dim, dtype=torch.float16, device="meta")
     numbers = torch.empty(SEQUENCES, 1024, dtype=torch.int32, device="meta")
     sinks = torch.empty(8 * KV_HEADS, device="meta")
     tensors = query, caches[0], caches[1], numbers, numbers[0, : SEQUENCES + 1], numbers[0, :SEQUENCES], sinks, out
-    return Call(*tensors, Scores.of(0.1, 0, 0.0))
+    return AttentionArgs(*tensors, ScoreParams.of(0.1, 0, 0.0))
 
 
 def _tiles(configs: list[Config], dim: int) -> list[Config]:
-    """Configs that are different kernels; of heads 128 wide all, to save time the estimate alone of others."""
+    """Configs that are different kernels. To save time, only the estimate for head dimensions other than 128."""
     different = {tuple(sorted({**config, "splits": 2}.items())): config for config in configs}
     return list(different.values())[: None if dim == 128 else 1]
 
 
 @cache
 def _compiled() -> dict[tuple[object, ...], aot.Compiled]:
-    """Every kernel, compiled by one process."""
+    """All kernels, compiled in one process."""
     jobs: dict[tuple[object, ...], aot.Job] = {}
     for dim, longest, device in DECODE:
         call = _call(dim, SEQUENCES * longest)
@@ -78,7 +78,7 @@ def _compiled() -> dict[tuple[object, ...], aot.Compiled]:
 def test_decode_reads_faster_than_memory(dim: int, longest: int, device: Device) -> None:
     found = _compiled()["decode", dim, longest, device, 0]
     assert found.stack == 0
-    # Elements of a pass: nothing but the caches is copied in pieces of 16 bytes.
+    # The elements that a pass reads: only the caches are copied in pieces of 16 bytes.
     elements = found.count("LDGSTS.E.BYPASS.128") * found.threads * 8
     assert elements == 2 * dim * (128 if dim == 64 else 64)
     assert found.per_element(elements) <= MOST_INSTRUCTIONS[device, longest]
@@ -86,7 +86,7 @@ def test_decode_reads_faster_than_memory(dim: int, longest: int, device: Device)
 
 @pytest.mark.parametrize(("dim", "device"), [(dim, device) for dim, longest, device in DECODE if longest == 1], ids=_name)
 def test_decode_programs_share_a_processor(dim: int, device: Device) -> None:
-    # While one waits for the first bytes of its tile, another computes.
+    # While one program waits for the first bytes of its tile, another computes.
     found = _compiled()["decode", dim, 1, device, 0]
     fit = min(REGISTERS // (found.registers * found.threads), device.shared_memory // found.shared)
     assert fit >= 2
@@ -97,7 +97,7 @@ def test_prefill_fits(dim: int, device: Device) -> None:
     found = _compiled()["prefill", dim, device, 0]
     assert found.stack == 0
     assert found.shared <= device.shared_memory
-    # On Hopper the products run on warpgroups.
+    # On Hopper, products use warpgroup instructions.
     unit = "HGMMA" if device.capability == 90 else "HMMA"
     assert any(opcode.startswith(unit) for opcode in found.instructions)
 

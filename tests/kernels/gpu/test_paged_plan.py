@@ -1,4 +1,4 @@
-"""What the paged kernels may be launched with: every config gives the same, fits its device, and is timed on what counts."""
+"""Configs of the paged kernels: all of them give the same result, fit their device, and are timed on a realistic problem."""
 
 import json
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from helpers.quantized_samples import SCHEMES, make_quantized
 from quantkit.kernels import reference
 from quantkit.kernels.autotune import Config, Tuner
 from quantkit.kernels.gpu.attention import paged_attention as entry
+from quantkit.kernels.gpu.attention.paged_args import AttentionArgs, ScoreParams
 from quantkit.kernels.gpu.attention.paged_decode import paged_decode
-from quantkit.kernels.gpu.attention.paged_launch import Call, Scores
 from quantkit.kernels.gpu.attention.paged_plan import Device, Problem, decode_configs, number_of_splits, prefill_configs
 from quantkit.kernels.gpu.attention.paged_prefill import paged_prefill
 
@@ -23,14 +23,14 @@ A100, H100, ADA = Device(80, 108, 166912), Device(90, 132, 232448), Device(89, 1
 SCALE = 0.3
 
 
-def _plain(counts: list[int], heads: Heads, dtype: torch.dtype = torch.float16) -> Call:
+def _plain(counts: list[int], heads: Heads, dtype: torch.dtype = torch.float16) -> AttentionArgs:
     batch = make_batch([200, 70], counts, heads, 16, dtype)
     out = torch.full((sum(counts), heads.kv * heads.ratio, heads.value_dim), float("nan"), dtype=dtype)
-    return Call(*batch.tensors, None, out.to(batch.query.device), Scores.of(SCALE, 0, 0.0))
+    return AttentionArgs(*batch.tensors, None, out.to(batch.query.device), ScoreParams.of(SCALE, 0, 0.0))
 
 
-def _configs(find: Callable[[Problem, Device], list[Config]], call: Call, new: int) -> list[Config]:
-    """Those of all devices."""
+def _configs(find: Callable[[Problem, Device], list[Config]], call: AttentionArgs, new: int) -> list[Config]:
+    """The configs for all devices, without duplicates."""
     found = [config for device in (A100, H100, ADA) for config in find(Problem.of(call, new, 2), device)]
     return [json.loads(each) for each in dict.fromkeys(json.dumps(each) for each in found)]
 
@@ -66,7 +66,7 @@ def test_every_config_of_a_quantized_cache_gives_the_same(scheme: str) -> None:
         query, *rest = case.tensors
         wanted = reference.paged_attention(query.double(), *rest, scale=SCALE)  # type: ignore[arg-type,attr-defined]
         query = query.half()  # type: ignore[attr-defined]
-        call = Call(query, *rest, None, torch.empty_like(query), Scores.of(SCALE, 0, 0.0))  # type: ignore[arg-type]
+        call = AttentionArgs(query, *rest, None, torch.empty_like(query), ScoreParams.of(SCALE, 0, 0.0))  # type: ignore[arg-type]
         launch = paged_decode if find is decode_configs else paged_prefill
         configs = _configs(find, call, max(counts))
         assert len(configs) >= 3
@@ -77,11 +77,11 @@ def test_every_config_of_a_quantized_cache_gives_the_same(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("device", [A100, H100, ADA], ids=["A100", "H100", "Ada"])
-@pytest.mark.parametrize("form", [0, 1, 2, 3])
-def test_configs_fit_any_head(form: int, device: Device) -> None:
+@pytest.mark.parametrize("kind", [0, 1, 2, 3])
+def test_configs_fit_any_head(kind: int, device: Device) -> None:
     for dim in (16, 64, 96, 128, 256, 512):
         for new, ratio in ((1, 1), (8, 16), (1024, 4)):
-            problem = Problem(form, False, torch.bfloat16, 8, ratio, dim, dim, 16, new, 1, 1 << 14)
+            problem = Problem(kind, False, torch.bfloat16, 8, ratio, dim, dim, 16, new, 1, 1 << 14)
             for config in (decode_configs if new <= 8 else prefill_configs)(problem, device):
                 assert problem.shared(config["rows"], config["tokens"], config["stages"]) <= device.shared_memory
                 assert config["rows"] >= 16
@@ -90,7 +90,7 @@ def test_configs_fit_any_head(form: int, device: Device) -> None:
 
 @pytest.mark.parametrize(
     ("programs", "tokens", "splits"),
-    # 400 programs are wanted. A span has two tiles of 64 tokens or more.
+    # 400 programs are wanted. A span has at least two tiles of 64 tokens.
     [(1, 1 << 20, 400), (8, 1 << 20, 50), (399, 1 << 20, 2), (400, 1 << 20, 1), (5000, 1 << 20, 1), (8, 1000, 8), (8, 1, 1)],
 )
 def test_spans_fill_the_machine_but_not_more(programs: int, tokens: int, splits: int) -> None:
@@ -107,7 +107,7 @@ def test_calls_that_are_alike_share_a_problem() -> None:
     assert _problem(3, 5, 4000) != _problem(3, 9, 4000)
     assert _problem(3, 5, 4000) != _problem(3, 5, 4112)
     assert _problem(1, 1, 1 << 17) == _problem(1, 1, 1 << 20)
-    assert _problem(1, 1000, 1 << 17).context * 256 == 1 << 20  # a cache's worth of tokens is enough
+    assert _problem(1, 1000, 1 << 17).context * 256 == 1 << 20  # no more tokens than a cache holds
 
 
 def test_the_example_is_of_the_problem_and_reads_what_is_there() -> None:
@@ -123,12 +123,12 @@ def test_the_example_is_of_the_problem_and_reads_what_is_there() -> None:
 
 
 def test_attention_is_timed_once_for_each_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device whose clock prefers the last config: all that a GPU does, but for the kernels themselves."""
+    """On a device whose clock prefers the last config; the kernels are replaced, everything else is real."""
     launched: list[tuple[str, int, Config]] = []
     timed: list[int] = []
 
     def kernel(name: str) -> Callable[..., None]:
-        def launch(call: Call, new: int, config: Config, **_: Any) -> None:
+        def launch(call: AttentionArgs, new: int, config: Config, **_: Any) -> None:
             launched.append((name, int(call.seq_lens[0]), config))
 
         return launch
@@ -143,7 +143,7 @@ def test_attention_is_timed_once_for_each_problem(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(entry, "device_of", lambda device: H100)
     monkeypatch.setattr(entry, "paged_decode", kernel("decode"))
     monkeypatch.setattr(entry, "paged_prefill", kernel("prefill"))
-    # Padding, as a CUDA graph is warmed up with: what is timed has full contexts all the same.
+    # Padding, with which CUDA graphs are warmed up: the timed call has full contexts nevertheless.
     batch = make_batch([40, 40], [1, 1], Heads(), 16, torch.float16)
     padding = replace(batch, seq_lens=torch.zeros_like(batch.seq_lens))
     entry.paged_attention(*padding.tensors, scale=SCALE)

@@ -1,4 +1,6 @@
-"""The Triton kernels on quantized caches against the oracles: interpreted without a GPU, compiled with one."""
+"""The Triton kernels on quantized caches against the reference: compiled if there is a GPU, else under Triton's
+interpreter.
+"""
 
 from dataclasses import replace
 
@@ -8,17 +10,17 @@ import torch
 from helpers.paged_samples import DEVICE, Heads
 from helpers.quantized_samples import SCALE, SCHEMES, Quantized, assert_right, empty_like, make_quantized, slots_of
 from quantkit.kernels import reference
+from quantkit.kernels.gpu.attention.paged_args import AttentionArgs, ScoreParams
 from quantkit.kernels.gpu.attention.paged_attention import paged_attention
 from quantkit.kernels.gpu.attention.paged_decode import paged_decode
-from quantkit.kernels.gpu.attention.paged_launch import Call, Scores
 from quantkit.kernels.gpu.kv.kv_write import kv_write
 
-#: New tokens of two sequences: both kernels, alone and together.
+#: New tokens of two sequences: for one kernel, for the other, and for both.
 STEPS = {"decode": [1, 1], "verify": [3, 8], "prefill": [33, 9], "mixed": [21, 1]}
 
 
 def _float32(case: Quantized) -> Quantized:
-    """Open pages in the query's type, as the kernels want them."""
+    """The case with tail pages in the query's type."""
     if case.keys.tail_pages is None:
         return case
     assert case.values.tail_pages is not None
@@ -38,7 +40,7 @@ def test_steps(scheme: str, step: str) -> None:
 @pytest.mark.parametrize("step", ["verify", "prefill"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_float16_queries(scheme: str, step: str) -> None:
-    """Keys err by 2^-11, scores by 16 products of such, times 0.3: a weight by half a percent, a sum of values by 0.02."""
+    """Keys are off by 2^-11, scores by 16 such products times 0.3, weights by half a percent, and sums of values by 0.02."""
     case = make_quantized(scheme, [90, 70], STEPS[step], Heads())
     query, *rest = case.tensors
     found = paged_attention(query.half(), *rest, scale=SCALE)  # type: ignore[arg-type,attr-defined]
@@ -64,11 +66,11 @@ def test_a_draft_reads_the_upper_plane(step: str) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_spans_end_inside_of_pages(scheme: str) -> None:
-    """Split over many programs, some of which have quantized pages only, some open ones, and some both."""
+    """Split over many programs, some of which have quantized pages only, some tail pages only, and some both."""
     case = _float32(make_quantized(scheme, [700, 130, 3], [8, 1, 2], Heads(1, 2), 32))
-    out, scores = torch.full_like(case.batch.query, float("nan")), Scores.of(SCALE, 0, 0.0)
+    out, scores = torch.full_like(case.batch.query, float("nan")), ScoreParams.of(SCALE, 0, 0.0)
     config = {"rows": 16, "tokens": 64, "warps": 4, "stages": 2, "splits": 6}
-    paged_decode(Call(*case.tensors, None, out, scores), 8, config)  # type: ignore[arg-type]
+    paged_decode(AttentionArgs(*case.tensors, None, out, scores), 8, config)  # type: ignore[arg-type]
     query, *rest = case.tensors
     wanted = reference.paged_attention(query.double(), *rest, scale=SCALE)  # type: ignore[arg-type,attr-defined]
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=2e-5)
@@ -86,7 +88,8 @@ def test_padding_is_zero() -> None:
 @pytest.mark.parametrize("heads", [Heads(1, 1, 64, 64), Heads(3, 1, 24, 40), Heads(5, 1, 2, 6)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_writes_what_the_oracle_writes(scheme: str, heads: Heads) -> None:
-    """To the bit where the interpreter divides exactly; a GPU may divide one place off and choose the code beside."""
+    """Equal to the bit under the interpreter, which divides exactly. A GPU's quotient may be off by one unit in the last
+    place, which may give the neighbouring code."""
     case = make_quantized(scheme, [35, 16], [1, 1], heads)
     slots = slots_of(case.batch)
     tokens = [cache.flatten(0, 1)[slots] * 3 for cache in (case.batch.key_cache, case.batch.value_cache)]
@@ -109,7 +112,7 @@ def test_writes_what_the_oracle_writes(scheme: str, heads: Heads) -> None:
 
 @pytest.mark.parametrize("counts", [[1, 1], [21, 9]])
 def test_float8(counts: list[int]) -> None:
-    """Written as the oracle writes, ties, subnormals and numbers out of range too; and read back in attention."""
+    """Written like the reference, including ties, subnormals and numbers out of range; then read by attention."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(160, 2, 24, generator=generator) * torch.logspace(-4, 3, 160)[:, None, None]
     codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
@@ -127,5 +130,5 @@ def test_float8(counts: list[int]) -> None:
     batch = table, torch.tensor([0, *counts], device=DEVICE).cumsum(0).int(), torch.tensor([77, 40], device=DEVICE).int()
     out = paged_attention(query, found, found, *batch, scale=0.001)
     exact = reference.paged_attention(query.double(), found, found, *batch, scale=0.001)
-    # Values reach 448 and are weighed by sums that err by about 1e-6.
+    # Values reach 448, and their weights are off by about 1e-6.
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-3)

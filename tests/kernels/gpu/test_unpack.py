@@ -1,4 +1,4 @@
-"""The assembly that unpacks codes, executed here instruction by instruction over every word."""
+"""The assembly that unpacks codes, emulated here instruction by instruction over all words."""
 
 import re
 from itertools import product
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.kernels.gpu.matmul.unpack import assembly, place, plane_count, power
+from quantkit.kernels.gpu.matmul.unpack import field_position, magic_offset, plane_count, unpack_assembly
 
 BITS = (2, 3, 4, 8)
 TYPES = {10: torch.float16, 7: torch.bfloat16}
@@ -31,7 +31,7 @@ def _register(lanes: Tensor) -> Tensor:
 
 
 def _lop3(a: Tensor, b: Tensor, c: Tensor, table: int) -> Tensor:
-    """Bit 4a + 2b + c of the table, at every bit."""
+    """lop3: at each bit position, bit 4a + 2b + c of the table."""
     out = torch.zeros_like(a)
     for row in range(8):
         if table >> row & 1:
@@ -40,7 +40,7 @@ def _lop3(a: Tensor, b: Tensor, c: Tensor, table: int) -> Tensor:
 
 
 def _run(code: str, registers: dict[str, Tensor]) -> Tensor:
-    """$0 after the instructions of `code`; registers hold 32 bits in int64."""
+    """The value of $0 after executing `code`; 32-bit registers are held in int64."""
     body = code.removeprefix("{ .reg .b32 t, u, v, one; ").removesuffix(" }")
 
     def value(name: str) -> Tensor:
@@ -68,7 +68,7 @@ def _run(code: str, registers: dict[str, Tensor]) -> Tensor:
 
 
 def _codes(words: Tensor, thirds: Tensor, bits: int, plane: int) -> Tensor:
-    """The layout's definition."""
+    """The codes, by the definition of the layout."""
     if bits == 3:
         return words >> 2 * (plane % 8) & 3 | (thirds >> 2 * (plane % 8) + plane // 8 & 1) << 2
     return words >> bits * plane & (1 << bits) - 1
@@ -77,22 +77,22 @@ def _codes(words: Tensor, thirds: Tensor, bits: int, plane: int) -> Tensor:
 @pytest.mark.parametrize(("bits", "mantissa", "plane"), CASES)
 def test_assembly_makes_code_minus_zero(bits: int, mantissa: int, plane: int) -> None:
     dtype = TYPES[mantissa]
-    # The other lane and the third bits are other words, so that nothing may leak from one to another.
+    # The other lane and the third bits are different words, so that a leak between them would show.
     shuffled = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(plane))
     thirds = shuffled.flip(0) if bits == 3 else torch.zeros_like(ALL_WORDS)
     pairs = {"$1": ALL_WORDS | shuffled << 16, "$3": thirds | thirds.roll(7) << 16}
     for zero in {0, 1, (1 << bits) // 2, (1 << bits) - 1}:
-        offset = torch.tensor(-power(bits, plane, mantissa) - zero, dtype=dtype)
-        assert offset == -power(bits, plane, mantissa) - zero, "not exact"
+        offset = torch.tensor(-magic_offset(bits, plane, mantissa) - zero, dtype=dtype)
+        assert offset == -magic_offset(bits, plane, mantissa) - zero, "not exact"
         twice = _register(offset.expand(2, 1)).expand_as(ALL_WORDS)
-        found = _lanes(_run(assembly(bits, plane, mantissa), {**pairs, "$2": twice}), dtype)
+        found = _lanes(_run(unpack_assembly(bits, plane, mantissa), {**pairs, "$2": twice}), dtype)
         for lane, words, third in zip(found, _halves(pairs["$1"]), _halves(pairs["$3"]), strict=True):
             assert torch.equal(lane.float(), (_codes(words, third, bits, plane) - zero).float())
 
 
 @pytest.mark.parametrize(("bits", "mantissa", "plane"), CASES)
 def test_fields_end_up_inside_the_mantissa(bits: int, mantissa: int, plane: int) -> None:
-    down, at = place(bits, plane, mantissa)
+    down, at = field_position(bits, plane, mantissa)
     stride = 2 if bits == 3 else bits
     assert down + at == stride * (plane % (16 // stride))
     assert at + bits <= max(mantissa, 8)

@@ -1,6 +1,6 @@
-"""Products with rounded activations against the oracle: compiled where there is a GPU, under Triton's interpreter elsewhere.
+"""W4A8 products against the reference: compiled if there is a GPU, else under Triton's interpreter.
 
-And the assembly itself, run by an emulator of its few instructions over all bytes.
+The assembly is also run by an emulator of its few instructions, over all bytes.
 """
 
 import re
@@ -14,8 +14,8 @@ from torch import Tensor
 from helpers.weights import DEVICE, Sample, activations, sample
 from quantkit.kernels import reference
 from quantkit.kernels.gpu.matmul.gemm_plan import Steps
-from quantkit.kernels.gpu.matmul.quantize_rows import byte_fields, round_rows
-from quantkit.kernels.gpu.matmul.w4a8_gemm import field_assembly, parts, rounded_gemm, w4a8_matmul
+from quantkit.kernels.gpu.matmul.quantize_rows import codes_per_byte, quantize_rows
+from quantkit.kernels.gpu.matmul.w4a8_gemm import extract_assembly, groups_per_load, w4a8_gemm, w4a8_matmul
 from quantkit.kernels.layouts.planes import block_columns
 
 FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
@@ -23,9 +23,9 @@ SMALL = {"block_n": 64, "warps": 2, "stages": 2}
 
 
 def _assert_close(found: Tensor, x: Tensor, weight: Sample, bits: int, bias: Tensor | None = None) -> None:
-    """Sums within a group are exact; zero points, scales and sums over groups take float32, off by a few 2^-24 of the sum of
-    magnitudes (2^-20 covers some 50 groups). The result is rounded to x's type: a last place, where the interpreter
-    truncates."""
+    """Sums within a group are exact. Zero points, scales and sums over groups use float32, which is off by a few 2^-24 of the
+    sum of magnitudes (2^-20 covers about 50 groups). The result is rounded to x's type: one unit in the last place, because
+    the interpreter truncates."""
     group = weight.planes.group_size
     wanted = reference.w4a8_matmul(x, weight.codes, weight.scales, weight.zeros, group, bits, bias)
     codes, scales = reference.quantize_rows(x, bits)
@@ -38,13 +38,13 @@ def _assert_close(found: Tensor, x: Tensor, weight: Sample, bits: int, bias: Ten
 
 
 def _product(x: Tensor, weight: Sample, bits: int, splits: int = 1, bias: Tensor | None = None) -> Tensor:
-    rounded = round_rows(x, bits, weight.planes.bits, weight.planes.group_size)
-    return rounded_gemm(rounded, weight.planes, bias, x.dtype, {**SMALL, "splits": splits})
+    rounded = quantize_rows(x, bits, weight.planes.bits, weight.planes.group_size)
+    return w4a8_gemm(rounded, weight.planes, bias, x.dtype, {**SMALL, "splits": splits})
 
 
 def _column_order(bits: int, columns: int) -> list[int]:
-    """Where `planes` puts columns, said another way: per block or half of one, field, word and byte of the word."""
-    fields = byte_fields(bits)
+    """The column at each position, computed independently: by block or half of one, field, word and byte of the word."""
+    fields = codes_per_byte(bits)
     return [
         first + 16 * (byte * fields + field) + word
         for first in range(0, columns, 32 * fields)
@@ -65,7 +65,7 @@ def test_rounded_rows(bits: int, columns: int, group: int, activation_bits: int,
     # Ties, in a row whose scale is 1.
     x[2] = torch.arange(columns, device=DEVICE).to(dtype) % 7 - 3.5
     x[2, 5] = 2 ** (activation_bits - 1) - 1
-    found, (codes, scales) = round_rows(x, activation_bits, bits, group), reference.quantize_rows(x, activation_bits)
+    found, (codes, scales) = quantize_rows(x, activation_bits, bits, group), reference.quantize_rows(x, activation_bits)
     padded = torch.nn.functional.pad(codes, (0, -columns % block_columns(bits)))
     assert torch.equal(found.scales, scales)
     assert torch.equal(found.codes, padded[:, _column_order(bits, padded.shape[1])])
@@ -99,7 +99,7 @@ def test_groups_that_cut_blocks(bits: int, group: int) -> None:
 @pytest.mark.parametrize("group", [128, -1])
 @pytest.mark.parametrize("splits", [2, 3, 16])
 def test_shares_of_the_columns_add_up(splits: int, group: int) -> None:
-    """Zero points count once for each group, also where a group's columns are shared out."""
+    """Zero points count once per group, even if a group's columns are split over several programs."""
     weight = sample(65, 640, 4, group, BFLOAT16)
     x, bias = activations(3, 640, BFLOAT16), torch.randn(65, device=DEVICE)
     out = _product(x, weight, 8, splits, bias)
@@ -123,16 +123,16 @@ def test_the_entry(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("columns", "group"), [(576, 48), (576, 64), (576, 96), (1000, 1000), (1536, 512), (14336, 128)])
 def test_parts_are_the_groups_of_a_load(bits: int, columns: int, group: int) -> None:
     steps = Steps.of(bits, group, columns)
-    span = 2 * steps.words * byte_fields(bits)
+    span = 2 * steps.words * codes_per_byte(bits)
     assert steps.count * steps.loads * span * (2 if bits == 3 else 1) == -(-columns // block_columns(bits)) * block_columns(
         bits
     )
     wanted = max(len({k // group for k in range(at, min(at + span, columns))}) for at in range(0, columns, span))
-    assert parts(group, span, columns) == wanted
+    assert groups_per_load(group, span, columns) == wanted
 
 
 def _run(code: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """The effect of PTX on uint32 arrays: shr, shl, and, or, xor, mov."""
+    """Execute PTX (shr, shl, and, or, xor, mov) on uint32 arrays."""
     values = {f"${i + 1}": array for i, array in enumerate(inputs)}
     apply = {
         "shr": np.right_shift,
@@ -152,11 +152,11 @@ def _run(code: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_assembly_cuts_codes_out_of_bytes(bits: int) -> None:
     generator = np.random.default_rng(0)
-    low, third = generator.integers(0, 1 << 32, (2, 4096), dtype=np.uint32)
-    both = [each.view(np.uint8).astype(np.int32) for each in (low, third)]
+    low, high_bits = generator.integers(0, 1 << 32, (2, 4096), dtype=np.uint32)
+    both = [each.view(np.uint8).astype(np.int32) for each in (low, high_bits)]
     for half in range(2 if bits == 3 else 1):
-        for field in range(byte_fields(bits)):
-            found = _run(field_assembly(bits, field, half), (low, third)).view(np.int8)
+        for field in range(codes_per_byte(bits)):
+            found = _run(extract_assembly(bits, field, half), (low, high_bits)).view(np.int8)
             if bits == 8:
                 wanted = both[0] - 128
             elif bits == 3:

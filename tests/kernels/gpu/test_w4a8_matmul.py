@@ -1,4 +1,4 @@
-"""Products with rounded activations on a CPU against the oracle, and what the oracle itself must hold to."""
+"""W4A8 products on a CPU against the reference, and properties of the reference itself."""
 
 import pytest
 import torch
@@ -10,17 +10,17 @@ from quantkit.kernels.cpu import library
 from quantkit.kernels.cpu import matmul as cpu_matmul
 from quantkit.kernels.cpu.w4a8 import w4a8_matmul
 
-#: Rows of x on both sides of every change of kernel.
+#: Numbers of rows on both sides of each switch between kernels.
 ROWS = [1, 2, 3, 4, 5, 9]
 
-#: N, K, group: tiles, groups, words and pieces that end early; an odd number of groups.
+#: N, K, group: incomplete tiles, groups, words and blocks; an odd number of groups.
 SHAPES = [(70, 576, 64), (33, 96, 32), (5, 100, 100), (40, 520, -1), (40, 60, 20), (96, 1536, 512), (1, 16, 16)]
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def _sample(rows: int, columns: int, group: int, bits: int) -> Parts:
-    """Codes uint8 [N, K], scales float32 and zeros uint8 [N, G], zero points at both ends too."""
+    """Codes uint8 [N, K], scales float32 and zeros uint8 [N, G], including the smallest and the largest zero point."""
     generator = torch.Generator().manual_seed(rows + columns + bits)
     groups = 1 if group == -1 else columns // group
     codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator)
@@ -30,7 +30,7 @@ def _sample(rows: int, columns: int, group: int, bits: int) -> Parts:
 
 
 def _rows(rows: int, columns: int) -> Tensor:
-    """Normal, with one channel 10 times the others, and a row of zeros."""
+    """Normally distributed, with one channel 10 times larger, and a row of zeros."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     x[:, columns // 3] *= 10
     x[2:3] = 0
@@ -38,8 +38,8 @@ def _rows(rows: int, columns: int) -> Tensor:
 
 
 def _assert_close(found: Tensor, x: Tensor, parts: Parts, group: int, bits: int, bias: Tensor | None = None) -> None:
-    """Sums of integers are exact, or in float32 off by the rounding of sums of K terms, typically 2^-24 sqrt(K) of their
-    magnitude; so are the sums over groups. The result is rounded to x's type."""
+    """Sums of integers are exact or, in float32, off by the rounding of K terms, typically 2^-24 sqrt(K) of their magnitude.
+    The same holds for sums over groups. The result is rounded to x's type."""
     wanted = reference.w4a8_matmul(x, *parts, group, bits, bias)
     inputs, scales = reference.quantize_rows(x, bits)
     size = reference.dequant_matmul(inputs.abs() * scales[:, None], parts[0], parts[1], torch.zeros_like(parts[2]), group)
@@ -58,7 +58,7 @@ def test_rounded_rows(activation_bits: int) -> None:
     codes, scales = reference.quantize_rows(x, activation_bits)
     assert codes.dtype == torch.int8
     assert codes.abs().amax(-1).tolist() == [most, most, 0, most, most]
-    # Half a step, and a little for the rounding of the quotient.
+    # Half a step, plus a little for the rounding of the quotient.
     assert bool(((codes * scales[:, None] - x).abs() <= scales[:, None] * (0.5 + 1e-5)).all())
     ties = torch.tensor([[float(most), 0.5, 1.5, 2.5, -0.5, -2.5]])
     assert reference.quantize_rows(ties, activation_bits)[0].tolist() == [[most, 0, 2, 2, 0, -2]]
@@ -93,8 +93,8 @@ def test_types_of_activations_and_bias(kernels: str, dtype: torch.dtype) -> None
 
 
 def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Integers below 2^7 are exact in bfloat16; torch rounds its result to that: half a last place of the sum of codes times
-    inputs, and twice that is allowed for the zero points' sum behind it."""
+    """Integers below 2^7 are exact in bfloat16, to which torch rounds its result: half a unit in the last place of the sum of
+    codes times inputs. Twice that is allowed, because the zero points are added afterwards."""
     monkeypatch.setattr(library, "load", lambda: None)
     parts, x = _sample(64, 256, 64, 4), _rows(3, 256)
     packed = cpu_matmul.pack(parts[0], parts[1].to(torch.bfloat16).float(), parts[2], 4, 64)
@@ -108,7 +108,7 @@ def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_largest_sums_fit(bits: int, sign: int) -> None:
-    """All codes and inputs at their ends, in groups long enough for every intermediate sum to be full."""
+    """All codes and inputs are extreme, and groups are long enough for intermediate sums to reach their maximum."""
     most = (1 << bits) - 1
     codes = torch.full((32, 2048), most, dtype=torch.uint8)
     packed = cpu_matmul.pack(codes, torch.ones(32, 2), torch.zeros(32, 2, dtype=torch.uint8), bits, 1024)

@@ -1,4 +1,4 @@
-"""The layout that GPU kernels read: where every code lies, and that all of it comes back."""
+"""The layout that GPU kernels read: where each code is stored, and that packing loses nothing."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_codes_come_back(bits: int, rows: int, columns: int, seed: int) -> None:
     weight = to_planes(codes, torch.ones(rows, 1), torch.zeros(rows, 1, dtype=torch.uint8), bits, -1)
     assert torch.equal(from_planes(weight), codes)
     blocks = -(-columns // block_columns(bits))
-    stored = weight.words.shape[1] + (0 if weight.third is None else weight.third.shape[1])
+    stored = weight.words.shape[1] + (0 if weight.high_bits is None else weight.high_bits.shape[1])
     assert stored * 16 == blocks * block_columns(bits) * bits
 
 
@@ -32,7 +32,7 @@ def test_every_code_lies_where_the_layout_says(bits: int) -> None:
     codes = _codes(1, columns, bits)
     weight = to_planes(codes, torch.ones(1, 1), torch.zeros(1, 1), bits, -1)
     words = [int(word) & 0xFFFF for word in weight.words[0]]
-    thirds = [] if weight.third is None else [int(word) & 0xFFFF for word in weight.third[0]]
+    thirds = [] if weight.high_bits is None else [int(word) & 0xFFFF for word in weight.high_bits[0]]
     low = 2 if bits == 3 else bits
     span = 256 // low
     for k in range(columns):

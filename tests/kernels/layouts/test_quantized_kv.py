@@ -1,10 +1,10 @@
-"""The oracles of quantized caches: how far what is read may be from what was written, by the size of a step."""
+"""The reference for quantized caches: how far the numbers read may be from those written, in quantization steps."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from helpers.quantized_samples import make_store
+from helpers.quantized_samples import make_quantized_kv
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import attention as cpu_attention
 from quantkit.kernels.cpu import library
@@ -13,21 +13,21 @@ from quantkit.kernels.layouts.quantized_kv import QuantizedKV
 
 BLOCKS, SIZE, HEADS, DIM = 3, 8, 2, 12
 
-#: Levels of the grid.
+#: Levels of the quantization grid.
 STEPS = {"int8": 255, "int4": 15, "int4+4": 15}
 
 
 def _round_trip(scheme: str, rows: Tensor, *, keys: bool, draft: bool = False) -> Tensor:
-    """What is read of full pages, [blocks, size, heads, dim]."""
+    """The contents of full pages, [blocks, size, heads, dim]."""
     pages = torch.tensor([2, 0, 1], dtype=torch.int32)
-    one, other = (make_store(scheme, BLOCKS, SIZE, HEADS, DIM, keys=k, pages=pages) for k in (keys, not keys))
+    one, other = (make_quantized_kv(scheme, BLOCKS, SIZE, HEADS, DIM, keys=k, pages=pages) for k in (keys, not keys))
     flat, slots = rows.flatten(0, 1), torch.arange(BLOCKS * SIZE)
     reference.kv_write(*((flat, flat, one, other) if keys else (flat, flat, other, one)), slots)
-    return kv_codec.stored(one, torch.arange(BLOCKS), draft)
+    return kv_codec.read_blocks(one, torch.arange(BLOCKS), draft)
 
 
 def _rows() -> Tensor:
-    """Numbers of several sizes, an outlier channel as keys have it, a constant channel and a constant token."""
+    """Numbers of several magnitudes, an outlier channel as in keys, a constant channel and a constant token."""
     rows = torch.randn(BLOCKS, SIZE, HEADS, DIM, generator=torch.Generator().manual_seed(3))
     rows[0] *= 1e-3
     rows[..., 5] += 40
@@ -39,8 +39,10 @@ def _rows() -> Tensor:
 @pytest.mark.parametrize("keys", [True, False], ids=["keys", "values"])
 @pytest.mark.parametrize("scheme", STEPS)
 def test_an_error_is_at_most_half_a_step(scheme: str, keys: bool) -> None:
-    """Rounding to the grid errs by scale / 2; float16 errs by 2^-11 in the minimum and, `levels` times, in the scale; an open
-    page errs by 2^-9 of the number. 4+4 bit: the rest is rounded to scale / 16, but ends at 7/16 of a step: scale / 16."""
+    """Rounding to the grid is off by scale / 2. float16 is off by 2^-11 in the minimum and, `levels` times, in the scale. A
+    tail page is off by 2^-9 of the number. For 4+4 bit the residual is rounded to scale / 16 and ends at 7/16 of a step: scale
+    / 16.
+    """
     rows = _rows()
     found = _round_trip(scheme, rows, keys=keys)
     shared = 1 if keys and scheme != "int8" else -1
@@ -48,10 +50,10 @@ def test_an_error_is_at_most_half_a_step(scheme: str, keys: bool) -> None:
     step = (high - low) / STEPS[scheme]
     rounding = 2**-11 * (low.abs() + 2 * (high - low)) + 2**-25 * (STEPS[scheme] + 1)
     if scheme != "int8":
-        rounding += 2**-8 * torch.maximum(low.abs(), high.abs())  # of the number, and of the ends of the grid
+        rounding += 2**-8 * torch.maximum(low.abs(), high.abs())  # relative to the number, and to the ends of the grid
     bound = step / (16 if scheme == "int4+4" else 2) + rounding
     assert bool(((found - rows).abs() <= bound).all())
-    # The bound means something: half of it would not hold everywhere.
+    # The bound is tight: half of it would not hold everywhere.
     assert bool(((found - rows).abs() > bound / 4).any())
 
 
@@ -63,7 +65,7 @@ def test_the_upper_plane_is_the_int4_cache(keys: bool) -> None:
 
 
 def test_keys_share_a_scale_a_channel_and_values_one_a_token() -> None:
-    """So an outlier costs its own channel, or its own token, and nothing else."""
+    """An outlier costs accuracy in its own channel, or in its own token, and nowhere else."""
     plain = torch.linspace(-1, 1, SIZE * HEADS * DIM).view(1, SIZE, HEADS, DIM).repeat(BLOCKS, 1, 1, 1)
     loud = plain.clone()
     loud[:, 2, :, 4] = 100.0
@@ -77,9 +79,9 @@ def test_keys_share_a_scale_a_channel_and_values_one_a_token() -> None:
 
 @pytest.mark.parametrize("scheme", ["int4", "int4+4"])
 def test_a_query_sees_its_own_page_in_16_bit(scheme: str) -> None:
-    """With one token of all the weight, the output is that token's value: from its open page, or quantized."""
+    """If one token has all the weight, the output is that token's value: from its tail page, or quantized."""
     pages = torch.tensor([2, 0, 1], dtype=torch.int32)
-    stores = [make_store(scheme, BLOCKS, SIZE, 1, DIM, keys=keys, pages=pages) for keys in (True, False)]
+    stores = [make_quantized_kv(scheme, BLOCKS, SIZE, 1, DIM, keys=keys, pages=pages) for keys in (True, False)]
     keys, values = torch.zeros(20, 1, DIM), torch.randn(20, 1, DIM, generator=torch.Generator().manual_seed(1))
     for seen, quantized in ((9, True), (15, True), (17, False), (18, False)):
         keys[:], keys[seen] = 0, 1
@@ -90,13 +92,15 @@ def test_a_query_sees_its_own_page_in_16_bit(scheme: str) -> None:
         half = values[seen, 0].bfloat16().float()
         assert torch.equal(out, half) != quantized
         if quantized:
-            assert torch.equal(out, kv_codec.stored(stores[1], torch.arange(3)).flatten(0, 1)[seen, 0])
+            assert torch.equal(out, kv_codec.read_blocks(stores[1], torch.arange(3)).flatten(0, 1)[seen, 0])
 
 
 def test_a_page_can_be_settled_again() -> None:
-    """Draft tokens fill a page, are rejected and overwritten: the page is what it would have been without them."""
+    """Draft tokens fill a page, are rejected and overwritten: the page is the same as without them."""
     pages = torch.arange(BLOCKS, dtype=torch.int32)
-    found, wanted = ([make_store("int4", BLOCKS, SIZE, HEADS, DIM, keys=k, pages=pages) for k in (True, False)] for _ in "ab")
+    found, wanted = (
+        [make_quantized_kv("int4", BLOCKS, SIZE, HEADS, DIM, keys=k, pages=pages) for k in (True, False)] for _ in "ab"
+    )
     rows, wrong = _rows().flatten(0, 1)[:SIZE], _rows().flatten(0, 1)[SIZE : 2 * SIZE]
     reference.kv_write(rows[:5], rows[:5], *found, torch.arange(5))
     reference.kv_write(wrong[5:], wrong[5:], *found, torch.arange(5, SIZE))
@@ -121,7 +125,7 @@ def _every_float8() -> Tensor:
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 def test_float8_is_rounded_as_torch_rounds_and_saturates(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every number of 8 bits, its neighbours, the points between two, and what is out of range."""
+    """Every 8-bit number, its neighbours, the midpoints between numbers, and numbers out of range."""
     if kernels == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
     every = _every_float8().sort().values
@@ -138,7 +142,7 @@ def test_float8_is_rounded_as_torch_rounds_and_saturates(kernels: str, monkeypat
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("counts", [[1, 1], [40, 9]])
 def test_attention_reads_float8(kernels: str, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All codes are read as torch reads them; sums differ by their order."""
+    """All codes are read as torch reads them; sums differ in their order."""
     if kernels == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
     numbers = _every_float8() / 64

@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache: which kernel takes which sequence, and with which config."""
+"""Attention over the paged KV cache: the entry point, which picks a kernel for each sequence and a config for each kernel."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -6,8 +6,8 @@ from functools import cache, partial
 from torch import Tensor
 
 from quantkit.kernels.autotune import Config, tuner
+from quantkit.kernels.gpu.attention.paged_args import AttentionArgs, ScoreParams
 from quantkit.kernels.gpu.attention.paged_decode import LONGEST_DECODE, paged_decode
-from quantkit.kernels.gpu.attention.paged_launch import Call, Scores
 from quantkit.kernels.gpu.attention.paged_plan import Problem, decode_configs, device_of, prefill_configs
 from quantkit.kernels.gpu.attention.paged_prefill import paged_prefill
 from quantkit.kernels.layouts.quantized_kv import Cache
@@ -30,11 +30,11 @@ def paged_attention(
 ) -> Tensor:
     """What `reference.paged_attention` computes, by Triton kernels on an NVIDIA GPU.
 
-    Sequences of up to 8 new tokens go to the decode kernel and longer ones to the prefill kernel; a step that has both
-    runs both, each writing its rows.
+    Sequences of up to 8 new tokens go to the decode kernel and longer ones to the prefill kernel. If a step has both, both
+    kernels run, and each writes its rows.
 
     Args:
-        query: [T, Hq, D] float16, bfloat16 or float32, on a CUDA device; rows and heads at any stride. Hq is a multiple of
+        query: [T, Hq, D] float16, bfloat16 or float32, on a CUDA device; any strides of rows and heads. Hq is a multiple of
             Hkv.
         key_cache: [num_blocks, block_size, Hkv, D], contiguous, in query's dtype or float8 e4m3; or a `QuantizedKV`.
             block_size is a power of two.
@@ -44,50 +44,54 @@ def paged_attention(
         seq_lens: int32 [S], tokens in the cache, the new ones included; 0 for padding, whose rows come out as zeros.
         scale, window, softcap, draft: as for the reference.
         sinks: float32 [Hq] or None.
-        max_query_len: most new tokens of any sequence. Without it, it is read from the device, which waits for the stream
-            and cannot be captured in a CUDA graph.
+        max_query_len: most new tokens of any sequence. If None, it is read from the device, which waits for the stream and
+            cannot be captured in a CUDA graph.
 
     Returns:
         [T, Hq, Dv] in query's dtype; products are accumulated in float32.
     """
     (tokens, query_heads, _), sequences = query.shape, len(seq_lens)
     out = query.new_empty(tokens, query_heads, value_cache.shape[3])
-    scores = Scores.of(scale, window, softcap)
-    call = Call(query, key_cache, value_cache, block_table, query_start, seq_lens, sinks, out, scores, draft)
-    call.check()
+    scores = ScoreParams.of(scale, window, softcap)
+    args = AttentionArgs(query, key_cache, value_cache, block_table, query_start, seq_lens, sinks, out, scores, draft)
+    args.check()
     if tokens == 0:
         return out
     longest = int(query_start.diff().max()) if max_query_len is None else max_query_len
     if longest <= LONGEST_DECODE:
-        _decode(call, longest)
+        _decode(args, longest)
     else:
-        _prefill(call, longest)
-        # Rows are missing from S * longest only if some sequence is shorter.
+        _prefill(args, longest)
+        # There are fewer than S * longest tokens only if some sequence is shorter than the longest.
         if tokens < sequences * longest:
-            _decode(call, LONGEST_DECODE)
+            _decode(args, LONGEST_DECODE)
     return out
 
 
-def _decode(call: Call, longest: int) -> None:
-    problem = Problem.of(call, longest, len(call.seq_lens))
-    config = _best("paged_decode", call, problem, decode_configs(problem, device_of(call.query.device)), paged_decode)
-    # So many new tokens, and not `longest`: a kernel for each number would have to be compiled.
-    paged_decode(call, problem.new, config)
+def _decode(args: AttentionArgs, longest: int) -> None:
+    problem = Problem.of(args, longest, len(args.seq_lens))
+    config = _best("paged_decode", args, problem, decode_configs(problem, device_of(args.query.device)), paged_decode)
+    # `problem.new` is `longest` rounded up: otherwise a kernel would have to be compiled for each number of new tokens.
+    paged_decode(args, problem.new, config)
 
 
-def _prefill(call: Call, longest: int) -> None:
-    # Sequences that decode meanwhile do not count.
-    problem = Problem.of(call, longest, max(1, len(call.query) // longest))
+def _prefill(args: AttentionArgs, longest: int) -> None:
+    # An estimate of the number of prefilling sequences: those that decode add few tokens.
+    problem = Problem.of(args, longest, max(1, len(args.query) // longest))
     launch = partial(paged_prefill, shortest=LONGEST_DECODE + 1)
-    config = _best("paged_prefill", call, problem, prefill_configs(problem, device_of(call.query.device)), launch)
-    launch(call, longest, config)
+    config = _best("paged_prefill", args, problem, prefill_configs(problem, device_of(args.query.device)), launch)
+    launch(args, longest, config)
 
 
 def _best(
-    kernel: str, call: Call, problem: Problem, configs: Sequence[Config], launch: Callable[[Call, int, Config], None]
+    kernel: str,
+    args: AttentionArgs,
+    problem: Problem,
+    configs: Sequence[Config],
+    launch: Callable[[AttentionArgs, int, Config], None],
 ) -> Config:
     @cache
-    def example() -> Call:
-        return problem.example(call)
+    def example() -> AttentionArgs:
+        return problem.example(args)
 
-    return tuner(call.query.device).best(kernel, problem, configs, lambda config: launch(example(), problem.new, config))
+    return tuner(args.query.device).best(kernel, problem, configs, lambda config: launch(example(), problem.new, config))

@@ -1,80 +1,79 @@
-"""What the paged kernels are given: scores as exponents of 2, and what they rely on."""
+"""The launch that the decode and the prefill kernel share."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.kernels.gpu.attention.paged_tile import LOG2E
-from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV, block_tensors
-
-#: A window that hides nothing; small enough that position - window does not overflow int32.
-NO_WINDOW = 1 << 30
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How raw dot products become exponents of 2: x * scale, or cap * (1 - 2 / (1 + exp2(x * scale))) = cap * tanh(..)."""
-
-    scale: float
-    cap: float
-    window: int
-
-    @classmethod
-    def of(cls, scale: float, window: int, softcap: float) -> "Scores":
-        """From the arguments of `paged_attention`."""
-        window = window if window > 0 else NO_WINDOW
-        if softcap > 0:
-            return cls(2 * LOG2E.value * scale / softcap, LOG2E.value * softcap, window)
-        return cls(LOG2E.value * scale, 0.0, window)
+from quantkit.kernels.autotune import Config
+from quantkit.kernels.gpu.attention.paged_args import AttentionArgs
+from quantkit.kernels.gpu.attention.paged_plan import padded_dim
+from quantkit.kernels.gpu.attention.paged_quantized import cache_kind
+from quantkit.kernels.gpu.common import computes_in_float32
+from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV
 
 
-@dataclass(frozen=True)
-class Call:
-    """What both kernels take.
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: AttentionArgs, config: Config, *further: Tensor, **constants: int
+) -> None:
+    """Run a paged kernel.
 
-    Attributes:
-        query, key_cache, value_cache, block_table, query_start, seq_lens, sinks, draft: as for `paged_attention`.
-        out: [T, Hq, Dv], contiguous.
-        scores: scale, soft cap and window.
+    Args:
+        kernel: a Triton kernel whose first arguments are those below.
+        grid: of programs.
+        args: see `AttentionArgs`.
+        config: see `paged_plan`.
+        further: the kernel's arguments after the shared ones.
+        constants: the kernel's constexprs other than the shared ones.
     """
+    query, scores = args.query, args.scores
+    (_, block_size, heads, dim), value_dim = args.key_cache.shape, args.value_cache.shape[3]
+    key_data, key_params, key_lower, key_tail = _tensors(args.key_cache, args.draft)
+    value_data, value_params, value_lower, value_tail = _tensors(args.value_cache, args.draft)
+    kernel[grid](
+        query,
+        key_data,
+        value_data,
+        key_params,
+        value_params,
+        key_lower,
+        value_lower,
+        key_tail,
+        value_tail,
+        args.key_cache.tail_page_ids if isinstance(args.key_cache, QuantizedKV) else None,
+        args.block_table,
+        args.query_start,
+        args.seq_lens,
+        args.sinks,
+        args.out,
+        query.stride(0),
+        query.stride(1),
+        args.block_table.stride(0),
+        scores.scale,
+        scores.cap,
+        scores.window,
+        *further,
+        HEADS=heads,
+        RATIO=args.ratio,
+        ROWS=config["rows"],
+        BLOCK_SIZE=block_size,
+        TILE=config["tokens"],
+        D=dim,
+        D_PAD=padded_dim(dim),
+        DV=value_dim,
+        DV_PAD=padded_dim(value_dim),
+        CAPPED=scores.cap > 0,
+        SINKS=args.sinks is not None,
+        KIND=cache_kind(args.key_cache),
+        WIDEN=computes_in_float32(query),
+        num_warps=config["warps"],
+        num_stages=config["stages"],
+        **constants,
+    )
 
-    query: Tensor
-    key_cache: Cache
-    value_cache: Cache
-    block_table: Tensor
-    query_start: Tensor
-    seq_lens: Tensor
-    sinks: Tensor | None
-    out: Tensor
-    scores: Scores
-    draft: bool = False
 
-    @property
-    def ratio(self) -> int:
-        """Query heads that share a KV head."""
-        return self.query.shape[1] // self.key_cache.shape[2]
-
-    def visible(self, new: int) -> int:
-        """Tokens that the newest `new` ones of a sequence see at most, as far as shapes tell."""
-        return min(self.block_table.shape[1] * self.key_cache.shape[1], self.scores.window + new - 1)
-
-    def check(self) -> None:
-        """Assert the shapes, dtypes and layouts that `reference.paged_attention` documents and the kernels rely on."""
-        query, (sequences, _), block_size = self.query, self.block_table.shape, self.key_cache.shape[1]
-        assert query.shape[2] == self.key_cache.shape[3], (query.shape, self.key_cache.shape)
-        assert query.shape[1] % self.key_cache.shape[2] == 0, (query.shape, self.key_cache.shape)
-        assert self.key_cache.shape[:3] == self.value_cache.shape[:3], (self.key_cache.shape, self.value_cache.shape)
-        assert block_size & (block_size - 1) == 0, block_size
-        for cache in (self.key_cache, self.value_cache):
-            assert all(plane.is_contiguous() for plane in block_tensors(cache))
-            assert isinstance(cache, QuantizedKV) or cache.dtype in (query.dtype, torch.float8_e4m3fn), (
-                query.dtype,
-                cache.dtype,
-            )
-        numbers = self.block_table, self.query_start, self.seq_lens
-        assert all(x.stride(-1) == 1 for x in (query, *numbers))
-        assert (len(self.query_start), len(self.seq_lens)) == (sequences + 1, sequences)
-        assert all(x.dtype == torch.int32 for x in numbers)
-        sinks = self.sinks
-        assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == query.shape[1:2] and sinks.is_contiguous())
+def _tensors(cache: Cache, draft: bool) -> tuple[Tensor | None, ...]:
+    """Data, parameters, lower 4 bits and tail pages; None for what the cache lacks or a draft does not read."""
+    if isinstance(cache, Tensor):
+        return (cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache), None, None, None
+    return cache.codes, cache.params, None if draft else cache.lower, cache.tail_pages

@@ -1,61 +1,47 @@
-"""Quantized caches in the paged kernels: tiles of codes become tiles of numbers, and are then scored like any other.
+"""Quantized caches in the paged kernels: tiles of codes are dequantized and then scored like any other tile.
 
-Where blocks are quantized as a whole, a row sees its own page in 16 bit and earlier ones quantized (see `kv_store`), so the
-tokens are walked in two passes: over the quantized pages, hiding from each row what is not before its own page; then over
-the open pages, hiding what is. Only the pages of the tile's own rows are in both.
+If blocks are quantized as a whole, a row sees its own page in 16 bit and earlier pages quantized (see `quantized_kv`). So
+there are two passes over the tokens: the first reads quantized pages, masking keys at or after the row's own page; the second
+reads tail pages and masks the complement. Only the pages of the tile's own rows are read in both.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from quantkit.kernels.gpu.attention.paged_tile import soften
+from quantkit.kernels.gpu.attention.paged_tile import online_softmax
 from quantkit.kernels.layouts.quantized_kv import Cache, QuantizedKV
 
-#: Forms of a cache: numbers in the query's type, e4m3 bytes, codes with parameters a token, codes with parameters a page.
-PLAIN, FP8, INT8, PAGES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+#: Kinds of cache: numbers in the query's type; e4m3 bytes; int8 codes; int4 or 4+4-bit codes with tail pages.
+PLAIN, FP8, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
-def cache_arguments(key_cache: Cache, value_cache: Cache, draft: bool) -> tuple[Tensor | None, ...]:
-    """What kernels take of the caches, keys before values: data, params, lower planes, open pages, and the table of these.
-
-    None for what they lack, or what a draft leaves out.
-    """
-
-    def parts(cache: Cache) -> tuple[Tensor | None, ...]:
-        if isinstance(cache, Tensor):
-            return (cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache), None, None, None
-        return cache.codes, cache.params, None if draft else cache.lower, cache.tail_pages
-
-    pairs = zip(parts(key_cache), parts(value_cache), strict=True)
-    table = key_cache.tail_page_ids if isinstance(key_cache, QuantizedKV) else None
-    return (*(part for pair in pairs for part in pair), table)
-
-
-def form(cache: Cache) -> int:
-    """Which form it has."""
+def cache_kind(cache: Cache) -> int:
+    """Which kind of cache it is."""
     if isinstance(cache, QuantizedKV):
-        return int((INT8 if cache.tail_pages is None else PAGES).value)
+        return int((INT8 if cache.tail_pages is None else INT4).value)
     return int((FP8 if cache.dtype == torch.float8_e4m3fn else PLAIN).value)
 
 
 @triton.jit
 def e4m3_to_half(code):  # type: ignore[no-untyped-def]
-    """float16 of uint16 e4m3 codes: the bits moved, the exponent rebiased by 2^8, exactly. No GPU needs to know the type."""
+    """float16 from uint16 e4m3 codes: shifts the bits and rebiases the exponent by 2^8, exactly. Works on GPUs without
+    float8.
+    """
     return (((code & 0x7F) << 7) | ((code & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
 
 
 @triton.jit
-def _exactly(code, LESS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """code - LESS for uint16 codes below 256: 0x6400 with a code in its last bits is 1024 + code in float16."""
+def _code_to_float(code, LESS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """code - LESS for uint16 codes below 256: 0x6400 with the code in its lowest bits is 1024 + code in float16."""
     return ((code | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + LESS)).to(DTYPE)
 
 
 @triton.jit
-def _codes(data, lower, row, dim, inside, D: tl.constexpr, FORM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """uint16 tile; of 4+4 bit 16 upper + lower. row (of a token and head) runs along one dimension, dim along the other."""
-    if FORM == PAGES:
+def _codes(data, lower, row, dim, inside, D: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of uint16 codes; for 4+4 bit, 16 * upper + lower. `row` (token and head) varies along one dimension, `dim` along
+    the other."""
+    if KIND == INT4:
         half: tl.constexpr = D // 2
         byte, shift = row * half + dim % half, (4 * (dim // half)).to(tl.uint16)
         code = (tl.load(data + byte, mask=inside, other=0).to(tl.uint16) >> shift) & 15
@@ -68,7 +54,7 @@ def _codes(data, lower, row, dim, inside, D: tl.constexpr, FORM: tl.constexpr): 
 
 @triton.jit
 def _token_params(params, lower, row, inside, MIDDLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """step and offset of tokens, float32, such that x = step * (code - MIDDLE) + offset."""
+    """step and offset per token, float32, such that x = step * (code - MIDDLE) + offset."""
     step = tl.load(params + row * 2, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(params + row * 2 + 1, mask=inside, other=0.0).to(tl.float32)
     if lower is not None:
@@ -79,24 +65,24 @@ def _token_params(params, lower, row, inside, MIDDLE: tl.constexpr):  # type: ig
 
 @triton.jit
 def _channel_keys(code, params, lower, page, dim, inside, D: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys whose parameters belong to a channel of a page; for 16-bit queries in float16, which is as fine as they are."""
+    """Keys with parameters per page and channel. For 16-bit queries they are computed in float16, which is precise enough."""
     scale = tl.load(params + page * (2 * D) + dim, mask=inside, other=0.0)
     minimum = tl.load(params + page * (2 * D) + D + dim, mask=inside, other=0.0)
     if tl.float32 == DTYPE:
         scale = scale.to(tl.float32)
         minimum = minimum.to(tl.float32)
     if lower is not None:
-        keys = _exactly(code, 8.0, scale.dtype) * (scale * 0.0625) + minimum
+        keys = _code_to_float(code, 8.0, scale.dtype) * (scale * 0.0625) + minimum
     else:
-        keys = _exactly(code, 0.0, scale.dtype) * scale + minimum
+        keys = _code_to_float(code, 0.0, scale.dtype) * scale + minimum
     return keys.to(DTYPE)
 
 
 @triton.jit
-def attend_stored(  # type: ignore[no-untyped-def]
+def attend_quantized(  # type: ignore[no-untyped-def]
     acc,
-    peak,
-    total,
+    row_max,
+    row_sum,
     query,
     positions,
     first,
@@ -111,9 +97,9 @@ def attend_stored(  # type: ignore[no-untyped-def]
     value_params,
     key_lower,
     value_lower,
-    key_open,
-    value_open,
-    open_pages,
+    key_tail,
+    value_tail,
+    tail_page_ids,
     scale,
     cap,
     window,
@@ -125,65 +111,69 @@ def attend_stored(  # type: ignore[no-untyped-def]
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     CAPPED: tl.constexpr,
-    FORM: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """The state after the tokens first .. end - 1; `earliest` and `latest` are the rows' first and last position."""
-    own = positions // BLOCK_SIZE * BLOCK_SIZE
-    settled = end
-    if FORM == PAGES:
-        settled = tl.minimum(end, latest // BLOCK_SIZE * BLOCK_SIZE)
-    # Products are taken of codes less the middle of their range, which are exact in any type, and scaled behind them.
-    MIDDLE: tl.constexpr = 8.0 if FORM == PAGES and key_lower is None else 128.0
+    """The state after attending to tokens first .. end - 1; `earliest` and `latest` are the first and last position of the
+    rows.
+    """
+    own_page = positions // BLOCK_SIZE * BLOCK_SIZE
+    quantized_end = end
+    if KIND == INT4:
+        quantized_end = tl.minimum(end, latest // BLOCK_SIZE * BLOCK_SIZE)
+    # The products use codes minus the middle of their range, which are exact in any type, and are scaled afterwards.
+    MIDDLE: tl.constexpr = 8.0 if KIND == INT4 and key_lower is None else 128.0
     sums = tl.sum(query.to(tl.float32), 1)
     dims = tl.arange(0, D_PAD)[:, None]
     value_dims = tl.arange(0, DV_PAD)[None, :]
-    for token in range(first, settled, TILE):
+    for token in range(first, quantized_end, TILE):
         tokens = token + tl.arange(0, TILE)
-        inside = tokens < settled
+        inside = tokens < quantized_end
         blocks = tl.load(table + tokens // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         rows = (blocks * BLOCK_SIZE + tokens % BLOCK_SIZE) * HEADS + kv_head
         distance = positions[:, None] - tokens[None, :]
         visible = (distance >= 0) & (distance < window) & inside[None, :]
-        if FORM == PAGES:
-            visible = visible & (tokens[None, :] < own[:, None])
+        if KIND == INT4:
+            visible = visible & (tokens[None, :] < own_page[:, None])
 
         known = inside[None, :] & (dims < D)
-        code = _codes(key_cache, key_lower, rows[None, :], dims, known, D, FORM)
-        if FORM == FP8:
+        code = _codes(key_cache, key_lower, rows[None, :], dims, known, D, KIND)
+        if KIND == FP8:
             scores = tl.dot(query, e4m3_to_half(code).to(query.dtype), input_precision="ieee")
-        elif FORM == PAGES:
+        elif KIND == INT4:
             pages = (blocks * HEADS + kv_head)[None, :]
             keys = _channel_keys(code, key_params, key_lower, pages, dims, known, D, query.dtype)
             scores = tl.dot(query, keys, input_precision="ieee")
         else:
             step, offset = _token_params(key_params, key_lower, rows, inside, MIDDLE)
-            products = tl.dot(query, _exactly(code, MIDDLE, query.dtype), input_precision="ieee")
+            products = tl.dot(query, _code_to_float(code, MIDDLE, query.dtype), input_precision="ieee")
             scores = products * step[None, :] + sums[:, None] * offset[None, :]
-        weights, fade, peak, total = soften(peak, total, scores, visible, scale, cap, CAPPED, MASKED=True)
+        weights, rescale, row_max, row_sum = online_softmax(row_max, row_sum, scores, visible, scale, cap, CAPPED, MASKED=True)
 
         known = inside[:, None] & (value_dims < DV)
-        code = _codes(value_cache, value_lower, rows[:, None], value_dims, known, DV, FORM)
-        if FORM == FP8:
+        code = _codes(value_cache, value_lower, rows[:, None], value_dims, known, DV, KIND)
+        if KIND == FP8:
             values = e4m3_to_half(code).to(query.dtype)
-            acc = tl.dot(weights.to(query.dtype), values, acc * fade[:, None], input_precision="ieee")
+            acc = tl.dot(weights.to(query.dtype), values, acc * rescale[:, None], input_precision="ieee")
         else:
             step, offset = _token_params(value_params, value_lower, rows, inside, MIDDLE)
-            acc = acc * fade[:, None] + tl.sum(weights * offset[None, :], 1)[:, None]
+            acc = acc * rescale[:, None] + tl.sum(weights * offset[None, :], 1)[:, None]
             stepped = (weights * step[None, :]).to(query.dtype)
-            acc = tl.dot(stepped, _exactly(code, MIDDLE, query.dtype), acc, input_precision="ieee")
-    if FORM == PAGES:
+            acc = tl.dot(stepped, _code_to_float(code, MIDDLE, query.dtype), acc, input_precision="ieee")
+    if KIND == INT4:
         for token in range(tl.maximum(first, earliest // BLOCK_SIZE * BLOCK_SIZE), end, TILE):
             tokens = token + tl.arange(0, TILE)
             inside = tokens < end
             blocks = tl.load(table + tokens // BLOCK_SIZE, mask=inside, other=0)
-            opened = tl.load(open_pages + blocks, mask=inside, other=0).to(tl.int64)
-            rows = (opened * BLOCK_SIZE + tokens % BLOCK_SIZE) * HEADS + kv_head
-            keys = tl.load(key_open + rows[None, :] * D + dims, mask=inside[None, :] & (dims < D), other=0.0)
-            values = tl.load(value_open + rows[:, None] * DV + value_dims, mask=inside[:, None] & (value_dims < DV), other=0.0)
+            tail = tl.load(tail_page_ids + blocks, mask=inside, other=0).to(tl.int64)
+            rows = (tail * BLOCK_SIZE + tokens % BLOCK_SIZE) * HEADS + kv_head
+            keys = tl.load(key_tail + rows[None, :] * D + dims, mask=inside[None, :] & (dims < D), other=0.0)
+            values = tl.load(value_tail + rows[:, None] * DV + value_dims, mask=inside[:, None] & (value_dims < DV), other=0.0)
             distance = positions[:, None] - tokens[None, :]
-            visible = (distance >= 0) & (distance < window) & (tokens[None, :] >= own[:, None])
+            visible = (distance >= 0) & (distance < window) & (tokens[None, :] >= own_page[:, None])
             scores = tl.dot(query, keys.to(query.dtype), input_precision="ieee")
-            weights, fade, peak, total = soften(peak, total, scores, visible, scale, cap, CAPPED, MASKED=True)
+            weights, rescale, row_max, row_sum = online_softmax(
+                row_max, row_sum, scores, visible, scale, cap, CAPPED, MASKED=True
+            )
             weights = weights.to(query.dtype)
-            acc = tl.dot(weights, values.to(query.dtype), acc * fade[:, None], input_precision="ieee")
-    return acc, peak, total
+            acc = tl.dot(weights, values.to(query.dtype), acc * rescale[:, None], input_precision="ieee")
+    return acc, row_max, row_sum

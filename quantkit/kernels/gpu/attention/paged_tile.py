@@ -1,40 +1,29 @@
 """Attention of a tile of query rows to a tile of paged tokens: the inner step of both paged kernels.
 
-    scores = query keys^T * scale        softmax in base 2: exp(s) = exp2(s * log2(e)), the factor folded into the scale
-    peak'  = max(peak, row max of scores)
-    total' = total * exp2(peak - peak') + row sum of exp2(scores - peak')
-    acc'   = acc   * exp2(peak - peak') + exp2(scores - peak') values
+    scores   = query keys^T * scale      softmax in base 2: exp(s) = exp2(s * log2(e)), the factor folded into the scale
+    row_max' = max(row_max, max of scores)
+    rescale  = exp2(row_max - row_max')
+    row_sum' = row_sum * rescale + sum of exp2(scores - row_max')
+    acc'     = acc     * rescale + exp2(scores - row_max') values
 
-(online softmax, arXiv 1805.02867; arXiv 2205.14135, algorithm 1). The rows of a tile are the new tokens of one sequence
-times the query heads that share one KV head, so that each key is read once for all of them: row r is token r // RATIO,
-head r % RATIO of the group. Tokens are gathered one by one through the block table; a tile may span many blocks.
+(online softmax, arXiv 1805.02867; arXiv 2205.14135, algorithm 1). The rows of a tile are the new tokens of one sequence times
+the query heads that share one KV head, so that each key is read once for all of them: row r is token r // RATIO, head r %
+RATIO of the group. Tokens are gathered one by one through the block table; a tile may span many blocks.
 
-`peak` starts at a finite number below any score, so that a tile in which a row sees nothing leaves total = 0 and no NaN.
+`row_max` starts at a finite number below any score: if a row sees nothing in a tile, row_sum stays 0 and there is no NaN.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def interpreted() -> bool:
-    """Whether Triton interprets its kernels, on CPU tensors, instead of compiling them."""
-    return not isinstance(attend, triton.JITFunction)
-
-
-def widen(x: Tensor) -> bool:
-    """Whether to compute in float32: the interpreter's bfloat16 arithmetic is wrong."""
-    return interpreted() and x.dtype == torch.bfloat16
-
-
 @triton.jit
 def empty_state(ROWS: tl.constexpr, DV_PAD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc [ROWS, DV_PAD], peak [ROWS] and total [ROWS] before the first tile."""
-    peak = tl.full([ROWS], -1.0e30, tl.float32)
-    return tl.zeros([ROWS, DV_PAD], tl.float32), peak, tl.zeros([ROWS], tl.float32)
+    """acc [ROWS, DV_PAD], row_max [ROWS] and row_sum [ROWS] before the first tile."""
+    row_max = tl.full([ROWS], -1.0e30, tl.float32)
+    return tl.zeros([ROWS, DV_PAD], tl.float32), row_max, tl.zeros([ROWS], tl.float32)
 
 
 @triton.jit
@@ -52,7 +41,7 @@ def load_query(  # type: ignore[no-untyped-def]
     D_PAD: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """(tile [ROWS, D_PAD], positions [ROWS]) of one sequence's rows; rows beyond its `count` tokens stand at position -1."""
+    """(tile [ROWS, D_PAD], positions [ROWS]) of one sequence's rows; rows past its `count` tokens get position -1."""
     tokens = rows // RATIO
     heads = kv_head * RATIO + rows % RATIO
     dims = tl.arange(0, D_PAD)
@@ -65,9 +54,9 @@ def load_query(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load(pointers, inside, wide, MASKED: tl.constexpr, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load(pointers, inside, mask_dims, MASKED: tl.constexpr, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
     if PADDED:
-        tile = tl.load(pointers, mask=inside & wide, other=0.0)
+        tile = tl.load(pointers, mask=inside & mask_dims, other=0.0)
     elif MASKED:
         tile = tl.load(pointers, mask=inside, other=0.0)
     else:
@@ -76,25 +65,27 @@ def _load(pointers, inside, wide, MASKED: tl.constexpr, PADDED: tl.constexpr):  
 
 
 @triton.jit
-def soften(peak, total, scores, visible, scale, cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Softmax weights [ROWS, TILE] of raw scores, of which the rows see what is `visible`; what the state so far is multiplied
-    by, [ROWS]; and the new peak and total."""
+def online_softmax(row_max, row_sum, scores, visible, scale, cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One step of the online softmax over raw scores [ROWS, TILE], of which only the `visible` ones count.
+
+    Returns the weights [ROWS, TILE], the factor [ROWS] that rescales the accumulator, and the new row_max and row_sum [ROWS].
+    """
     scores *= scale
     if CAPPED:
         scores = cap - 2.0 * cap / (1.0 + tl.exp2(scores))
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_peak[:, None])
-    fade = tl.exp2(peak - new_peak)
-    return weights, fade, new_peak, total * fade + tl.sum(weights, 1)
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
 @triton.jit
 def attend(  # type: ignore[no-untyped-def]
     acc,
-    peak,
-    total,
+    row_max,
+    row_sum,
     query,
     positions,
     first,
@@ -116,10 +107,10 @@ def attend(  # type: ignore[no-untyped-def]
     WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The state after the tokens first .. first + TILE - 1 of a sequence of `length` tokens.
+    """The state after attending to tokens first .. first + TILE - 1 of a sequence of `length` tokens.
 
-    table points to the sequence's row of the block table, key_head and value_head to the first token of the caches, at the
-    KV head. HEADS is the number of KV heads. Without MASKED every row sees every token of the tile. WIDEN computes in
+    table points to the sequence's row of the block table; key_head and value_head point to the first token of the caches, at
+    the KV head. HEADS is the number of KV heads. Without MASKED, every row sees every token of the tile. WIDEN computes in
     float32, for the interpreter, whose bfloat16 arithmetic is wrong.
     """
     tokens = first + tl.arange(0, TILE)
@@ -139,14 +130,16 @@ def attend(  # type: ignore[no-untyped-def]
     distance = positions[:, None] - tokens[None, :]
     visible = (distance >= 0) & (distance < window)
     scores = tl.dot(query, keys, input_precision="ieee")
-    weights, fade, peak, total = soften(peak, total, scores, visible, scale, cap, CAPPED, MASKED)
-    return tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee"), peak, total
+    weights, rescale, row_max, row_sum = online_softmax(row_max, row_sum, scores, visible, scale, cap, CAPPED, MASKED)
+    return tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee"), row_max, row_sum
 
 
 @triton.jit
-def normalise(acc, peak, total, sink):  # type: ignore[no-untyped-def]
-    """acc [ROWS, DV_PAD] / total, with `sink` [ROWS] (base 2; -inf for none) in the softmax; 0 where nothing was seen."""
-    new_peak = tl.maximum(peak, sink)
-    fade = tl.exp2(peak - new_peak)
-    total = total * fade + tl.exp2(sink - new_peak)
-    return acc * (fade / tl.where(total > 0, total, 1.0))[:, None]
+def normalize(acc, row_max, row_sum, sink):  # type: ignore[no-untyped-def]
+    """acc [ROWS, DV_PAD] / row_sum, with `sink` [ROWS] (in base 2; -inf: none) included in the softmax; 0 for rows that saw
+    nothing.
+    """
+    new_max = tl.maximum(row_max, sink)
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.exp2(sink - new_max)
+    return acc * (rescale / tl.where(row_sum > 0, row_sum, 1.0))[:, None]

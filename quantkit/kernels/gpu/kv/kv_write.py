@@ -1,7 +1,7 @@
-"""Store the keys and values of new tokens in the paged caches.
+"""Writes the keys and values of new tokens to the paged caches: the entry point, and the kernel for plain caches.
 
-One program moves one token: cache[slot] = row for its key and its value. A slot of -1 is padding (a CUDA graph's unused
-rows) and is skipped. Plain torch (`reference.kv_write`) needs a boolean index, hence a synchronisation, for that.
+One program writes one token: cache[slot] = row, for its key and its value. A slot of -1 is padding (unused rows of a CUDA
+graph) and is skipped. In plain torch (`reference.kv_write`) that takes a boolean index, and thus a synchronization.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.gpu.kv.kv_write_quantized import quantizes, write_stored
+from quantkit.kernels.gpu.kv.kv_write_quantized import is_quantized, write_quantized
 from quantkit.kernels.layouts.quantized_kv import Cache
 
 
@@ -39,7 +39,7 @@ def kv_write_kernel(  # type: ignore[no-untyped-def]
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
 ):
-    """Grid (T,)."""
+    """Grid (T,): writes one token's key and value."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     if slot >= 0:
@@ -48,10 +48,10 @@ def kv_write_kernel(  # type: ignore[no-untyped-def]
 
 
 def kv_write(key: Tensor, value: Tensor, key_cache: Cache, value_cache: Cache, slot_mapping: Tensor) -> None:
-    """Store new keys and values in their slots, in place; the same as `reference.kv_write`.
+    """Write new keys and values to their slots, in place; the same as `reference.kv_write`.
 
     Args:
-        key: [T, Hkv, D], rows and heads at any stride (a slice of a fused projection).
+        key: [T, Hkv, D], any strides of rows and heads (it may be a slice of a fused projection).
         value: [T, Hkv, Dv], likewise.
         key_cache: [num_blocks, block_size, Hkv, D], contiguous, in key's dtype or float8 e4m3; or a `QuantizedKV`.
         value_cache: [num_blocks, block_size, Hkv, Dv], likewise.
@@ -67,9 +67,9 @@ def kv_write(key: Tensor, value: Tensor, key_cache: Cache, value_cache: Cache, s
     assert slot_mapping.dtype == torch.int64
     if tokens == 0:
         return
-    if not isinstance(key_cache, Tensor) or not isinstance(value_cache, Tensor) or quantizes(key_cache):
-        write_stored(key, key_cache, slot_mapping)
-        write_stored(value, value_cache, slot_mapping)
+    if not isinstance(key_cache, Tensor) or not isinstance(value_cache, Tensor) or is_quantized(key_cache):
+        write_quantized(key, key_cache, slot_mapping)
+        write_quantized(value, value_cache, slot_mapping)
         return
     for new, plain in ((key, key_cache), (value, value_cache)):
         assert plain.dtype == new.dtype, (new.dtype, plain.dtype)

@@ -1,4 +1,4 @@
-"""x W^T + bias for weights of 2, 3, 4 or 8 bits on a GPU: the one entry, which picks the kernel."""
+"""x W^T + bias for weights of 2, 3, 4 or 8 bits on a GPU: the entry point, which picks the kernel."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,16 @@ from torch import Tensor
 from quantkit.kernels.autotune import Config, tuner
 from quantkit.kernels.gpu.matmul.dequant_gemm import dequant_gemm
 from quantkit.kernels.gpu.matmul.dequantize import dequantize
-from quantkit.kernels.gpu.matmul.gemm_plan import DENSE, MANY_ROWS, candidates, padded_rows
+from quantkit.kernels.gpu.matmul.gemm_plan import DENSE, DENSE_ALWAYS_ROWS, candidates, padded_rows
 from quantkit.kernels.layouts.planes import PlaneWeight
 
 
 def dequant_matmul(x: Tensor, weight: PlaneWeight, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias.
 
-    Up to 128 rows of 16-bit activations multiply packed weights, with float32 sums in a fixed order. 512 rows, and float32
-    activations, multiply a dense copy, made in x's dtype and freed at once. Between them the faster of both is taken.
+    Up to 128 rows of 16-bit activations are multiplied with the packed weight, with float32 sums in a fixed order. More than
+    512 rows, and float32 activations, are multiplied with a dense copy, which is made in x's dtype and freed at once. In
+    between, the faster of the two is taken.
 
     Args:
         x: [M, K], float16, bfloat16 or float32, on the current CUDA device (any device under Triton's interpreter).
@@ -36,9 +37,9 @@ def dequant_matmul(x: Tensor, weight: PlaneWeight, bias: Tensor | None = None) -
 
 
 def _choose(x: Tensor, weight: PlaneWeight, bias: Tensor | None) -> Config:
-    """The best known config; numbers of rows share it up to the next power of two."""
+    """The best known config. Numbers of rows with the same next power of two share a config."""
     rows = padded_rows(x.shape[0])
-    if rows > MANY_ROWS or x.dtype == torch.float32:
+    if rows > DENSE_ALWAYS_ROWS or x.dtype == torch.float32:
         return DENSE
     configs = candidates(weight.bits, weight.group_size, weight.shape, rows, x.device)
     problem = weight.bits, weight.group_size, *weight.shape, rows, x.dtype

@@ -1,4 +1,4 @@
-"""Packed weights -> a dense matrix: W[n, k] = (q - z) * s, rounded once."""
+"""Dequantizes packed weights to a dense matrix: W[n, k] = (q - z) * s, rounded once."""
 
 import torch
 import triton
@@ -12,19 +12,22 @@ from quantkit.kernels.layouts.planes import PlaneWeight, block_columns
 @triton.jit
 def dequantize_kernel(  # type: ignore[no-untyped-def]
     words,
-    third,
-    grids,
+    high_bits,
+    qparams,
     out,
     N,
     K,
     words_stride,
-    third_stride,
+    high_bits_stride,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    BRAIN_SCALES: tl.constexpr,
+    BF16_SCALES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out [N, K], one block of columns of BLOCK_N rows a program. Groups are whole planes, so a plane has one scale a row."""
+    """Each program writes one block of columns of BLOCK_N rows of out [N, K].
+
+    Groups are whole planes, so within a plane each row has one scale.
+    """
     PLANES: tl.constexpr = plane_count(BITS)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     inside = n < N
@@ -32,7 +35,7 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
     word = tl.arange(0, 16)[None, :]
     if BITS == 3:
         words_at = words + n[:, None] * words_stride + block * 32 + word
-        high = tl.load(third + n[:, None] * third_stride + block * 16 + word, mask=inside[:, None], other=0)
+        high = tl.load(high_bits + n[:, None] * high_bits_stride + block * 16 + word, mask=inside[:, None], other=0)
     else:
         words_at = words + n[:, None] * words_stride + block * 16 + word
         high = None
@@ -42,28 +45,28 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
             low = tl.load(words_at + 16, mask=inside[:, None], other=0)
         start = (block * PLANES + plane) * 16
         group = tl.minimum(start, K - 1) // GROUP
-        scale, zero = scale_and_zero(tl.load(grids + group * N + n, mask=inside, other=0)[:, None], BRAIN_SCALES)
+        scale, zero = scale_and_zero(tl.load(qparams + group * N + n, mask=inside, other=0)[:, None], BF16_SCALES)
         values = unpack(low, high, zero, plane, BITS, tl.float32) * scale
         tl.store(out + n[:, None] * K + start + word, values, mask=inside[:, None] & (start + word < K))
 
 
 def dequantize(weight: PlaneWeight, dtype: torch.dtype) -> Tensor:
-    """The matrix that a weight stands for, [N, K] in float16, bfloat16 or float32."""
+    """The dequantized weight, [N, K] in float16, bfloat16 or float32."""
     rows, columns = weight.shape
     out = torch.empty(rows, columns, dtype=dtype, device=weight.device)
-    third = weight.words if weight.third is None else weight.third
+    high_bits = weight.words if weight.high_bits is None else weight.high_bits
     dequantize_kernel[triton.cdiv(rows, 64), triton.cdiv(columns, block_columns(weight.bits))](
         weight.words,
-        third,
-        weight.grids,
+        high_bits,
+        weight.qparams,
         out,
         rows,
         columns,
         weight.words.stride(0),
-        third.stride(0),
+        high_bits.stride(0),
         BITS=weight.bits,
         GROUP=weight.group_size,
-        BRAIN_SCALES=weight.scale_type == torch.bfloat16,
+        BF16_SCALES=weight.scale_type == torch.bfloat16,
         BLOCK_N=64,
     )
     return out

@@ -1,9 +1,10 @@
-"""x H, block by block, with the orthonormal Hadamard matrix of Sylvester's order: spreads what is large over its neighbours.
+"""x H, block by block, with the orthonormal Hadamard matrix in Sylvester's order: it spreads outliers over all channels.
 
     H_1 = 1,  H_2n = [[H_n, H_n], [H_n, -H_n]] / sqrt(2)
 
-Activations with a few large channels lose all others when they are rounded to 4 bits; rotated, no channel stands out
-(QuaRot, arXiv 2404.00456). One program transforms one block of one row in log2(block) steps of sums and differences.
+If a few channels of the activations are large, quantizing to 4 bits rounds all others to zero. After the rotation no channel
+is an outlier (QuaRot, arXiv 2404.00456). One program transforms one block of one row, in log2(block) steps of sums and
+differences.
 """
 
 import torch
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: The largest block that the registers of a program hold.
+#: The largest block that fits into a program's registers.
 LARGEST_BLOCK = 4096
 
 
@@ -22,15 +23,15 @@ def steps(block: int) -> int:
 
 
 @triton.jit
-def _step(value, BLOCK: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums and differences of elements that are STEP apart, in their places."""
-    a, b = tl.split(tl.permute(tl.reshape(value, [BLOCK // (2 * STEP), 2, STEP]), [0, 2, 1]))
+def _step(value, BLOCK: tl.constexpr, STEP_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Replaces each pair of elements that are STEP apart by their sum and their difference."""
+    a, b = tl.split(tl.permute(tl.reshape(value, [BLOCK // (2 * STEP_COLUMNS), 2, STEP_COLUMNS]), [0, 2, 1]))
     return tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [BLOCK])
 
 
 @triton.jit
 def hadamard_kernel(x, out, x_stride, K, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One block of one row.
+    """Transforms one block of one row.
 
     Args:
         x: [M, K], rows x_stride apart.

@@ -1,13 +1,12 @@
-"""Planes of codes -> q - z, inside a kernel: in PTX, and its plain Triton twin.
+"""Unpacks planes of codes to q - z inside a kernel: in PTX, and in plain Triton, which computes the same.
 
-A float whose mantissa ends in a code is a power of two plus that code: 0x6400 | q is 1024 + q in float16, 0x4300 | q is
-128 + q in bfloat16. So one lop3 (mask, then OR) and one addition of -(power + z) make q - z of two codes at once, exactly.
-A field that stands r bits above the mantissa's end is read in place, with the power 2^(mantissa - r); a field beyond the
-mantissa is shifted down first, several fields by one shift. Triton does not find this by itself: it needs 4 to 5
-instructions a weight where this takes a little more than one. (The trick is FasterTransformer's, arXiv 2211.10017.)
+A float whose mantissa ends in a code is a power of two plus that code: 0x6400 | q is 1024 + q in float16, and 0x4300 | q is
+128 + q in bfloat16. So one lop3 (mask, then OR) and one addition of -(power + z) give q - z for two codes at once, exactly. A
+field that is r bits above the lowest mantissa bit is read in place, with the power 2^(mantissa - r). A field beyond the
+mantissa is shifted down first; one shift serves several fields. Triton does not find this by itself: it needs 4 to 5
+instructions per weight, where this takes a little more than one. (The trick is from FasterTransformer, arXiv 2211.10017.)
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -19,34 +18,35 @@ def plane_count(bits: int) -> int:
 
 
 @triton.constexpr_function
-def place(bits: int, plane: int, mantissa: int) -> tuple[int, int]:
-    """(how far to shift a word down, the bit at which the plane's field then stands), so that the mantissa holds it."""
+def field_position(bits: int, plane: int, mantissa: int) -> tuple[int, int]:
+    """(how far to shift a word down, the bit at which the plane's field then starts), so that it is within the mantissa."""
     stride = 2 if bits == 3 else bits
     field = plane % (16 // stride)
-    fields = max(1, (mantissa - bits) // stride + 1)  # that one shift brings into the mantissa
+    fields = max(1, (mantissa - bits) // stride + 1)  # how many fields one shift brings into the mantissa
     return stride * fields * (field // fields), stride * (field % fields)
 
 
 @triton.constexpr_function
-def power(bits: int, plane: int, mantissa: int) -> int:
-    """What has to be subtracted beside z from a plane's codes; 0 where the assembly does so itself."""
-    return 0 if bits > mantissa else 1 << (mantissa - place(bits, plane, mantissa)[1])
+def magic_offset(bits: int, plane: int, mantissa: int) -> int:
+    """The power of two to subtract from a plane's unpacked codes, in addition to z; 0 if the assembly subtracts it."""
+    return 0 if bits > mantissa else 1 << (mantissa - field_position(bits, plane, mantissa)[1])
 
 
 @triton.constexpr_function
-def assembly(bits: int, plane: int, mantissa: int) -> str:
-    """PTX for two codes of a plane, in scalars that hold two 16-bit lanes each.
+def unpack_assembly(bits: int, plane: int, mantissa: int) -> str:
+    """PTX that unpacks two codes of a plane, in registers of two 16-bit lanes.
 
-    $0 is q - z, float16 (10 bits of mantissa) or bfloat16 (7); $1 the words; $2 -(power + z); $3 third bits.
+    $0 is q - z, in float16 (10 bits of mantissa) or bfloat16 (7 bits); $1 are the words; $2 is -(power + z); $3 are third
+    bits.
     """
-    down, at = place(bits, plane, mantissa)
+    down, at = field_position(bits, plane, mantissa)
     field = ((1 << (2 if bits == 3 else bits)) - 1) << at
     magic = (25 - at) << 10 if mantissa == 10 else (134 - at) << 7
     add = "add.rn.f16x2 {0}, {1}, {2};" if mantissa == 10 else "fma.rn.bf16x2 {0}, {1}, one, {2};"
     code = ["mov.b32 one, 0x3f803f80;"] if mantissa == 7 else []
     code += [f"shr.b32 t, $1, {down};"]
     if bits > mantissa:
-        # 128 + the low 7 bits, and 128 or 256 for the top bit: (128 + low - z) + (top - 256), nowhere beyond +-256.
+        # 128 + the low 7 bits, and 128 or 256 for the top bit: (128 + low - z) + (top - 256) never exceeds +-256.
         code += ["lop3.b32 u, t, 0x007f007f, 0x43004300, 0xea;", "lop3.b32 t, t, 0x00800080, 0x43004300, 0xea;"]
         code += ["mov.b32 v, 0xc380c380;"]
         code += [add.format("u", "u", "$2"), add.format("t", "t", "v"), add.format("$0", "t", "u")]
@@ -61,41 +61,37 @@ def assembly(bits: int, plane: int, mantissa: int) -> str:
 
 
 @triton.jit
-def unpack_ptx(words, third, zero, PLANE: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """q - z of one plane; TYPE is float16 or bfloat16. Arguments as for `unpack`."""
+def unpack_ptx(words, high_bits, zero, PLANE: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`unpack` in PTX; TYPE is float16 or bfloat16."""
     MANTISSA: tl.constexpr = TYPE.fp_mantissa_width
-    offset = (-power(BITS, PLANE, MANTISSA) - zero).to(TYPE)
-    CODE: tl.constexpr = assembly(BITS, PLANE, MANTISSA)
+    offset = (-magic_offset(BITS, PLANE, MANTISSA) - zero).to(TYPE)
+    CODE: tl.constexpr = unpack_assembly(BITS, PLANE, MANTISSA)
     if BITS == 3:
-        return tl.inline_asm_elementwise(CODE, "=r,r,r,r", [words, offset, third], offset.dtype, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(CODE, "=r,r,r,r", [words, offset, high_bits], offset.dtype, is_pure=True, pack=2)
     return tl.inline_asm_elementwise(CODE, "=r,r,r", [words, offset], offset.dtype, is_pure=True, pack=2)
 
 
 @triton.jit
-def unpack(words, third, zero, PLANE: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def unpack(words, high_bits, zero, PLANE: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """q - z of one plane, as TYPE.
 
     Args:
-        words: int16, of the codes, or of their low two bits where BITS is 3.
-        third: int16 like `words`, of the third bits; read only where BITS is 3.
-        zero: float32 z; broadcasts to the words.
+        words: int16, the codes; for 3 bits, their low two bits.
+        high_bits: int16 like `words`, the third bits; read for 3 bits only.
+        zero: float32 z, broadcast to the words.
+        PLANE: which plane of the block.
     """
     if BITS == 3:
-        code = (words >> (2 * (PLANE % 8)) & 3) | (third >> (2 * (PLANE % 8) + PLANE // 8) & 1) << 2
+        code = (words >> (2 * (PLANE % 8)) & 3) | (high_bits >> (2 * (PLANE % 8) + PLANE // 8) & 1) << 2
     else:
         code = words >> (BITS * PLANE) & ((1 << BITS) - 1)
     return (code.to(tl.float32) - zero).to(TYPE)
 
 
 @triton.jit
-def scale_and_zero(grid, BRAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 s and z out of int32 words that hold s in the lower half and z in the upper: bfloat16 if BRAIN, else float16."""
-    if BRAIN:
-        return (grid << 16).to(tl.float32, bitcast=True), (grid & -65536).to(tl.float32, bitcast=True)
-    scale = grid.to(tl.int16).to(tl.float16, bitcast=True)
-    return scale.to(tl.float32), (grid >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-def compiled() -> bool:
-    """Whether kernels become PTX: not under Triton's interpreter, whose 16-bit arithmetic is wrong besides, nor on AMD."""
-    return isinstance(unpack_ptx, triton.JITFunction) and torch.version.hip is None
+def scale_and_zero(qparams, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 s and z, from int32 words that hold s in the lower half and z in the upper: bfloat16 if BF16, else float16."""
+    if BF16:
+        return (qparams << 16).to(tl.float32, bitcast=True), (qparams & -65536).to(tl.float32, bitcast=True)
+    scale = qparams.to(tl.int16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), (qparams >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
