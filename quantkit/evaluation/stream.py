@@ -46,8 +46,8 @@ class CachedStreamedModel(PackedStreamedModel):
     """A packed block model whose attention reads keys and values from the engine's paged cache, through its kernels.
 
     A window is one sequence, whose prompt is computed in one step. What a token sees depends on positions only, not on how a
-    text is cut into steps (see `kernels.kv_store`), so these are the numbers that the engine's tokens have when they are
-    generated one by one.
+    text is cut into steps (see `kernels.layouts.quantized_kv`), so these are the numbers that the engine's tokens have when
+    they are generated one by one.
 
     Attributes:
         cache: of one window, all layers; every window overwrites it.

@@ -2,7 +2,11 @@
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+#: Added to a float32 below 2^22, it leaves no bits for a fraction: 1.5 * 2^23.
+_ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
