@@ -1,11 +1,13 @@
-"""What a KV budget costs: perplexity of a long text for every policy next to the full cache, and which needles are kept.
+"""The cost of a KV budget: perplexity of a long text for each policy compared with the full cache, and needles retrieved.
 
-Terms. ppl: exp(mean negative log-likelihood) over all tokens of one text but the first `--skip`, which every budget holds,
-each token with what the policy has left it of the text before it. change: against the full cache on the same tokens. Needle:
-a sentence with a number stands at a depth of a text of `--needle-tokens` tokens, whose last words ask for the number. kept:
-share of the needle's blocks that are held when it is asked for; found: the number is what greedy decoding gives; nll: mean
-negative log-likelihood of its tokens. tokens/s: of the perplexity run, which a budget slows down because chunks are as short
-as the stride in which blocks are dropped.
+ppl: exp(mean negative log-likelihood) over the tokens of one text. Each token sees what the policy kept of the text before it.
+The first `--skip` tokens are left out; it should be at least the largest budget, so that every budget is full.
+change: relative change of ppl against the full cache on the same tokens.
+needle: a sentence with a number is placed at a depth of a text of `--needle-tokens` tokens; the last words ask for the number.
+kept: share of the needle's blocks that are still held when the question comes.
+found: greedy decoding gives the number.
+nll: mean negative log-likelihood of the number's tokens.
+tokens/s: speed of the perplexity run. A budget slows it down, because blocks are dropped between chunks, which are short then.
 
 usage: python -m benchmarks.long_context [--model demo] [--tokens 2048] [--budgets 256,512] [--json FILE]
 """
@@ -34,7 +36,7 @@ DEPTHS = (0.1, 0.5, 0.9)
 
 
 def perplexity(model: ModelRunner, tokens: list[int], skip: int, dropping: Eviction | None) -> dict[str, float]:
-    """ppl and tokens/s over a text."""
+    """Measure ppl and tokens/s on a text."""
     started = time.monotonic()
 
     def chunks(_: int) -> Iterator[torch.Tensor]:
@@ -50,12 +52,12 @@ def perplexity(model: ModelRunner, tokens: list[int], skip: int, dropping: Evict
 def needle(
     model: ModelRunner, tokenizer: PreTrainedTokenizerBase, filler: list[int], depth: float, dropping: Eviction | None
 ) -> dict[str, float]:
-    """kept, found and nll of a needle at a depth of the filler."""
+    """Measure kept, found and nll of a needle at a depth of the filler text."""
     hidden, asked, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (NEEDLE, QUESTION, ANSWER))
     first = int(depth * len(filler))
     text = [*filler[:first], *hidden, *filler[first:], *asked, *answer]
     sequence = scored_text(text[:-1])
-    # Only the rows behind the question are wanted.
+    # Only the logits after the question are needed.
     rows = torch.cat([logits[-len(answer) :] for logits in paged_logits(model, sequence, dropping)])[-len(answer) :]
     losses = torch.nn.functional.cross_entropy(rows, torch.tensor(answer), reduction="none")
     blocks = set(range(first // model.block_size, (first + len(hidden) - 1) // model.block_size + 1))
@@ -64,7 +66,7 @@ def needle(
 
 
 def main() -> None:
-    """Print a row a policy and budget as it is measured, then everything as JSON."""
+    """Print one row per policy and budget as it is measured, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--text", default="builtin")

@@ -1,7 +1,8 @@
-"""What the engine itself costs: the share of a step that is not the model's forward, at 16 concurrent requests.
+"""Overhead of the engine: the share of a step that is not spent in the model's forward pass, with 16 concurrent requests.
 
-A random Llama of about 1.1B parameters is rounded to 4 bits and serves 16 greedy requests (prompt 32, 64 new tokens). Steps in
-which all 16 decode are timed whole and inside `Model.forward`; overhead = (step - forward) / step, over the medians.
+A random Llama of about 1.1B parameters is rounded to 4 bits and serves 16 greedy requests (32 prompt tokens, 64 new tokens
+each). For steps in which all 16 decode, the whole step and its `Model.forward` are timed. overhead = (step - forward) / step,
+computed from the medians.
 
 usage: python -m benchmarks.overhead [--json FILE]
 """
@@ -29,7 +30,7 @@ SEQUENCES = 16
 
 
 class Timed:
-    """A model that notes how long each forward took."""
+    """A model that records how long each forward pass took."""
 
     def __init__(self, model: ModelRunner) -> None:
         self.model, self.forwards = model, [0.0]
@@ -38,7 +39,7 @@ class Timed:
         self.copy_blocks = model.copy_blocks
 
     def forward(self, batch: Batch) -> Tensor:
-        """The model's logits."""
+        """Run and time the model."""
         started = time.perf_counter()
         logits = self.model.forward(batch)
         self.forwards.append(time.perf_counter() - started)
@@ -46,7 +47,7 @@ class Timed:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Medians of full decode steps, ms, and the engine's share."""
+    """Medians over the decode steps of the full batch, in ms, and the overhead."""
     model = Timed(open_model(folder, torch.device("cpu"), CacheOptions(max_batch=SEQUENCES, max_model_len=256)))
     engine = Engine(model, EngineConfig(max_batch=SEQUENCES))
     params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
@@ -65,7 +66,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Make the model, measure, print JSON."""
+    """Create the model, measure, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

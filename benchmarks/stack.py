@@ -1,15 +1,15 @@
-"""All layers of quantkit, switched on one by one on one model, each row in a process of its own through the command line.
+"""The features of quantkit, switched on one after another on one model. Each row is measured in its own process.
 
-    bf16          the checkpoint as it is, one request after another
-    4 bit         awq+gptq in groups of 64, the output head in 8 bits
-    + batched     requests share steps, and prefixes share blocks of the paged cache
+    bf16          the unquantized checkpoint, one request after another
+    4 bit         awq+gptq with group size 64, lm_head in 8 bits
+    + batched     requests share steps, and common prefixes share blocks of the paged cache
     + KV int8     keys and values in 8 bits
-    + speculation n-gram drafts of adaptive length
+    + speculation n-gram drafts with adaptive length
 
-ppl is that of `quantkit eval` (through the engine's KV cache where that is quantized). The other numbers are those of
-`quantkit generate` on `--requests` prompts of the built-in text that arrive at once: TTFT = mean of first token - arrival,
-waiting included; TPOT = 1 / the mean of (n - 1) / (end - first token); tokens/s = all output tokens / wall time; peak memory =
-largest resident set, KV cache as it is touched included.
+ppl comes from `quantkit eval` (through the engine's KV cache if that is quantized). The other numbers come from `quantkit
+generate` with `--requests` prompts of the built-in text that all arrive at once. TTFT: mean of first token - arrival,
+including the time spent waiting. TPOT: 1 / mean of (n - 1) / (end - first token). tokens/s: all output tokens / wall-clock
+time. peak memory: largest resident set size, including the part of the KV cache that was touched.
 
 usage: python -m benchmarks.stack [--model demo] [--samples 16] [--requests 16] [--tokens 64] [--windows 4] [--json FILE]
 """
@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.quality import QUANTKIT
 
 COLUMNS = ("layer", "ppl", "TTFT ms", "TPOT ms", "tokens/s", "peak MB")
-#: Layer -> what it adds to `generate`, and to `eval` where that changes what the model computes.
+#: Layer -> options that it adds to `generate`, and to `eval` if it changes what the model computes.
 LAYERS: dict[str, tuple[list[str], list[str]]] = {
     "bf16": ([], []),
     "4 bit": ([], []),
@@ -34,25 +34,25 @@ LAYERS: dict[str, tuple[list[str], list[str]]] = {
     "+ KV int8": (["--kv-dtype", "int8"], ["--kv-dtype", "int8"]),
     "+ speculation": (["--spec", "ngram"], []),
 }
-ALONE = ["--max-batch", "1"]
+UNBATCHED = ["--max-batch", "1"]
 RECIPE = "{method: awq+gptq, bits: 4, symmetric: false, group_size: 64, rules: [{match: ^lm_head$, bits: 8}]}"
 
 
 def quantkit(*arguments: str) -> Any:
-    """What a command reports as JSON."""
+    """Run a command; returns its JSON report."""
     done = subprocess.run([*QUANTKIT, *arguments, "-q", "--json", "-"], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
 
 def write_prompts(path: Path, count: int) -> None:
-    """Prompts of some 130 tokens from all over the built-in text."""
+    """Write prompts of about 130 tokens each, spread evenly over the built-in text."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
     starts = range(0, len(text), len(text) // count)
     path.write_text("".join(json.dumps({"prompt": text[at : at + 500]}) + "\n" for at in starts[:count]), encoding="utf-8")
 
 
 def rows(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
-    """A row a layer."""
+    """Measure the layers; yields one row per layer."""
     prompts, artifact, recipe = scratch / "prompts.jsonl", scratch / "artifact", scratch / "recipe.yaml"
     write_prompts(prompts, options.requests)
     recipe.write_text(RECIPE)
@@ -64,7 +64,7 @@ def rows(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]
     for name, (generating, evaluating) in LAYERS.items():
         model = options.model if name == "bf16" else str(artifact)
         running, measured = running + generating, measured + evaluating
-        batch = [] if "--max-batch" in running else ALONE
+        batch = [] if "--max-batch" in running else UNBATCHED
         asked = (model, *measured)
         if asked not in perplexity:
             found = quantkit("eval", *asked, "--windows", str(options.windows))
@@ -77,7 +77,7 @@ def rows(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]
 
 
 def main() -> None:
-    """Print a row a layer as it is measured, then everything as JSON."""
+    """Print one row per layer as it is measured, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--samples", type=int, default=16)
@@ -92,7 +92,7 @@ def main() -> None:
         for row in rows(options, Path(scratch)):
             measured.append(row)
             print(" | ".join(str(value) for value in row.values()), flush=True)
-            if options.json:  # what was measured is kept even when a later row is cut off
+            if options.json:  # written after every row, so that an interrupted run keeps its rows
                 options.json.write_text(json.dumps({"layers": measured}, indent=2) + "\n")
     print(json.dumps({"layers": measured}, indent=2))
 

@@ -1,4 +1,4 @@
-"""A model ready to generate: weights, cache, tokenizer and engine, opened in one call and described in numbers."""
+"""A model that is ready to generate: weights, KV cache, tokenizer and engine, opened in one call; and the summary of a run."""
 
 import time
 from collections.abc import Sequence
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in numbers.
+    """The numbers of a run.
 
     Attributes:
-        load_seconds: from the folder to a model that can run, imports excluded.
+        load_seconds: time to load the model from its folder until it can run, without Python imports.
         seconds: from the first request to the last token.
-        prompt_tokens, cached_tokens, output_tokens: over all requests; cached ones were found in the prefix cache.
-        ttft_seconds: mean over requests, first token - arrival.
+        prompt_tokens, cached_tokens, output_tokens: sums over all requests; cached tokens were found in the prefix cache.
+        ttft_seconds: first token - arrival, mean over samples.
         output_tps: output tokens / seconds.
-        decode_tps: mean over samples of (n - 1) / (end - first token); None where no sample has two tokens.
-        peak_memory_bytes: largest resident set.
-        kv_memory_bytes: KV caches as they are allocated, that of a draft model included.
-        kv_tokens, kv_dtype: tokens that the model's own holds, and how.
+        decode_tps: (n - 1) / (end - first token), mean over samples; None if no sample has two tokens.
+        peak_memory_bytes: largest resident set size.
+        kv_memory_bytes: size of the allocated KV caches, including that of a draft model.
+        kv_tokens, kv_dtype: capacity in tokens and data type of the model's own KV cache.
         evicted_blocks: KV blocks that sequences dropped to stay within `--kv-budget`.
-        offloaded_blocks, fetched_blocks: KV blocks saved by `--kv-offload`, and fetched back instead of computed.
-        speculation: what became of drafts; None where there were none.
+        offloaded_blocks, fetched_blocks: KV blocks saved by `--kv-offload`, and fetched back instead of computed again.
+        speculation: numbers of the drafts; None without speculation.
     """
 
     load_seconds: float
@@ -73,12 +73,12 @@ class Session:
     """A model and its engine.
 
     Attributes:
-        model: with its cache.
-        draft_cache: of a draft model, where one drafts.
-        tokenizer: of the model.
-        engine: which owns the cache.
+        model: the model with its KV cache.
+        draft_cache: the KV cache of the draft model; None if there is none.
+        tokenizer: the model's tokenizer.
+        engine: runs the model; owns its KV cache.
         eos_token_ids: tokens that end a text.
-        load_seconds: how long it took to load.
+        load_seconds: how long loading took.
     """
 
     def __init__(
@@ -93,16 +93,16 @@ class Session:
     ) -> None:
         """
         Args:
-            folder: of the checkpoint or artifact.
-            device: where it runs.
-            cache: how large its cache is, and what a sequence keeps in it.
-            config: how much runs at a time; its eviction is the cache's.
-            offload: where known prefixes go that must leave the cache; None: nowhere.
+            folder: folder of the checkpoint or artifact.
+            device: where the model runs.
+            cache: size and data type of the KV cache, and the budget per sequence.
+            config: limits of the engine. Its `eviction` is replaced by the one that `cache` asks for.
+            offload: where known prefixes go when they must leave the cache; None: they are dropped.
             speculation, draft_act_bits: the draft proposer, see `open_with_proposer`.
 
         Raises:
-            QuantkitError: a model cannot be loaded or does not fit the other, its cache is too small, or there is no room
-                for offloaded blocks.
+            QuantkitError: a model cannot be loaded, the draft model does not match the model, the KV cache is too small, or
+                there is no room for offloaded blocks.
         """
         started = time.monotonic()
         self.model, new_proposer, self.draft_cache = open_with_proposer(speculation, folder, device, cache, draft_act_bits)
@@ -110,8 +110,8 @@ class Session:
         checkpoint = Checkpoint(folder)
         self.tokenizer = load_tokenizer(checkpoint)
         self.eos_token_ids = _eos_token_ids(checkpoint, self.tokenizer)
-        beside = 0 if self.draft_cache is None else self.draft_cache.nbytes
-        kv_offload = None if offload is None else KVOffload(self.model.cache, offload, beside)
+        draft_bytes = 0 if self.draft_cache is None else self.draft_cache.nbytes
+        kv_offload = None if offload is None else KVOffload(self.model.cache, offload, draft_bytes)
         config = replace(config, eviction=cache.budget.eviction(self.model.block_size))
         proposer = None if new_proposer is None else new_proposer()
         eos = self.eos_token_ids
@@ -122,10 +122,10 @@ class Session:
 
     @cached_property
     def grammars(self) -> "JsonGrammars":
-        """What makes constraints for this model's texts; made when first asked for, from any thread.
+        """Compiles constraints for this model; created on first use, which may happen in any thread.
 
         Raises:
-            RequestError: llguidance is not installed, or the tokenizer is of a kind that it does not know.
+            RequestError: llguidance is not installed or does not support this kind of tokenizer.
         """
         try:
             from quantkit.runtime.sampling.json_schema import JsonGrammars  # an extra, and only needed here
@@ -134,16 +134,16 @@ class Session:
         return JsonGrammars(self.tokenizer, self.model.vocab_size, self.eos_token_ids)
 
     def request(self, prompt: Prompt, params: SamplingParams, *, chat: bool, constraint: Constraint | None = None) -> Request:
-        """A request for a prompt.
+        """Build a request from a prompt.
 
         Args:
             prompt: text, or chat messages.
             params: how to sample.
-            chat: put a text into the chat template as a user's message; messages always go through it.
-            constraint: what every sample must be like, from `grammars`.
+            chat: apply the chat template to a text prompt, as a user's message; it is always applied to chat messages.
+            constraint: what every sample must look like, from `grammars`; None: no constraint.
 
         Raises:
-            RequestError: the model has no chat template, or the template refuses the messages, or they are no text.
+            RequestError: the model has no chat template, the template refuses the messages, or the text is not valid Unicode.
         """
         if isinstance(prompt, str) and not chat:
             return Request(self._tokens(prompt, special=True), params, constraint)
@@ -160,17 +160,17 @@ class Session:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            # JSON can write it ("\\ud800"), and Python reads it.
+            # Such a string can come from JSON: "\\ud800" is accepted by Python's parser.
             wrong = f"half of a surrogate pair, U+{ord(text[error.start]):X}"
             raise RequestError(f"the prompt holds {wrong}, which is no character; send whole characters") from None
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def summary(self, outputs: Sequence[Output], seconds: float) -> Summary:
-        """What a finished run was like.
+        """Summarize a finished run.
 
         Args:
-            outputs: whole outputs of every sample, as `Engine.generate` returns them.
-            seconds: wall time of the run.
+            outputs: one merged output per sample, as `Engine.generate` returns them.
+            seconds: wall-clock time of the run.
         """
         prompts = [output.usage for output in outputs if output.index == 0]
         generated = sum(output.usage.generated for output in outputs)
@@ -203,7 +203,7 @@ class Session:
 
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a text, wherever the model's files name them.
+    """Collect the tokens that end a text from all of the model's files that name them.
 
     Raises:
         CheckpointError: generation_config.json cannot be read.

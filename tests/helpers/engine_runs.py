@@ -1,4 +1,4 @@
-"""Prompts for the fake model, and engines run to the end."""
+"""Prompts for the fake model, and helpers that run an engine to the end."""
 
 from helpers.fake_model import VOCAB
 from quantkit.runtime.core.output import Output
@@ -17,7 +17,7 @@ def decode(ids: list[int]) -> str:
 
 
 def drain(running: Engine) -> list[Output]:
-    """All outputs to the end, with the integrity check after every step."""
+    """Run to the end; returns all outputs. Checks the engine's integrity after every step."""
     outputs = []
     while running.has_work:
         outputs += running.step()
@@ -30,8 +30,10 @@ def drain(running: Engine) -> list[Output]:
 
 
 def tokens_of(outputs: list[Output], request_id: int, index: int = 0) -> list[int]:
+    """All tokens of one sample."""
     return [t for out in outputs if (out.request_id, out.index) == (request_id, index) for t in out.token_ids]
 
 
 def requests(params: SamplingParams = GREEDY) -> list[Request]:
+    """One request per prompt."""
     return [Request(prompt, params) for prompt in PROMPTS]

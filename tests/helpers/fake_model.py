@@ -1,7 +1,7 @@
-"""A model whose every mistake shows: it keeps what it is told per slot and reads it back through the block table.
+"""A model that exposes every mistake of the engine: it stores tokens per slot and reads them back through the block table.
 
-Its logits depend on all tokens of the context in order, as found in the cache, so a wrong slot, block, position or length
-changes the output, and `expected` says what the output is without any cache.
+Its logits depend on all tokens of the context in order, as found in the cache. So a wrong slot, block, position or length
+changes the output. `expected` computes the right output without a cache.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def _digest(tokens: Sequence[int]) -> int:
 
 
 def logits_after(tokens: Sequence[int], vocab: int = VOCAB) -> Tensor:
-    """float32 [V], the model's logits behind a text."""
+    """float32 [V], the model's logits after a text."""
     ids = torch.arange(1, vocab + 1, dtype=torch.int64)
     return ((_digest(tokens) * ids % _MODULUS) % 8191).float() / 1024
 
@@ -37,12 +37,12 @@ def expected(prompt: Sequence[int], count: int, vocab: int = VOCAB) -> list[int]
 
 
 class FakeModel:
-    """Implements `runtime.model.Model`.
+    """Implements `runtime.core.model.Model`.
 
     Attributes:
-        batches: (sequences, new tokens) of every forward.
-        fail: raise in forwards whose batch has this token.
-        spoil: token -> a number that stands among the logits behind it.
+        batches: (sequences, new tokens) of every forward pass.
+        fail: forward passes whose batch contains this token raise an error.
+        spoil: token -> a value that replaces one of the logits after it.
     """
 
     def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 128, vocab_size: int = VOCAB) -> None:
@@ -109,7 +109,7 @@ class FakeModel:
         assert batch.query_start[0] == 0
         assert batch.query_start[-1] == tokens
         assert batch.block_table.shape[0] == sequences
-        # Wider where the room for a draft is there before the draft is.
+        # The table may be wider: blocks are reserved for a draft before its length is known.
         assert batch.block_table.shape[1] * self.block_size >= batch.max_seq_len
         assert batch.max_query_len == int(batch.query_start.diff().max())
         assert batch.max_seq_len == int(batch.seq_lens.max())

@@ -1,4 +1,4 @@
-"""A vocabulary of JSON's pieces, trained as real ones are, and a model that would rather write noise."""
+"""A small trained vocabulary of pieces of JSON, and an engine whose model writes noise unless it is constrained."""
 
 from functools import cache
 from typing import Any
@@ -11,7 +11,7 @@ from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.sampling.json_schema import JsonGrammars
 from quantkit.runtime.speculative.proposer import Proposer
 
-#: Wider than the tokenizer, as models' are, and no multiple of anything.
+#: Wider than the tokenizer, as in real models, and an odd number.
 VOCAB = 409
 EOS = "</s>"
 
@@ -45,7 +45,7 @@ PERSON: dict[str, Any] = {
     },
 }
 
-#: Schemas whose texts all end within 400 tokens.
+#: Schemas whose texts all fit in 400 tokens.
 SCHEMAS: dict[str, dict[str, Any]] = {
     "object": PERSON,
     "choice": {"anyOf": [{"const": "yes"}, {"const": {"no": [1, 2]}}, {"type": "null"}]},
@@ -57,7 +57,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, pieces of JSON, and two special tokens."""
+    """A byte-level BPE tokenizer with pieces of JSON and two special tokens."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -70,18 +70,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def decode(tokens: list[int]) -> str:
-    """Text without special tokens."""
+    """Decode tokens, without special tokens."""
     return str(tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @cache
 def grammars() -> JsonGrammars:
-    """For this vocabulary."""
+    """The grammars of this vocabulary."""
     return JsonGrammars(tokenizer(), VOCAB, [tokenizer().eos_token_id])
 
 
 def engine(num_blocks: int = 1024, proposer: Proposer | None = None, draft_len: int = 4) -> Engine:
-    """An engine whose model chooses tokens as if by lot."""
+    """An engine whose model chooses pseudo-random tokens."""
     model = FakeModel(num_blocks, 4, 512, VOCAB)
     config = EngineConfig(max_batch=16, token_budget=128, draft_len=draft_len)
     return Engine(model, config, decode=decode, eos_token_ids=[tokenizer().eos_token_id], proposer=proposer)

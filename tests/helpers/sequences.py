@@ -1,4 +1,4 @@
-"""Sequences without an engine, and with known random numbers."""
+"""Sequences without an engine, with reproducible random numbers."""
 
 from array import array
 from itertools import count
@@ -33,6 +33,6 @@ def sequence(
 
 @pytest.fixture
 def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences without a seed get the random numbers of 0, 1, 2, ..., so that a test does the same each time."""
+    """Sequences without a seed are seeded with 0, 1, 2, ..., so that a test is reproducible."""
     numbers = count()
     monkeypatch.setattr(engine, "Random", lambda: Random(next(numbers)))

@@ -1,7 +1,7 @@
-"""What a text must be like, told as the tokens that may come next.
+"""The protocol of a constraint: it says which tokens may come next in a sequence's output.
 
-A constraint follows one sequence: it is advanced by every token that the sequence has for good, so it needs no word about
-preemption, and it is asked about drafts without being changed by them. What the sampler does with it stands in `sampler`.
+A constraint belongs to one sequence. It is advanced only by tokens that the sequence keeps, so preemption does not concern
+it, and asking for a mask after draft tokens does not change it. `sampling.sampler` applies the masks.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ from typing import Protocol
 
 
 class Constraint(Protocol):
-    """Where a text stands in what it must become.
+    """The state of one output text with respect to what it must become.
 
     Attributes:
-        finished: the text is complete and nothing but the end may follow, or the end has come.
-        error: why it can go on no longer, where it cannot: too complex, say; its text is not to be used. None: it can.
+        finished: the text is complete, so that only its end may follow, or it has ended.
+        error: why no mask can be computed any more, for example because the grammar became too complex; the text must not be
+            used then. None: no error.
     """
 
     @property
@@ -27,19 +28,19 @@ class Constraint(Protocol):
         ...
 
     def mask(self, ahead: Sequence[int]) -> bytes | None:
-        """Tokens that may follow the text and `ahead`, tokens that are no part of it.
+        """The tokens that may follow the text and then `ahead`, draft tokens that are not part of the text.
 
         Returns:
-            A bit for every token of the vocabulary and no more than 31 others, token 8 b + i in bit i of byte b; the tokens
-            that end a text are allowed exactly where it may end, and some token always is. None: `ahead` cannot follow the
-            text, or holds its end, so it does not matter what comes behind it.
+            One bit per token of the vocabulary, padded by at most 31 bits: token 8 b + i is bit i of byte b. End-of-text
+            tokens are allowed exactly where the text may end, and at least one token is always allowed. None if `ahead`
+            cannot follow the text or contains its end: then it does not matter what comes after it.
         """
         ...
 
     def advance(self, token: int) -> None:
-        """The text is longer by a token."""
+        """Append a token to the text."""
         ...
 
     def copy(self) -> "Constraint":
-        """Another text's constraint that stands where this one does."""
+        """An independent constraint in the same state, for another sequence."""
         ...

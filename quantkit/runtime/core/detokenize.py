@@ -1,47 +1,47 @@
-"""Text from tokens as they come: never half a character, never a part of a stop string.
+"""Incremental detokenization: text from tokens as they arrive, without incomplete characters and parts of stop strings.
 
-Tokens cannot be decoded one by one: a character may span several, and some tokenizers drop the space of the first one. So a
-window of the last tokens is decoded again each time and what it has more than before is the new text. A window starts where
-the text was whole and keeps some tokens of context.
+Tokens cannot be decoded one by one: a character may span several of them, and some tokenizers drop the space before the first
+token. So a window of the last tokens is decoded again for each new token, and the new text is what was added to its end. A
+window starts at a place where the text had no incomplete character, and keeps some tokens of context.
 """
 
 from collections.abc import Callable, Sequence
 
-#: Token ids to text.
+#: Turns token ids into text.
 Decode = Callable[[list[int]], str]
 
-#: What decoders put in place of bytes that are no character (yet).
+#: The replacement character, which decoders emit for bytes that are not (yet) a character.
 _BROKEN = "\ufffd"
 
-#: Bytes of an incomplete character at most, hence the characters that may still change.
+#: Largest number of bytes of an incomplete character, and so of replacement characters that may still change.
 _PARTIAL = 3
 
-#: So many tokens hold any one character; when that many come without a whole one, the bytes are broken for good.
+#: No character spans more tokens; if so many arrive without completing one, the bytes will never be valid.
 _PATIENCE = 8
 
-#: Tokens of context that a window keeps, and tokens at which it is cut.
+#: Tokens of context that a window keeps, and the length at which a window is cut.
 _KEPT, _LONGEST = 4, 10
 
 
 class Detokenizer:
-    """The text of one sequence. The texts returned by `push` and `flush` add up to the text of all tokens pushed."""
+    """Detokenizes one sequence. The texts that `push` and `flush` return concatenate to the text of all tokens."""
 
     def __init__(self, decode: Decode, prompt: Sequence[int]) -> None:
         """
         Args:
-            decode: token ids to text; skips special tokens if these are not to be seen.
-            prompt: what the tokens continue; its end is the first window's context.
+            decode: turns token ids into text; skips special tokens if users should not see them.
+            prompt: the tokens before; its end is the context of the first window.
         """
         self._decode = decode
         self._window = _context(decode, prompt)
         text = decode(self._window)
-        # What the prompt's end leaves incomplete belongs to the new text.
+        # An incomplete character at the end of the prompt belongs to the new text.
         self._emitted = len(text) - min(_broken(text), _PARTIAL)
         self._held = 0
         self._cut = 0
 
     def push(self, token: int) -> str:
-        """The text that is certain with one more token."""
+        """Add a token; returns the new text that later tokens cannot change."""
         self._window.append(token)
         text = self._decode(self._window)
         broken = _broken(text)
@@ -55,11 +55,11 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What was held back, incomplete as it is; nothing comes after it."""
+        """The text that was held back, at the end of the sequence; it may contain an incomplete character."""
         return self._decode(self._window)[self._emitted :]
 
     def _shorten(self) -> None:
-        """Cut a long window where the text was whole some tokens ago."""
+        """Cut a long window at an earlier place where the text had no incomplete character."""
         if len(self._window) >= _LONGEST and self._cut:
             self._window = self._window[self._cut :]
             self._emitted, self._cut = len(self._decode(self._window)), 0
@@ -68,23 +68,23 @@ class Detokenizer:
 
 
 def _broken(text: str) -> int:
-    """Characters at the end of `text` that are none."""
+    """Number of replacement characters at the end of `text`."""
     return len(text) - len(text.rstrip(_BROKEN))
 
 
 def _context(decode: Decode, prompt: Sequence[int]) -> list[int]:
-    """The prompt's last tokens, from the start of a character."""
+    """The last tokens of the prompt, beginning with a whole character."""
     windows = [list(prompt[-size:]) for size in range(_KEPT, _KEPT + _PARTIAL + 1)]
     return next((window for window in windows if not decode(window).startswith(_BROKEN)), windows[0])
 
 
 class StopStrings:
-    """Finds stop strings in text that comes in pieces; the result does not depend on how it was cut.
+    """Finds stop strings in text that arrives in pieces. The result does not depend on where the text was cut.
 
-    The string that is complete first ends the text, the longest one of those that end together.
+    The stop string that is complete first ends the text; of several that end at the same place, the longest.
 
     Attributes:
-        found: the stop string, once there is one.
+        found: the stop string, once it was found.
     """
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
@@ -94,7 +94,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that is certainly not part of a stop string; the last there is once `found` is set."""
+        """Add text; returns what is certainly not part of a stop string. Once `found` is set, that is the end of the text."""
         if not self._stops or not text:
             return text
         text = self._held + text
@@ -108,21 +108,21 @@ class StopStrings:
         return text[:start]
 
     def flush(self) -> str:
-        """What was held back, now that nothing follows it."""
+        """The text that was held back, at the end of the sequence."""
         held, self._held = self._held, ""
         return held
 
     def _longest_start(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string starts with."""
+        """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
         longest = min(len(text), len(self._stops[0]) - 1)
         return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
 
 
 class TextStream:
-    """Tokens in, finished text out.
+    """Turns a sequence's tokens into text that can be shown: detokenizes and looks for stop strings.
 
     Attributes:
-        stop: the stop string that ended the text, if one did.
+        stop: the stop string that ended the text; None if none did.
     """
 
     def __init__(self, decode: Decode, prompt: Sequence[int], stops: Sequence[str], include_stop: bool) -> None:
@@ -135,10 +135,10 @@ class TextStream:
         return self._stops.found
 
     def push(self, token: int) -> str:
-        """Text that can be shown."""
+        """Add a token; returns the new text that can be shown."""
         return self._stops.push(self._detokenizer.push(token))
 
     def flush(self) -> str:
-        """The rest, when the sequence ends for another reason than a stop string."""
+        """The rest of the text, if the sequence ends for another reason than a stop string."""
         rest = self._stops.push(self._detokenizer.flush())
         return rest if self.stop is not None else rest + self._stops.flush()

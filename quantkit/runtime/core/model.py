@@ -1,4 +1,4 @@
-"""What the engine needs of a model."""
+"""The protocol of a model, as the engine uses it."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,11 +13,11 @@ class Model(Protocol):
 
     Attributes:
         vocab_size: width of the logits.
-        context: longest sequence, prompt and output together, as far as the model goes or is asked to go.
-        max_model_len: the same; shorter where KV memory holds less.
-        block_size: tokens in a KV block.
-        num_blocks: KV blocks.
-        sliding_window: tokens that a layer of a limited view sees, the widest such; 0 where every layer sees everything.
+        context: longest sequence, prompt and output together, that the model or `--max-model-len` allows.
+        max_model_len: the same, or less if KV memory holds less.
+        block_size: tokens per KV block.
+        num_blocks: number of KV blocks.
+        sliding_window: widest sliding window of a layer, in tokens; 0 if no layer has one.
     """
 
     vocab_size: int
@@ -28,17 +28,23 @@ class Model(Protocol):
     sliding_window: int
 
     def forward(self, batch: Batch) -> Tensor:
-        """Write the batch's keys and values to their slots; logits, float32 [R, V], on the model's device.
+        """Run a batch: write its keys and values to their slots and compute logits.
 
-        The batch is on the CPU. The result belongs to the caller, who may change it. Where sequences are measured, their
-        attention is added to `batch.attention_mass`.
+        If `batch.attention_mass` is set, every layer's attention mass is added to it.
+
+        Args:
+            batch: on the CPU.
+
+        Returns:
+            Logits, float32 [R, V], on the model's device. They belong to the caller, who may change them.
         """
         ...
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy the keys and values of whole blocks, (from, to) each, before the forward of the same step.
+        """Copy the keys and values of whole blocks before the forward pass of the same step.
 
-        One pair's source may be another's target, which then stands later: reading all sources first and copying one
-        after another are both right.
+        Args:
+            pairs: (from, to). A block may be the target of a pair only after the pairs that read it, so copying one pair
+                after another and reading all sources first give the same result.
         """
         ...

@@ -1,4 +1,4 @@
-"""What a request asks for."""
+"""A request: a prompt, and how to sample what follows it."""
 
 import math
 from collections.abc import Sequence as SequenceOf
@@ -8,8 +8,8 @@ from functools import cached_property
 from quantkit.errors import RequestError
 from quantkit.runtime.core.constraint import Constraint
 
-#: Below the first, dividing by the temperature overflows float32; such a request is greedy. Beyond the second all tokens are
-#: equally likely, and in the end the temperature itself overflows; such a request is refused.
+#: Below the minimum, dividing by the temperature overflows float32: such a request is greedy. Near the maximum, all tokens are
+#: equally likely; a request above it is refused, because the temperature itself would overflow at some point.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e6
 
 MAX_LOGPROBS = 20
@@ -17,29 +17,29 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample, in vLLM's names and meanings; the defaults change nothing about the model's distribution.
+    """How to sample. Names and meanings are vLLM's; the defaults leave the model's distribution unchanged.
 
     Attributes:
-        max_tokens: tokens to generate at most; None: as many as context and KV memory hold.
-        n: samples of the same prompt.
+        max_tokens: largest number of output tokens; None: as many as context and KV memory hold.
+        n: number of samples of the same prompt.
         temperature: divides the logits; 0 is greedy.
-        top_k: keep the k likeliest tokens, ties going to the lower id; 0: all.
-        top_p: then keep the fewest likeliest tokens whose mass reaches p of what top-k left; 1: all.
-        min_p: then drop tokens less likely than min_p times the likeliest.
-        repetition_penalty: divides positive, multiplies negative logits of tokens in the prompt or the output.
+        top_k: keep the k most likely tokens, of equal ones those with lower ids; 0: all.
+        top_p: then keep the smallest set of most likely tokens with at least the share p of what top-k left; 1: all.
+        min_p: then drop tokens less likely than min_p times the most likely one.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output.
         presence_penalty: subtracted from the logits of tokens in the output.
-        frequency_penalty: the same, times the number of occurrences.
-        seed: the same seed gives the same samples, whatever else is in the batch and whoever drafts; None: from the system.
+        frequency_penalty: subtracted once per occurrence in the output.
+        seed: the same seed gives the same samples, whatever else is in the batch and whatever proposer drafts; None: random.
         stop: strings that end the output.
-        stop_token_ids: tokens that end the output, beside the model's end-of-sequence tokens.
-        include_stop: whether the text keeps the stop string or the stop token's text. Token ids always keep all.
-        ignore_eos: go on past the model's end-of-sequence tokens.
-        logprobs: log probabilities of each chosen token and of this many likeliest ones; None: no log probabilities.
-        prompt_logprobs: the same for the tokens of the prompt, the first of which never has one.
-        prompt_logprobs_from: the first token of the prompt that gets one; those before it may come from the prefix cache.
+        stop_token_ids: tokens that end the output, in addition to the model's end-of-sequence tokens.
+        include_stop: whether the text includes the stop string or the stop token's text. Token ids always include it.
+        ignore_eos: do not stop at the model's end-of-sequence tokens.
+        logprobs: return log probabilities of each chosen token and of this many most likely ones; None: do not.
+        prompt_logprobs: the same for the tokens of the prompt; the first one never has a log probability.
+        prompt_logprobs_from: the first prompt token that gets one; those before it may come from the prefix cache.
 
     Raises:
-        RequestError: a value that cannot be sampled with.
+        RequestError: a value is outside of its range.
     """
 
     max_tokens: int | None = 16
@@ -61,7 +61,7 @@ class SamplingParams:
     prompt_logprobs_from: int = 1
 
     def __post_init__(self) -> None:
-        # Every condition is false for NaN.
+        # NaN makes every comparison false, so it is refused, too.
         rules = {
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             "n": (self.n >= 1, "at least 1"),
@@ -83,12 +83,12 @@ class SamplingParams:
 
     @cached_property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken without a draw."""
+        """Whether the most likely token is taken, without a random draw."""
         return self.temperature < MIN_TEMPERATURE
 
     @cached_property
     def filtered(self) -> bool:
-        """Whether top-k, top-p or min-p leaves tokens out."""
+        """Whether top-k, top-p or min-p may drop tokens."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @cached_property
@@ -98,18 +98,19 @@ class SamplingParams:
 
     @cached_property
     def argmax_only(self) -> bool:
-        """Whether an argmax of the model's own logits is all there is to do."""
+        """Whether sampling is just an argmax of the model's own logits."""
         return self.greedy and not self.penalised and self.logprobs is None
 
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids of a prompt and how to continue it.
+    """A prompt and how to continue it.
 
     Attributes:
-        prompt: what is continued.
-        params: how tokens are sampled.
-        constraint: what every sample must be like, from its first token on; None: anything. It is copied, never advanced.
+        prompt: token ids.
+        params: how to sample.
+        constraint: what every sample must look like, from its first token on. It is copied for each sample and never
+            advanced itself. None: no constraint.
     """
 
     prompt: SequenceOf[int]

@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, masks, top-k, top-p, log probabilities, grammars for JSON.
+"""From logits to tokens: token masks, penalties, top-k, top-p, log probabilities, JSON grammars.
 
-Knows nothing of the KV cache.
+Imports `core` and the kernels only; it does not know the KV cache.
 """

@@ -1,6 +1,6 @@
-"""Texts that are JSON of a given schema, by llguidance: a lexer and an Earley parser over the bytes of tokens.
+"""Constraints that make the output JSON of a given schema, with llguidance: a lexer and an Earley parser over token bytes.
 
-The only module that imports llguidance, which comes with the extra `serve`.
+The only module that imports llguidance, which the extra `serve` installs.
 """
 
 import json
@@ -13,23 +13,23 @@ from transformers import PreTrainedTokenizerBase
 
 from quantkit.errors import RequestError
 
-#: Between two tokens of JSON: nothing, a blank, or a new line and its indentation. JSON allows any amount, and small models
-#: go on with it for as long as they may.
+#: Allowed between two tokens of JSON: nothing, one space, or a line break with indentation. JSON allows any amount of
+#: whitespace, but small models would generate it without end.
 _WHITESPACE = r"\n[ ]{0,20}|[ ]"
 
 
 class JsonGrammars:
-    """Makes constraints for one model's tokens."""
+    """Compiles JSON schemas to constraints for one model's tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         """
         Args:
-            tokenizer: of the model; reading all of its tokens takes a moment.
+            tokenizer: the model's; reading all of its tokens takes a moment.
             vocab_size: width of the model's logits.
             eos_token_ids: the tokens that end a text.
 
         Raises:
-            RequestError: it is none of the `tokenizers` library.
+            RequestError: the tokenizer does not come from the `tokenizers` library.
         """
         self._eos = frozenset(eos_token_ids)
         try:
@@ -38,10 +38,10 @@ class JsonGrammars:
             raise RequestError(f"texts cannot be constrained with this model's tokenizer ({_line(str(error))})") from None
 
     def compile(self, schema: Mapping[str, Any]) -> "JsonConstraint":
-        """A text that is JSON of this schema, its properties in the schema's order; `{"type": "object"}`: any object.
+        """A constraint for JSON of this schema, with properties in the schema's order; `{"type": "object"}` allows any object.
 
         Raises:
-            RequestError: it is no schema, uses keywords that cannot be enforced, or no text fits it.
+            RequestError: it is not a schema, uses keywords that cannot be enforced, or no text satisfies it.
         """
         try:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
@@ -49,7 +49,7 @@ class JsonGrammars:
             raise RequestError(f"the JSON schema is refused ({_line(str(error))}); correct it") from None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         constraint = JsonConstraint(matcher, self._eos)
-        # That no text fits may show only when the first token is asked for.
+        # That no text satisfies the schema may show only in the first mask.
         if constraint.error is not None or constraint.mask(()) is None:
             raise RequestError(f"the JSON schema is refused ({constraint.error}); leave that out or correct it")
         return constraint
@@ -59,7 +59,11 @@ class JsonConstraint:
     """Implements `Constraint`."""
 
     def __init__(self, matcher: LLMatcher, eos: frozenset[int]) -> None:
-        """`matcher`: owned by the constraint from now on. `eos`: what it takes for the end of a text."""
+        """
+        Args:
+            matcher: the grammar's state; owned by the constraint from now on.
+            eos: tokens that end a text.
+        """
         self._matcher, self._eos = matcher, eos
         self._ended = False
 
@@ -76,7 +80,8 @@ class JsonConstraint:
     def mask(self, ahead: Sequence[int]) -> bytes | None:
         """See `Constraint`."""
         matcher, tokens = self._matcher, list(ahead)
-        # A matcher that consumes what it must not is lost: it is asked first. It knows no end of the text as a token.
+        # A matcher that consumes a forbidden token cannot be used again, so `validate_tokens` checks first. The matcher does
+        # not know end-of-text tokens.
         if self._ended or matcher.is_error() or not self._eos.isdisjoint(tokens):
             return None
         if tokens and matcher.validate_tokens(tokens) < len(tokens):

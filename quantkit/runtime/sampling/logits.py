@@ -1,4 +1,4 @@
-"""What happens to logits before a token is drawn: log probabilities are read, then some tokens are ruled out or penalised."""
+"""Operations on logits before a token is drawn: the check for NaN and Inf, log probabilities, token masks and penalties."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,17 +12,30 @@ from quantkit.runtime.core.token_history import TokenHistory
 from quantkit.runtime.sampling.top_k import largest
 
 
-def find_nonfinite(peaks: Sequence[float]) -> dict[int, str]:
-    """Rows of logits from which no token can be chosen, and what they are, by the largest of each (see `row_max`)."""
-    # The largest of NaN and anything is NaN; it is -Inf where all are.
+def find_nonfinite(row_maxima: Sequence[float]) -> dict[int, str]:
+    """Find the rows of logits from which no token can be chosen.
+
+    Args:
+        row_maxima: the largest logit of each row, from `row_max`: NaN if the row has a NaN, -Inf if all its logits are.
+
+    Returns:
+        Row -> what its logits are, for error messages.
+    """
     names = {"nan": "NaN", "inf": "Inf", "-inf": "-Inf for every token"}
-    return {row: names[str(peak)] for row, peak in enumerate(peaks) if not isfinite(peak)}
+    return {row: names[str(peak)] for row, peak in enumerate(row_maxima) if not isfinite(peak)}
 
 
 class Penalty(NamedTuple):
-    """What is done to a row's earlier tokens: their positive logits are divided and negative ones multiplied by
-    `repetition`; then `presence` is subtracted where a token is in the output, and `frequency` for each time it is. To the
-    output belong, beside what the history knows, the tokens `ahead`."""
+    """The penalties of one row.
+
+    Attributes:
+        row: row of the logits.
+        history: the tokens of the row's sequence.
+        ahead: draft tokens between the sequence and the row; they count as output.
+        repetition: divides the positive and multiplies the negative logits of all earlier tokens.
+        presence: then subtracted from the logits of tokens in the output.
+        frequency: subtracted once per occurrence in the output.
+    """
 
     row: int
     history: TokenHistory
@@ -33,19 +46,19 @@ class Penalty(NamedTuple):
 
 
 def penalise(logits: Tensor, penalties: Sequence[Penalty]) -> None:
-    """Penalise tokens that were there before, in place.
+    """Penalise the tokens that a sequence already has, in place. Logits of other tokens are not touched.
 
-    Repetition: Keskar et al., "CTRL" (arXiv 1909.05858), section 4.1, extended to negative logits as everywhere. Presence and
-    frequency: as OpenAI's API defines them. Only the logits of tokens that were there are touched.
+    Repetition: Keskar et al., "CTRL" (arXiv 1909.05858), section 4.1, extended to negative logits as is usual. Presence and
+    frequency: as OpenAI's API defines them.
 
     Args:
         logits: float32 [R, V], contiguous.
-        penalties: at most one a row, with a history that is not empty.
+        penalties: at most one per row, with a history that is not empty.
     """
     ids = torch.cat([torch.frombuffer(each.history.ids, dtype=torch.int64) for each in penalties])
     counts = torch.cat([torch.frombuffer(each.history.counts, dtype=torch.float32) for each in penalties])
     changed = [_penalised(logits, penalties, [len(each.history.ids) for each in penalties], ids, counts)]
-    # The few tokens that are ahead are done over, rather than a history copied for each row.
+    # The few draft tokens are computed again with their new counts: cheaper than a copy of the history per row.
     ahead = [Counter(each.ahead) for each in penalties]
     if any(ahead):
         pairs = [
@@ -62,7 +75,15 @@ def penalise(logits: Tensor, penalties: Sequence[Penalty]) -> None:
 def _penalised(
     logits: Tensor, penalties: Sequence[Penalty], lengths: Sequence[int], ids: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Places in all of the logits, and the new values, of so many tokens of each penalty: int64 ids, float32 counts."""
+    """Flat places in the logits, and their penalised values.
+
+    Args:
+        logits: as for `penalise`; not changed.
+        penalties: as for `penalise`.
+        lengths: how many of the tokens belong to each penalty.
+        ids: int64, the tokens of all penalties, one penalty after another.
+        counts: float32, how often each occurs in the output.
+    """
     device = logits.device
     ids, counts = ids.to(device), counts.to(device)
     which = torch.arange(len(penalties), device=device).repeat_interleave(
@@ -78,17 +99,17 @@ def _penalised(
     if any(each.presence or each.frequency for each in penalties):
         values -= of_each([each.frequency for each in penalties]) * counts
         values -= of_each([each.presence for each in penalties]) * (counts > 0)
-    # However small `repetition` is, logits stay numbers.
+    # Dividing by a very small `repetition` overflows; the logits must stay finite.
     return places, values.clamp_(max=torch.finfo(values.dtype).max)
 
 
 def apply_token_mask(logits: Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
-    """Rule tokens out, in place: their logits become negative Inf.
+    """Set the logits of tokens that a mask does not allow to -Inf, in place.
 
     Args:
         logits: float32 [R, V].
-        rows: the r that are restricted, at least one.
-        masks: tokens that stay in each of them, one bit a token, see `Constraint.mask`.
+        rows: the rows to mask, at least one.
+        masks: for each of these rows, one bit per token, 1 if it is allowed; see `Constraint.mask`.
     """
     packed = torch.frombuffer(bytearray().join(masks), dtype=torch.uint8).view(len(rows), -1).to(logits.device)
     bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
@@ -100,12 +121,12 @@ def apply_token_mask(logits: Tensor, rows: Sequence[int], masks: Sequence[bytes]
 
 
 def top_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Log probabilities of the chosen tokens, and the likeliest tokens with theirs, best first.
+    """For each row, the log probability of the chosen token, and the most likely tokens with theirs, best first.
 
     Args:
         logits: float32 [R, V].
-        tokens: the chosen one of every row.
-        counts: how many of the likeliest every row wants.
+        tokens: the chosen token of each row.
+        counts: how many of the most likely tokens each row wants.
     """
     values, ids = largest(logits, max(1, *counts))
     peak = values[:, :1]

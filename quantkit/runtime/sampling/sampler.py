@@ -1,13 +1,12 @@
-"""The next token of every row: constraint, penalties, temperature, top-k, top-p, min-p, in vLLM's order, then one
-uniform number.
+"""Sampling: constraint, penalties, temperature, top-k, top-p and min-p, in vLLM's order, then one uniform number per token.
 
-Top-k, top-p and min-p each keep the first tokens of the vocabulary in falling order of probability, so together they keep the
-shortest of three prefixes, and a token is drawn by inverting the cumulated distribution. Sorting a vocabulary costs more than
-all the rest: behind top-k, the likeliest tokens are selected first, more of them where the prefix turns out to be longer; what
-top-p and min-p keep of a whole vocabulary is found by `nucleus`.
+Top-k, top-p and min-p each keep a prefix of the vocabulary sorted by falling probability. Together they keep the shortest of
+the three prefixes, and a token is drawn from it by inverting the cumulative distribution. Sorting a whole vocabulary would
+cost more than everything else. So with top-k, only the most likely tokens are selected, and more of them if the prefix turns
+out to be longer; without top-k, `top_p` finds what top-p and min-p keep.
 
-A row's token depends on its logits, its parameters and its own random numbers, never on the other rows: equal probabilities
-are ordered by token id, and it takes the same path however many tokens had to be selected.
+A row's token depends on its own logits, parameters and random numbers, never on the other rows: tokens of equal probability
+are ordered by id, and the result is the same however many tokens were selected.
 """
 
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from quantkit.runtime.sampling.logits import Penalty, apply_token_mask, penalise
 from quantkit.runtime.sampling.top_k import argmax, largest
 from quantkit.runtime.sampling.top_p import Nucleus, softmax
 
-#: Likeliest tokens that are selected, one number after another until every kept prefix is inside; at last all are sorted.
+#: How many of the most likely tokens to select: each width in turn, until it contains every kept prefix; then all.
 _WIDTHS = (64, 256, 1024, 4096)
 
 
@@ -34,17 +33,17 @@ def sample(
     ahead: SequenceOf[SequenceOf[int]] | None = None,
     argmax_ids: SequenceOf[int] | None = None,
 ) -> list[Sample]:
-    """One token for every row.
+    """Choose one token per row.
 
     Args:
-        logits: float32 [R, V], the model's, without `logits.find_nonfinite`; changed by constraints and penalties.
-        sequences: the R sequences that the rows follow. Those that are not greedy spend one random number each.
-        ahead: tokens between each sequence's own and its row; none by default.
+        logits: float32 [R, V], the model's, free of rows that `find_nonfinite` names; changed by constraints and penalties.
+        sequences: the R sequences that the rows belong to. Those that are not greedy consume one random number each.
+        ahead: draft tokens between the end of each sequence and its row; none by default.
         likeliest_ids: the largest logit's of every row, where they are known.
     """
     params = [sequence.params for sequence in sequences]
     asked = [row for row, each in enumerate(params) if each.logprobs is not None]
-    # Constraints and penalties change the logits; otherwise these are still what they were.
+    # Log probabilities are those of the unchanged logits: copy them if constraints or penalties will change them.
     changes = any(params[row].penalised or sequences[row].constraint is not None for row in asked)
     raw = None if not asked else logits if len(asked) == len(params) and not changes else logits[asked]
     if apply_constraints(logits, sequences, ahead):
@@ -65,7 +64,8 @@ def sample(
 def apply_constraints(
     logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[SequenceOf[int]] | None = None
 ) -> bool:
-    """Rule out, in place, what each row's sequence must not go on with (see `sample`); whether anything was."""
+    """Mask, in place, the tokens that each row's constraint forbids; arguments as for `sample`. Returns whether it masked
+    anything."""
     if all(sequence.constraint is None for sequence in sequences):
         return False
     tokens = ahead or [()] * len(sequences)
@@ -78,7 +78,7 @@ def apply_constraints(
 
 
 def apply_penalties(logits: Tensor, sequences: SequenceOf[Sequence], ahead: SequenceOf[SequenceOf[int]] | None = None) -> None:
-    """Penalise, in place, the tokens that each row's sequence has had; see `sample`."""
+    """Penalise, in place, the earlier tokens of each row's sequence; arguments as for `sample`."""
     tokens = ahead or [()] * len(sequences)
     rows = enumerate(zip(sequences, tokens, strict=True))
     penalties = [_penalty(row, sequence, each) for row, (sequence, each) in rows if sequence.params.penalised]
@@ -93,19 +93,19 @@ def _penalty(row: int, sequence: Sequence, ahead: SequenceOf[int]) -> Penalty:
 
 
 def draw(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> list[int]:
-    """One token for every row of penalised logits.
+    """Draw one token per row, after penalties were applied.
 
     Args:
         logits: float32 [R, V].
-        params: of every row.
-        uniforms: a number from [0, 1) for every row; unused where the row is greedy.
+        params: one per row.
+        uniforms: one number from [0, 1) per row; ignored for greedy rows.
     """
     tokens = [0] * len(params)
     greedy = [row for row, each in enumerate(params) if each.greedy]
     whole = [row for row, each in enumerate(params) if not each.greedy and not each.filtered]
     filtered, nucleus = _filtered(params)
-    ways = (greedy, _likeliest), (whole, _draw_whole), (filtered, _draw_filtered), (nucleus, _draw_nucleus)
-    for rows, choose in ways:
+    groups = (greedy, _draw_greedy), (whole, _draw_whole), (filtered, _draw_filtered), (nucleus, _draw_nucleus)
+    for rows, choose in groups:
         if rows:
             part = logits if len(rows) == len(params) else logits[rows]
             chosen = choose(part, [params[row] for row in rows], [uniforms[row] for row in rows])
@@ -115,11 +115,11 @@ def draw(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceO
 
 
 def distribution(logits: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
-    """What `draw` draws from.
+    """The distribution that `draw` draws from.
 
     Args:
-        logits: float32 [R, V], penalised.
-        params: of every row; a greedy one has all its mass on one token.
+        logits: float32 [R, V], after penalties.
+        params: one per row; a greedy row has all its mass on one token.
 
     Returns:
         Probabilities, float32 [R, V].
@@ -144,18 +144,21 @@ def distribution(logits: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
 
 
 def inverse_cdf(probabilities: Tensor, uniform: float) -> int:
-    """The token that a number from [0, 1) gives. `probabilities`: float32 [V], not normalised, not all 0."""
+    """The token at which the cumulative distribution exceeds `uniform`, a number from [0, 1).
+
+    `probabilities`: float32 [V]; need not be normalised; not all 0.
+    """
     cumulated = probabilities.cumsum(-1)[None]
     return int(_inverse_cdf(cumulated, cumulated[:, -1:], [uniform]))
 
 
 def _filtered(params: SequenceOf[SamplingParams]) -> tuple[list[int], list[int]]:
-    """Rows that top-k filters, and rows that only top-p or min-p does."""
+    """Rows with top-k, and rows with top-p or min-p but no top-k."""
     rows = [row for row, each in enumerate(params) if not each.greedy and each.filtered]
     return [row for row in rows if params[row].top_k], [row for row in rows if not params[row].top_k]
 
 
-def _likeliest(logits: Tensor, _params: SequenceOf[SamplingParams], _uniforms: SequenceOf[float]) -> Tensor:
+def _draw_greedy(logits: Tensor, _params: SequenceOf[SamplingParams], _uniforms: SequenceOf[float]) -> Tensor:
     return torch.tensor(argmax(logits))
 
 
@@ -165,31 +168,36 @@ def _column(values: SequenceOf[float], like: Tensor) -> Tensor:
 
 
 def _draw_whole(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
-    """From the whole distribution, in order of token ids. Returns int64 [R]."""
+    """Draw from the whole distribution, in order of token ids. Returns int64 [R]."""
     cumulated = softmax(logits, [each.temperature for each in params]).cumsum(-1)
     return _inverse_cdf(cumulated, cumulated[:, -1:], uniforms)
 
 
 def _inverse_cdf(cumulated: Tensor, mass: Tensor, uniforms: SequenceOf[float]) -> Tensor:
-    """The first entry at which `cumulated` [R, K] exceeds the share `uniforms` of `mass` [R, 1]. Returns int64 [R]."""
+    """The first entry at which `cumulated` [R, K] exceeds `uniforms` times `mass` [R, 1]. Returns int64 [R]."""
     target = _column(uniforms, cumulated) * mass
-    # Rounding may lift the target to the mass itself, which no entry exceeds: then it is the one that completes it.
+    # Rounding may lift the target to the mass itself, which no entry exceeds; then take the entry that reaches it.
     last = torch.searchsorted(cumulated, mass.contiguous())
     return torch.searchsorted(cumulated, target, right=True).minimum(last)[:, 0]
 
 
 def _draw_nucleus(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
-    """From what top-p and min-p keep, in falling order of probability. Returns int64 [R]."""
+    """Draw from what top-p and min-p keep, in falling order of probability. Returns int64 [R]."""
     return _nucleus(logits, params).draw(uniforms)
 
 
 def _nucleus(logits: Tensor, params: SequenceOf[SamplingParams]) -> Nucleus:
-    """Rows without top-k."""
-    return Nucleus(logits, *([getattr(each, name) for each in params] for name in ("temperature", "top_p", "min_p")))
+    """The nucleus of rows without top-k."""
+    return Nucleus(
+        logits,
+        temperatures=[each.temperature for each in params],
+        top_p=[each.top_p for each in params],
+        min_p=[each.min_p for each in params],
+    )
 
 
 def _draw_filtered(logits: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
-    """From what top-k, and then top-p and min-p, keep, in falling order of probability. Returns int64 [R]."""
+    """Draw from what top-k, and then top-p and min-p, keep, in falling order of probability. Returns int64 [R]."""
     chosen = torch.empty(len(params), dtype=torch.int64, device=logits.device)
     for rows, ids, weights, kept in _ranked(logits, params):
         cumulated = weights.cumsum(-1)
@@ -199,34 +207,37 @@ def _draw_filtered(logits: Tensor, params: SequenceOf[SamplingParams], uniforms:
 
 
 def _ranked(logits: Tensor, params: SequenceOf[SamplingParams]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-    """The likeliest tokens of rows with top-k, as many as it takes for every kept prefix to be inside.
+    """Select the most likely tokens of rows with top-k, enough of them to contain every kept prefix.
 
     Yields:
-        Some r of the rows; ids of their k likeliest tokens, int64 [r, k]; weights relative to the first, [r, k]; how many of
-        them are kept, int64 [r, 1]. Every row comes once.
+        r of the rows; the ids of their k most likely tokens, int64 [r, k]; weights relative to the first one, float32 [r, k];
+        how many of the tokens are kept, int64 [r, 1]. Every row is yielded once.
     """
     vocab, rows = logits.shape[1], list(range(len(params)))
-    # Fewer are not enough for top-k, nor often without it.
+    # A width must exceed the largest top-k.
     fewest = max(each.top_k or _WIDTHS[0] for each in params)
     for width in (*(width for width in _WIDTHS if fewest < width < vocab), vocab):
         values, ids = largest(logits if len(rows) == len(params) else logits[rows], width)
         left = [params[row] for row in rows]
         weights = ((values - values[:, :1]) / _column([each.temperature for each in left], values)).exp_()
-        kept, settled = _kept(weights, vocab, left)
-        done = settled.tolist()
+        kept, certain = _kept(weights, vocab, left)
+        done = certain.tolist()
         if all(done):
             yield rows, ids, weights, kept
             return
         if any(done):
-            yield [row for row, each in zip(rows, done, strict=True) if each], ids[settled], weights[settled], kept[settled]
+            yield [row for row, each in zip(rows, done, strict=True) if each], ids[certain], weights[certain], kept[certain]
         rows = [row for row, each in zip(rows, done, strict=True) if not each]
 
 
 def _kept(weights: Tensor, vocab: int, params: SequenceOf[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """How many of the ranked tokens the filters keep, int64 [R, 1], and for which rows that is certain, bool [R].
+    """How many of the selected tokens the filters keep, int64 [R, 1], and for which rows that is certain, bool [R].
 
-    `weights` [R, K] are those of the K likeliest of a vocabulary relative to the first. Of tokens as likely as the last one,
-    some may be missing: a row is certain when what it keeps ends before these.
+    Args:
+        weights: float32 [R, K], of the K most likely tokens, relative to the first one. Tokens as likely as the last one
+            may be missing, so a row is certain only if what it keeps ends before these.
+        vocab: size of the vocabulary.
+        params: one per row.
     """
     width = weights.shape[1]
     top_k = torch.tensor([min(each.top_k, vocab) for each in params], device=weights.device)[:, None]
@@ -235,7 +246,7 @@ def _kept(weights: Tensor, vocab: int, params: SequenceOf[SamplingParams]) -> tu
     cumulated = weights.cumsum(-1)
     before = torch.nn.functional.pad(cumulated[:, :-1], (1, 0))
     within = before < top_p * cumulated.gather(1, by_k - 1)
-    # In float32 the smallest top_p are 0; the likeliest token is kept all the same.
+    # The smallest values of top_p are 0 in float32; the most likely token is always kept.
     by_p = torch.where(top_p < 1, within.sum(-1, keepdim=True).clamp_(min=1), width)
     by_min = (weights >= min_p).sum(-1, keepdim=True)
     kept = torch.minimum(torch.minimum(by_k, by_p), by_min)

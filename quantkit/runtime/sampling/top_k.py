@@ -1,8 +1,8 @@
-"""The largest of each row's logits, many times faster on a CPU than `topk` over a whole vocabulary.
+"""The k largest logits of each row, many times faster on a CPU than `topk` over a whole vocabulary.
 
-`amax` runs at the speed of memory and `topk` does not. So rows are cut into chunks, the chunks with the largest maxima are
-chosen, and only these are searched: the k largest values lie in the k chunks with the largest maxima, because every value of
-a chunk left out has k values that are no smaller. Vocabularies that are no whole number of chunks take the plain way.
+`amax` runs at the speed of memory, `topk` does not. So each row is cut into chunks, and only the k chunks with the largest
+maxima are searched. They contain the k largest values: for a value in any other chunk there are k chunk maxima that are no
+smaller. `topk` is used directly if the vocabulary is not a multiple of the chunk size, or if k chunks would cover all of it.
 """
 
 import torch
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from quantkit.kernels.cpu.row_max import row_max
 
-#: Neighbouring logits that are reduced to their maximum first; the vocabularies of current models are multiples of it.
+#: Logits per chunk; the vocabulary sizes of current models are multiples of it.
 _CHUNK = 32
 
 
 def argmax(logits: Tensor) -> list[int]:
-    """The first of the largest values in every row of float32 [R, V], as `torch.argmax`."""
+    """Place of the largest value of each row of float32 [R, V]; of equal ones the first, like `torch.argmax`."""
     return row_max(logits)[1]
 
 
 def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest values of every row, falling, equal ones by id: values float32 and ids int64, [R, count].
+    """The `count` largest values of each row in falling order, equal ones by id: values float32, ids int64, both [R, count].
 
-    Which of the values equal to the smallest returned are among them is open, unless all values are asked for.
+    If several values equal the smallest one returned, it is not defined which of them are returned, unless `count` is V.
     """
     vocab = logits.shape[1]
     if count == vocab:

@@ -1,9 +1,9 @@
-"""What top-p and min-p keep of a whole vocabulary, and a draw from it, without sorting the vocabulary.
+"""Top-p and min-p over a whole vocabulary, without sorting it.
 
-Tokens stand in falling order of their logits, equal ones by id. Where the cumulated mass crosses a number is usually found
-among the few likeliest; otherwise tokens are counted into bins by their logits, and only the bin in which it crosses is
-ordered. Masses are whole numbers, so that their sums are exact in float64, in whatever order they are added up: both ways,
-and a full sort, find the same token.
+Tokens are ordered by falling logits, equal ones by id. The place where the cumulative mass crosses a number is usually among
+the few most likely tokens. Otherwise tokens are counted into bins by their logits, and only the bin of the crossing is
+sorted. Masses are whole numbers, so their sums in float64 are exact in any order of addition: both methods, and a full sort,
+find the same token.
 """
 
 import math
@@ -14,47 +14,47 @@ from torch import Tensor
 
 from quantkit.runtime.sampling.top_k import largest
 
-#: Mass of a whole vocabulary, but for rounding; a token below half of 2^-48 has none.
+#: Mass of the whole vocabulary, up to rounding; a token with a probability below 2^-49 has mass 0.
 WHOLE = 2.0**48
 
-#: Likeliest tokens that are looked at first.
+#: How many of the most likely tokens are searched first.
 _FEW = 128
 
-#: Bins, and the difference in logits over temperature that they span; what is behind, and hardly weighs anything, is in the
-#: last one.
+#: Number of bins, and the range of (largest logit - logit) / temperature that they span. Tokens beyond it have hardly any
+#: mass; they are in the last bin.
 _BINS, _SPAN = 2048, 24.0
 
 
 def softmax(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Probabilities, float32 [R, V]: those of logits [R, V] over a row's temperature."""
+    """Probabilities, float32 [R, V], of logits [R, V] divided by each row's temperature."""
     if any(each != 1 for each in temperatures):
-        # Divided first, large ones would overflow, or lose what tells them apart.
+        # The maximum is subtracted first: large logits divided by a small temperature would overflow or lose precision.
         logits = (logits - logits.amax(-1, keepdim=True)).div_(_column(temperatures, logits))
     return torch.softmax(logits, -1)
 
 
 class Nucleus:
-    """What top-p and min-p keep of rows of logits, of each a prefix of the order; one of them leaves something out.
+    """The tokens that top-p and min-p keep: a prefix of each row's sorted vocabulary. At least one of the two is active.
 
     Attributes:
-        masses: whole numbers in float32 [R, V]: the probabilities, times WHOLE.
-        kept: mass that is kept, float64 [R, 1].
+        masses: float32 [R, V], the probabilities times WHOLE, rounded to whole numbers.
+        kept: float64 [R, 1], the mass that is kept.
     """
 
     def __init__(self, logits: Tensor, temperatures: Sequence[float], top_p: Sequence[float], min_p: Sequence[float]) -> None:
         """
         Args:
             logits: float32 [R, V].
-            temperatures, top_p, min_p: of every row, see `SamplingParams`.
+            temperatures, top_p, min_p: one per row, see `SamplingParams`.
         """
         vocab = logits.shape[1]
         self._logits, self._temperatures = logits, temperatures
-        self._orders: dict[int, _Order] = {}
+        self._binned: dict[int, _BinnedRow] = {}
         self.masses = softmax(logits, temperatures).mul_(WHOLE).round_()
         self._ids = largest(logits, min(_FEW, vocab))[1]
         few = self.masses.gather(1, self._ids)
         self._cumulated = few.cumsum(-1, dtype=torch.float64)
-        # Of tokens as likely as the last one, some may be missing.
+        # Tokens as likely as the last of the few may be missing from them: only those before these are certain.
         values = logits.gather(1, self._ids)
         self._certain = (values > values[:, -1:]).sum(-1, keepdim=True) if vocab > _FEW else vocab
         self.kept = torch.full_like(self._cumulated[:, :1], math.inf)
@@ -65,10 +65,9 @@ class Nucleus:
             self.kept = torch.minimum(self.kept, self._likely(_column(min_p, few) * few[:, :1], few))
 
     def draw(self, uniforms: Sequence[float]) -> Tensor:
-        """A token of every row for numbers from [0, 1): the first whose cumulated mass exceeds that share of what is kept.
-        int64 [R]."""
+        """Draw one token per row, int64 [R]: the first whose cumulative mass exceeds `uniforms`, from [0, 1), times `kept`."""
         share = (_column(uniforms, self.kept) * self.kept).floor_() + 1
-        # Rounding may lift the share to the mass itself, which no token exceeds.
+        # Rounding may lift the target above the kept mass, which no token reaches.
         return self._crossing(torch.minimum(share, self.kept))[0][:, 0]
 
     def inside(self) -> Tensor:
@@ -78,24 +77,26 @@ class Nucleus:
         return (self._logits > value) | ((self._logits == value) & (ids <= last))
 
     def _crossing(self, mass: Tensor) -> tuple[Tensor, Tensor]:
-        """The first token of every row with which the cumulated mass reaches `mass`, positive float64 [R, 1]; else the last
-        one that has any.
+        """Find the first token of each row at which the cumulative mass reaches `mass`, or the last token with any mass.
+
+        Args:
+            mass: float64 [R, 1], positive.
 
         Returns:
-            Its id, int64 [R, 1]; the cumulated mass with it.
+            The ids of these tokens, int64 [R, 1], and the cumulative mass up to and including them, float64 [R, 1].
         """
         place = torch.searchsorted(self._cumulated, mass)
         beyond = (place >= self._certain)[:, 0].nonzero()[:, 0].tolist()
         place.clamp_(max=self._ids.shape[1] - 1)
         found, reached = self._ids.gather(1, place), self._cumulated.gather(1, place)
         for row in beyond:
-            if row not in self._orders:
-                self._orders[row] = _Order(self._logits[row], self.masses[row], self._temperatures[row])
-            found[row], reached[row] = self._orders[row].crossing(mass[row])
+            if row not in self._binned:
+                self._binned[row] = _BinnedRow(self._logits[row], self.masses[row], self._temperatures[row])
+            found[row], reached[row] = self._binned[row].crossing(mass[row])
         return found, reached
 
     def _likely(self, least: Tensor, few: Tensor) -> Tensor:
-        """Mass of the tokens that have at least `least`, float32 [R, 1]; `few` are the masses of the likeliest."""
+        """Total mass of the tokens with at least mass `least`, float32 [R, 1]; `few`: masses of the most likely tokens."""
         count = (few >= least).sum(-1, keepdim=True)
         found = self._cumulated.gather(1, count - 1)
         for row in (count > self._certain)[:, 0].nonzero()[:, 0].tolist():
@@ -104,19 +105,19 @@ class Nucleus:
         return found
 
 
-class _Order:
-    """A row whose tokens are counted into bins by their logits."""
+class _BinnedRow:
+    """One row whose tokens are counted into bins by their logits."""
 
     def __init__(self, logits: Tensor, masses: Tensor, temperature: float) -> None:
         self._logits, self._masses = logits, masses
-        # A bin is a function of the logit that never falls as logits do, so bins are in the tokens' order.
+        # The bin number grows as the logit falls, so the bins are in the tokens' order.
         below = (logits.max() - logits).mul_(_BINS / _SPAN / temperature)
         self._bins = below.clamp_(max=_BINS - 1).long()
         sums = torch.zeros(_BINS, dtype=torch.float64, device=logits.device)
         self._cumulated = sums.scatter_add_(0, self._bins, masses.double()).cumsum(0)
 
     def crossing(self, mass: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Nucleus`; float64 [1] -> [1], [1]."""
+        """As `Nucleus._crossing`, for this row: float64 [1] -> int64 [1], float64 [1]."""
         mass = torch.minimum(mass, self._cumulated[-1:])
         chosen = int(torch.searchsorted(self._cumulated, mass))
         ids = (self._bins == chosen).nonzero()[:, 0]
@@ -129,5 +130,5 @@ class _Order:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """[R, 1] of the type and on the device of `like`."""
+    """[R, 1] with the dtype and device of `like`."""
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

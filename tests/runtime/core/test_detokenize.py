@@ -1,4 +1,4 @@
-"""Text comes out whole: against tokenizers of both kinds that split characters, over any text and any bytes."""
+"""Text comes out in whole characters, for both kinds of tokenizers that split characters, with any text and any bytes."""
 
 from functools import cache
 
@@ -14,7 +14,7 @@ SAMPLE = ["the quick brown fox jumps over the lazy dog", "übergroße Fische sch
 
 @cache
 def byte_level() -> Tokenizer:
-    """BPE over bytes, as GPT-2, Llama 3 and Qwen have it; all 256 bytes are tokens."""
+    """Byte-level BPE, as in GPT-2, Llama 3 and Qwen; all 256 bytes are tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -26,7 +26,7 @@ def byte_level() -> Tokenizer:
 
 @cache
 def byte_fallback() -> Tokenizer:
-    """Pieces with byte tokens for what they lack and spaces as ▁, as SentencePiece models have it."""
+    """BPE with byte tokens for unknown characters, and ▁ for spaces, as in SentencePiece models."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz,.é"]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -39,7 +39,7 @@ def byte_fallback() -> Tokenizer:
 KINDS = {"byte-level": byte_level, "byte-fallback": byte_fallback}
 
 
-#: All but half of a surrogate pair. A prompt that ends in U+FFFD itself looks like one that ends within a character.
+#: Any text without surrogates. (A prompt that ends in U+FFFD looks like one that ends within a character.)
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -62,7 +62,7 @@ def test_text_comes_out_whole_and_at_once(kind: str, prompt: str, text: str) -> 
     assert start + "".join(pieces) == whole
     if "\ufffd" not in whole:
         assert not any("\ufffd" in piece for piece in pieces)
-        # What has been shown is all that is certain: the text so far without an incomplete character.
+        # Everything certain was shown: the text so far, up to an incomplete character.
         for i in range(len(after)):
             so_far = decode(before + after[: i + 1])
             if not so_far.endswith("\ufffd"):
@@ -76,7 +76,7 @@ def test_text_comes_out_whole_and_at_once(kind: str, prompt: str, text: str) -> 
 def test_bytes_that_are_no_text_come_out_as_a_decoder_shows_them(prompt: bytes, text: bytes) -> None:
     tokenizer = byte_level()
     byte_of = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # GPT-2's table: printable bytes stand for themselves, the others for U+0100 and on, in order.
+    # GPT-2's table: printable bytes map to themselves, the others to U+0100 and up, in order.
     printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
     rest = [b for b in range(256) if b not in printable]
     table = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
@@ -86,7 +86,7 @@ def test_bytes_that_are_no_text_come_out_as_a_decoder_shows_them(prompt: bytes, 
     whole = (prompt + text).decode("utf-8", errors="replace")
     assert tokenizer.decode(before + after) == whole
     assert whole.endswith("".join(pieces))
-    # At most the prompt's incomplete character comes out again, as part of the new text.
+    # Only an incomplete character at the end of the prompt may come out again, as part of the new text.
     shown = len(whole) - len("".join(pieces))
     assert prompt.decode("utf-8", errors="replace")[:shown] == whole[:shown]
     assert shown >= len(prompt.decode("utf-8", errors="replace")) - 3
@@ -107,7 +107,7 @@ def test_windows_stay_short() -> None:
 
 
 def _first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
-    """Reads character by character: (start, stop) of the stop string complete first, the longest of those."""
+    """Reads character by character; returns (start, stop string) of the one complete first, the longest of several."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -132,7 +132,7 @@ def test_stops_are_found_however_the_text_is_cut(pieces: list[str], stops: list[
         shown += finder.push(piece)
         if finder.found is not None:
             break
-        # All is shown but the longest end that a stop string starts with.
+        # Everything is shown except the longest suffix that may begin a stop string.
         held = [seen[i:] for i in range(len(seen) + 1) if any(stop.startswith(seen[i:]) for stop in stops)]
         assert shown + held[0] == seen
     if wanted is None:

@@ -1,4 +1,4 @@
-"""The engine on a model that shows every wrong slot, block or position: what comes out, when, and what it leaves behind."""
+"""The engine with a model that exposes every wrong slot, block or position: its outputs, their order, and what it frees."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ def test_greedy_output_is_the_models_however_it_is_scheduled(
         outputs = drain(running)
         for request_id, prompt in zip(ids, PROMPTS, strict=True):
             assert tokens_of(outputs, request_id) == expected(prompt, 12)
-    # The small pools have evicted everything until it is asked for again.
+    # The small pools have evicted every prefix before it is needed again.
     assert (running.stats.prefix_hits > 0) == (caching and num_blocks == 64)
 
 
@@ -57,19 +57,19 @@ def test_decodes_come_first_and_prompts_get_the_rest_in_order_of_arrival() -> No
     running.step()
     second, third = (running.add(Request(prompt, GREEDY)) for prompt in (list(range(16)), list(range(40, 47))))
     outputs = [running.step() for _ in range(3)]
-    # One token is the first request's, nine are prompt: 9 of the second, its other 7 and 2 of the third, 5 of the third.
+    # One token per step goes to the first request, nine to prompts: 9 of the second; its other 7 and 2 of the third; then 5.
     assert model.batches == [(1, 3), (2, 10), (3, 10), (3, 7)]
     assert [[out.request_id for out in step] for step in outputs] == [[first], [first, second], [first, second, third]]
 
 
 def test_admission_leaves_every_running_sequence_its_next_block() -> None:
-    # Two of three blocks' worth run in a pool of eight: a third that would leave one block for both has to wait.
+    # Two requests of three blocks each run in a pool of eight; a third one would leave one free block for both and must wait.
     model = FakeModel(num_blocks=8)
     running = engine(model, caching=False)
     for start, length in ((0, 12), (20, 12), (40, 4), (60, 1)):
         running.add(Request(list(range(start, start + length)), SamplingParams(temperature=0, max_tokens=5)))
     running.step()
-    # 3 + 3 blocks are held, and 1 more would leave 1 for two.
+    # 3 + 3 blocks are held; with 1 more, 1 free block would remain for two sequences.
     assert (running.stats.running, running.stats.waiting, running.stats.used_blocks) == (2, 2, 6)
     drain(running)
     assert running.stats.preemptions == 0
@@ -99,7 +99,7 @@ def test_generated_blocks_are_known_too() -> None:
     prompt = list(range(6))
     (out,) = running.generate([Request(prompt, GREEDY)])
     (again,) = running.generate([Request(prompt + out.token_ids, GREEDY)])
-    # 18 tokens, of which the last was never computed: 4 whole blocks.
+    # 18 tokens, and the last one was never computed: 4 full blocks.
     assert again.usage.cached == 16
     assert again.token_ids == expected(prompt, 24)[12:]
 
@@ -116,7 +116,7 @@ def test_samples_share_the_prompt_and_copy_the_block_they_write() -> None:
     assert running.stats.used_blocks == 3
     outputs += running.step()
     running.check()
-    # Two full blocks in common, the third once for each sample: three copies, the last sample keeps the original.
+    # Two full blocks are shared. Each sample has its own third block: three copies; the last sample keeps the original.
     assert running.stats.used_blocks == 2 + 4
     outputs += drain(running)
     texts = [tokens_of(outputs, 0, index) for index in range(4)]
@@ -191,7 +191,7 @@ def test_a_failed_step_ends_the_requests_in_it_and_no_others() -> None:
     assert str(outputs[0].error) == "out of memory, say"
     model.fail = None
     assert tokens_of(drain(running), good) == expected(PROMPTS[3], 12)
-    # Nothing of the failed step is taken for computed.
+    # No token of the failed step was committed.
     (again,) = running.generate([Request([1, 2, 96, 4, 5], GREEDY)])
     assert again.usage.cached == 0
 
@@ -213,7 +213,7 @@ def test_logits_that_are_no_numbers_end_their_request_and_no_other(value: float,
     outputs += drain(running)
     for request_id, prompt in zip(good, PROMPTS, strict=True):
         assert tokens_of(outputs, request_id) == expected(prompt, 12)
-    # What it computed is not taken for sound.
+    # No block of the failed request was published.
     (again,) = running.generate([Request([1, 2, 3, 4, 5], GREEDY)])
     assert again.usage.cached == 0
 
@@ -294,7 +294,7 @@ def test_text_that_might_become_a_stop_string_comes_out_when_the_sequence_ends_o
 def test_lengths_end_at_the_context() -> None:
     (out,) = engine(FakeModel(max_model_len=20)).generate([Request(PROMPTS[6], SamplingParams(temperature=0, max_tokens=50))])
     assert (out.finish_reason, len(out.token_ids)) == (FinishReason.LENGTH, 3)
-    # Without max_tokens also at the end of KV memory: 3 blocks hold 12 tokens, the thirteenth is never stored.
+    # Without max_tokens, it also ends at the end of KV memory: 3 blocks hold 12 tokens; the thirteenth is never stored.
     (out,) = engine(FakeModel(num_blocks=3)).generate([Request(PROMPTS[3], SamplingParams(temperature=0, max_tokens=None))])
     assert out.token_ids == expected(PROMPTS[3], 8)
 
@@ -307,7 +307,7 @@ def test_logprobs_are_the_models_own() -> None:
     for i, each in enumerate(out.logprobs):
         wanted = logits_after([*prompt, *out.token_ids[:i]]).log_softmax(-1)
         values, ids = wanted.topk(3)
-        # float32 sums over 97 tokens in another shape.
+        # float32 sums over 97 tokens, in another order.
         assert each.logprob == pytest.approx(float(wanted[each.token]), abs=1e-5)
         assert each.top == [
             (token, pytest.approx(value, abs=1e-5)) for token, value in zip(ids.tolist(), values.tolist(), strict=True)

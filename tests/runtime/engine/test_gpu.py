@@ -1,4 +1,4 @@
-"""Whole models on a GPU: the same logits as on the CPU, and the same text with graphs as without."""
+"""Whole models on a GPU: the same logits as on the CPU, and with CUDA graphs as without."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_graphs_change_nothing(tmp_path: Path, llama_bf16: Path, kv: str, monkey
     model = opened(folder, "cuda", kv)
     monkeypatch.setattr(model, "backends", model.backends[-1:])
     eager = paged_logits(model, TOKENS, PIECES)
-    # A graph's batch is padded, and its contexts may be cut into other spans: sums in another order, rounded to bfloat16.
+    # A graph's batch is padded, and attention may split its contexts elsewhere: other orders of sums, rounded to bfloat16.
     assert float((replayed - eager).abs().max()) <= 0.03 * float(eager.abs().max())
 
 

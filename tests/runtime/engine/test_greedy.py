@@ -1,6 +1,6 @@
-"""Greedy output is the same token for token alone, in any batch, with chunked prefill, after preemption and with a warm cache.
+"""Greedy output is the same alone, in any batch, with chunked prefill, after preemption and with a warm prefix cache.
 
-In float32, where the order of sums is all that a batch may change.
+In float32: a batch changes only the order of sums.
 """
 
 from pathlib import Path
@@ -23,13 +23,13 @@ from quantkit.runtime.speculative.proposer import Proposer
 
 @pytest.fixture(scope="module", params=["llama", "gemma3_text", "qwen3"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model: plain attention; windows and full attention in turn; norms on queries and keys."""
+    """Three models: full attention; sliding windows and full attention in turn; norms on queries and keys."""
     return tiny.make_model(tmp_path_factory.mktemp("greedy") / "model", request.param)
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[list[int]]:
-    """What transformers generates for each prompt."""
+    """The reference: what transformers generates for each prompt."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
@@ -46,7 +46,7 @@ def small_model(folder: Path, tokens: int = 4096) -> ModelRunner:
 
 
 def proposer_of(name: str, folder: Path, almost: Path) -> Proposer:
-    """Prompt lookup, a draft model that is the model itself, or one that is often right."""
+    """Prompt lookup, the model itself as a draft model, or a draft model that is often right."""
     if name == "ngram":
         return NgramProposer()
     return DraftModel(small_model(folder if name == "itself" else almost), tiny.VOCAB)
@@ -75,7 +75,7 @@ def test_any_batch_and_any_chunks(folder: Path, alone: list[list[int]], config: 
 def test_where_the_processor_multiplies_bfloat16(
     folder: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights in float32 are multiplied in float32 all the same, in steps of 150 tokens as in those of 11."""
+    """Weights in float32 are still multiplied in float32, in steps of 150 tokens as well as of 11."""
     monkeypatch.setattr(cpu_matmul, "_multiplies_bf16", lambda: True)
     for config in (EngineConfig(max_batch=1), EngineConfig(max_batch=6), EngineConfig(max_batch=3, token_budget=11)):
         found = generated(engine(folder, config), [4, 0, 5, 2, 1, 3])
@@ -91,7 +91,7 @@ def test_a_warm_prefix_cache(folder: Path, alone: list[list[int]]) -> None:
 
 
 def test_preemption(folder: Path, alone: list[list[int]]) -> None:
-    """A cache that holds one and a half of the longest: most sequences are thrown out and computed again."""
+    """The cache holds one and a half times the longest sequence: most sequences are preempted and computed again."""
     tight = engine(folder, EngineConfig(max_batch=6, prefix_caching=False), tokens=260)
     found = generated(tight, [3, 2, 4, 1, 0, 5])
     assert [found[index] for index in range(len(PROMPTS))] == alone
@@ -100,7 +100,7 @@ def test_preemption(folder: Path, alone: list[list[int]]) -> None:
 
 @pytest.fixture(scope="module")
 def almost(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model with its weights shaken, so that it agrees with the model on some tokens and not on others."""
+    """The model with noise on its weights, so that it agrees with the model on some tokens only."""
     out = tmp_path_factory.mktemp("almost") / "model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(1)
@@ -124,7 +124,7 @@ def almost(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["alone", "batch", "chunks", "preemption", "auto"],
 )
 def test_speculation(folder: Path, almost: Path, alone: list[list[int]], name: str, config: EngineConfig, tokens: int) -> None:
-    """Cold, and again with a warm prefix cache."""
+    """With a cold prefix cache, then with a warm one."""
     running = engine(folder, config, tokens, proposer_of(name, folder, almost))
     for order in ([4, 0, 5, 2, 1, 3], [3, 2, 5, 4, 0, 1]):
         found = generated(running, order)

@@ -1,4 +1,4 @@
-"""Random arrivals and cancellations in pools that are far too small: nothing is lost, nothing waits for ever."""
+"""Random arrivals and cancellations in pools that are far too small: no request is lost, and none waits forever."""
 
 import random
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from quantkit.runtime.engine.engine import Engine, EngineConfig
 
 @dataclass
 class Expectation:
-    """What a request must give, and when at the latest."""
+    """The output that a request must give, and the step by which it must end."""
 
     prompt: list[int]
     count: int
@@ -31,7 +31,7 @@ def _random_engine(draw: random.Random) -> tuple[FakeModel, Engine]:
 
 
 def _random_request(draw: random.Random, model: FakeModel, max_batch: int) -> tuple[Request, int]:
-    """A greedy request that the pool can hold alone; few different texts, so that prefixes are shared."""
+    """A greedy request that fits in the pool alone. There are few different texts, so that prefixes are shared."""
     held = min(model.num_blocks * model.block_size, model.max_model_len - 1)
     length = draw.randint(1, held)
     count = draw.randint(1, max(1, min(12, held - length + 1)))
@@ -44,8 +44,8 @@ def _random_request(draw: random.Random, model: FakeModel, max_batch: int) -> tu
 
 
 def _steps_alone(request: Request, count: int) -> int:
-    """Steps that a request needs at most while it is the oldest: then every step advances its oldest sample by a token,
-    which at worst has just been preempted."""
+    """Upper bound on the steps of a request once it is the oldest: every step advances its oldest sample by at least one
+    token, and at worst that sample was just preempted."""
     return request.params.n * (len(request.prompt) + count)
 
 
@@ -61,7 +61,7 @@ def test_every_request_ends_in_bounded_time_with_its_own_tokens(seed: int) -> No
         while arrivals and draw.random() < 0.4:
             request, count = _random_request(draw, model, max_batch)
             arrivals -= 1
-            # Older requests come first, each with its own bound.
+            # Older requests come first: their bounds add up.
             horizon = max(horizon, step) + _steps_alone(request, count)
             request_id = running.add(request)
             open_requests[request_id] = Expectation(list(request.prompt), count, request.params.n, horizon)
@@ -95,7 +95,7 @@ def test_every_request_ends_in_bounded_time_with_its_own_tokens(seed: int) -> No
 
 
 def test_the_random_pools_are_small_enough_to_matter() -> None:
-    # The premise of the test above: at least a part of its runs preempts, forks under pressure and finds prefixes.
+    # The premise of the test above: at least some of its runs preempt.
     preempted = 0
     for seed in range(12):
         draw = random.Random(seed)
