@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,20 +11,25 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quantkit.errors import RecipeError
+from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.methods.scheme import Scheme
-from quantkit.utils.registry import UnknownNameError
+from quantkit.utils.registry import Registry, UnknownNameError
 from quantkit.utils.renamed_keys import with_current_keys
 
 Bits = Literal[2, 3, 4, 8]
-FormatName = Literal["compressed-tensors", "gptq", "awq"]
 
 
-def _known_method(name: str) -> str:
-    try:
-        return METHODS.require(name)
-    except UnknownNameError as error:
-        raise ValueError(str(error)) from None
+def _name_in(registry: Registry[Any]) -> Callable[[str], str]:
+    """A validator that accepts the names in `registry`, including those registered later."""
+
+    def check(name: str) -> str:
+        try:
+            return registry.require(name)
+        except UnknownNameError as error:
+            raise ValueError(str(error)) from None
+
+    return check
 
 
 def _a_regex(pattern: str) -> str:
@@ -98,7 +103,7 @@ class Recipe(_Strict):
         rules: the first that matches decides.
     """
 
-    method: Annotated[str, AfterValidator(_known_method)] = "gptq"
+    method: Annotated[str, AfterValidator(_name_in(METHODS))] = "gptq"
     bits: Bits = 4
     group_size: GroupSize = "auto"
     symmetric: bool = True
@@ -107,7 +112,7 @@ class Recipe(_Strict):
     asymmetric_calibration: float = Field(default=1.0, ge=0, le=1)
     coordinate_descent_passes: int | None = Field(default=None, ge=0, le=20)
     rotate: bool = False
-    format: FormatName = "compressed-tensors"
+    format: Annotated[str, AfterValidator(_name_in(FORMATS))] = "compressed-tensors"
     calibration: Calibration = Calibration()
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     rules: tuple[Rule, ...] = ()

@@ -1,12 +1,14 @@
 """`quantkit convert`: the same artifact in another format."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from quantkit.cli import options
+from quantkit.cli.choice import choice
 from quantkit.cli.verb import verb
+from quantkit.formats import FORMATS
 
 
 @verb(
@@ -16,7 +18,7 @@ from quantkit.cli.verb import verb
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Quantized model folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new artifact; must not exist.")],
-    format_: Annotated[Literal["compressed-tensors", "gptq", "awq"], typer.Option("--format", help="On-disk format.")],
+    format_: Annotated[str, choice(FORMATS, "--format", help="On-disk format.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     json_file: options.JsonFile = None,
     debug: options.Debug = False,

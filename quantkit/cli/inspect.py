@@ -52,7 +52,7 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
     if "quantization_config" in checkpoint.config:
         packed = PackedReader(checkpoint)
         schemes = [packed.scheme(module) for module in packed.modules]
-        facts["format"] = packed.form.name
+        facts["format"] = packed.format.name
         facts["schemes"] = {str(scheme): schemes.count(scheme) for scheme in dict.fromkeys(schemes)}
         facts["engines"] = packed.engines()
         if packed.online:

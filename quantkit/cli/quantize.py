@@ -1,13 +1,14 @@
 """`quantkit quantize`: a checkpoint in, an artifact out."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from quantkit.cli import options
 from quantkit.cli.choice import choice
 from quantkit.cli.verb import verb
+from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 
 
@@ -25,9 +26,7 @@ def quantize(
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Fixed or searched zero points.")] = None,
     act_order: Annotated[bool | None, typer.Option(help="Quantize columns by falling activation.")] = None,
     rotate: Annotated[bool | None, typer.Option(help="Rotate activations, for drafts with 4-bit ones.")] = None,
-    format_: Annotated[
-        Literal["compressed-tensors", "gptq", "awq"] | None, typer.Option("--format", help="On-disk format.")
-    ] = None,
+    format_: Annotated[str | None, choice(FORMATS, "--format", help="On-disk format.")] = None,
     recipe: Annotated[str, typer.Option(help="A recipe's name (see `quantkit recipes`), a YAML file, or a quantkit.json.")] = (
         "gptq-w4"
     ),

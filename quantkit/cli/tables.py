@@ -13,7 +13,7 @@ from rich.table import Column, Table
 if TYPE_CHECKING:
     from quantkit.evaluation.run import EvalReport, EvalRow
     from quantkit.evaluation.speed import SpeedReport
-    from quantkit.formats import Engine
+    from quantkit.formats import EngineSupport
     from quantkit.quantization.estimate import RunEstimate
     from quantkit.quantization.report import RunReport
     from quantkit.runtime.kv_cache.cache import KVCache
@@ -52,14 +52,14 @@ def named(name: str, *values: str) -> Table:
     return Table(Column(name, overflow="fold"), *(Column(value, no_wrap=True) for value in values), title_justify="left")
 
 
-def engine_rows(engines: "list[Engine]") -> list[tuple[str, str]]:
+def engine_rows(engines: "list[EngineSupport]") -> list[tuple[str, str]]:
     """One row an engine."""
     return [(f"loads in {e.name}", ("yes" if e.loads else "no") + (f" ({e.note})" if e.note else "")) for e in engines]
 
 
 def run_tables(report: "RunReport", out: Path) -> list[Table]:
     """The end of `quantize`: totals, engines and the worst five matrices."""
-    from quantkit.formats import Engine
+    from quantkit.formats import EngineSupport
 
     totals = report.totals
     rows = [
@@ -69,7 +69,7 @@ def run_tables(report: "RunReport", out: Path) -> list[Table]:
         ("mean output error", f"{totals.output_error:.2e}"),
         ("time", f"{duration(totals.wall_seconds)} ({totals.cpu_seconds:.0f} CPU seconds)"),
         ("peak memory", f"{totals.peak_memory_bytes / 2**20:,.0f} MiB"),
-        *engine_rows([Engine(**engine) for engine in report.engines]),
+        *engine_rows([EngineSupport(**engine) for engine in report.engines]),
     ]
     worst = named("worst five", "scheme", "output error", "SNR dB", "saturation", "note")
     by_name = {matrix.name: matrix for matrix in report.matrices}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import NumericsError
-from quantkit.formats.artifact import dense_source, online_hadamard
+from quantkit.formats.artifact import dense_reader, online_hadamard
 from quantkit.models.skeleton import materialize_buffers, read_config
 from quantkit.models.streaming import StreamedModel
 from quantkit.runtime.core.batch import single_sequence_batch
@@ -87,7 +87,7 @@ def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, len
         QuantkitError: it cannot be read, or cannot have such a cache.
     """
     dtype = torch.float32 if device.type == "cpu" else read_config(checkpoint).dtype or torch.bfloat16
-    model = CachedStreamedModel(checkpoint, dense_source(checkpoint), dtype, device, online_hadamard(checkpoint))
+    model = CachedStreamedModel(checkpoint, dense_reader(checkpoint), dtype, device, online_hadamard(checkpoint))
     model.use_cache(kv_dtype, length)
     return model
 
@@ -106,7 +106,7 @@ def open_model(checkpoint: Checkpoint, device: torch.device, *, packed: bool = F
     """
     kind = PackedStreamedModel if packed else StreamedModel
     dtype = torch.bfloat16 if packed and device.type == "cuda" else torch.float32
-    return kind(checkpoint, dense_source(checkpoint), dtype, device, online_hadamard(checkpoint))
+    return kind(checkpoint, dense_reader(checkpoint), dtype, device, online_hadamard(checkpoint))
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from quantkit.checkpoint.files import disk_errors, write_json
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.safetensors_header import quoted
 from quantkit.errors import FormatError
-from quantkit.formats import FORMATS, Engine, Format, Plan, format_of, sort_groups
-from quantkit.formats.rotated import OnlineHadamard, declare, declared, refusals
+from quantkit.formats import FORMATS, EngineSupport, Format, ModuleSchemes, format_of
+from quantkit.formats.rotated import OnlineHadamard, add_transform, mark_unsupported, split_transform
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.scheme import Scheme
 
@@ -30,7 +30,9 @@ _WRITTEN_ANEW = (
 )
 
 
-def write_metadata(source: Checkpoint, folder: Path, form: str, plan: Plan, online: OnlineHadamard | None) -> None:
+def write_metadata(
+    source: Checkpoint, folder: Path, format_name: str, schemes: ModuleSchemes, online: OnlineHadamard | None
+) -> None:
     """Everything in an artifact except weights, report and model card: config, tokenizer, generation settings, licence.
 
     `online` is what a rotated model needs at run time.
@@ -39,23 +41,23 @@ def write_metadata(source: Checkpoint, folder: Path, form: str, plan: Plan, onli
         for path in sorted(source.folder.iterdir()):
             if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name not in _WRITTEN_ANEW:
                 shutil.copyfile(path, folder / path.name)
-    quantization = FORMATS[form].config(plan)
+    quantization = FORMATS[format_name].config(schemes)
     if online:
-        quantization = declare(quantization, online)
+        quantization = add_transform(quantization, online)
     # A head that is quantized or rotated has its own tensors, so it is no longer the embedding.
-    untied = {"tie_word_embeddings": False} if online or plan.get("lm_head") is not None else {}
+    untied = {"tie_word_embeddings": False} if online or schemes.get("lm_head") is not None else {}
     write_json(folder / "config.json", source.config | untied | {"quantization_config": quantization})
-    if form == "gptq":
-        write_json(folder / "quantize_config.json", quantization)
+    for name in FORMATS[format_name].extra_config_files:
+        write_json(folder / name, quantization)
 
 
 class PackedReader:
     """The packed matrices of an opened artifact, ours or anyone's.
 
     Attributes:
-        form: its format.
+        format: the artifact's format.
         online: the Hadamard transform that some matrices' inputs must go through; None where there is none.
-        beside: what is to be quantized beside weights, see `Format`; nothing here does so.
+        extra_quantization: what config.json quantizes in addition to weights, see `Format`. Nothing here does so.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -69,18 +71,18 @@ class PackedReader:
         if not isinstance(stated, dict):
             raise FormatError(f"{where}: quantization_config is not an object; fetch the file again")
         try:
-            self._config, self.online = declared(stated)
-            self.form: Format = format_of(self._config)
-            marker = "." + self.form.suffixes[0]
+            self._config, self.online = split_transform(stated)
+            self.format: Format = format_of(self._config)
+            marker = "." + self.format.suffixes[0]
             self.modules = [name.removesuffix(marker) for name in checkpoint.names_under("") if name.endswith(marker)]
-            self._schemes = self.form.schemes(self._config, self.modules)
-            self.beside = self.form.beside(self._config)
+            self._schemes = self.format.schemes(self._config, self.modules)
+            self.extra_quantization = self.format.extra_quantization(self._config)
         except FormatError as error:
             raise FormatError(f"{where}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
             raise FormatError(f"{where}: quantization_config is incomplete ({error!r:.120}); fetch the file again") from None
         if not self.modules:
-            raise FormatError(f"{where}: says {self.form.name}, but no shard holds a packed matrix; fetch the model again")
+            raise FormatError(f"{where}: says {self.format.name}, but no shard holds a packed matrix; fetch the model again")
         for module in self.modules:
             info = checkpoint.tensors[module + marker]
             if info.dtype != "I32" or len(info.shape) != 2 or 0 in info.shape:
@@ -98,15 +100,15 @@ class PackedReader:
             raise FormatError(f"{where}: says {quoted(module)} is not quantized, but it is packed; fetch the model again")
         return scheme
 
-    def engines(self) -> list[Engine]:
+    def engines(self) -> list[EngineSupport]:
         """Which engines load the artifact."""
-        engines = self.form.engines({self.scheme(module) for module in self.modules})
-        return refusals(engines) if self.online else engines
+        engines = self.format.engines({self.scheme(module) for module in self.modules})
+        return mark_unsupported(engines) if self.online else engines
 
     def shape(self, module: str) -> tuple[int, int]:
         """(N, K) of a packed matrix, from the header alone; K rounded up where rows end within a word."""
-        info, bits = self._checkpoint.tensors[f"{module}.{self.form.suffixes[0]}"], self.scheme(module).bits
-        return self.form.dense_shape(info.shape, bits)
+        info, bits = self._checkpoint.tensors[f"{module}.{self.format.suffixes[0]}"], self.scheme(module).bits
+        return self.format.dense_shape(info.shape, bits)
 
     def read(self, module: str) -> QuantizedWeight:
         """One packed matrix whose groups are in the order of its columns.
@@ -124,7 +126,7 @@ class PackedReader:
         """
         scheme = self.scheme(module)
         try:
-            tensors, order = sort_groups(self._stored(module), scheme)
+            tensors, order = self.format.sort_groups(self._stored(module), scheme)
         except FormatError as error:
             raise FormatError(f"{self._checkpoint.folder}: {quoted(module)}: {error}") from None
         return self._decoded(module, tensors), order
@@ -140,21 +142,21 @@ class PackedReader:
         return values if order is None else values[:, torch.argsort(order)]
 
     def _stored(self, module: str) -> dict[str, Tensor]:
-        names = {suffix: f"{module}.{suffix}" for suffix in self.form.suffixes}
+        names = {suffix: f"{module}.{suffix}" for suffix in self.format.suffixes}
         stored = self._checkpoint.read(name for name in names.values() if name in self._checkpoint.tensors)
         return {suffix: stored[name] for suffix, name in names.items() if name in stored}
 
     def _decoded(self, module: str, tensors: dict[str, Tensor]) -> QuantizedWeight:
         scheme = self.scheme(module)
         try:
-            return self.form.decode(tensors, scheme, self._config)
+            return self.format.decode(tensors, scheme, self._config)
         except KeyError as error:
             raise FormatError(f"{self._checkpoint.folder}: {quoted(module)} lacks {error}; fetch the model again") from None
         except FormatError as error:
             raise FormatError(f"{self._checkpoint.folder}: {quoted(module)}: {error}") from None
 
 
-def dense_source(checkpoint: Checkpoint) -> Callable[[list[str]], dict[str, Tensor]]:
+def dense_reader(checkpoint: Checkpoint) -> Callable[[list[str]], dict[str, Tensor]]:
     """A reader of dense tensors by name, whether they are stored dense or packed.
 
     Raises:
@@ -198,8 +200,8 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
         rows, columns = packed.shape(module)
         bits += 8 * sum(
             checkpoint.tensors[name].nbytes
-            for suffix in packed.form.suffixes
-            if suffix not in ("g_idx", "weight_shape") and (name := f"{module}.{suffix}") in checkpoint.tensors
+            for suffix in packed.format.suffixes
+            if suffix not in packed.format.metadata_suffixes and (name := f"{module}.{suffix}") in checkpoint.tensors
         )
         weights += rows * columns
     return bits / weights

@@ -1,65 +1,111 @@
-"""What a format is, and the facts about a model that its config states."""
+"""What a format is, and helpers that several formats share. Imports torch only inside functions that handle tensors."""
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import FormatError
-from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.scheme import Scheme
 
-#: module path -> how it is quantized; None for a matrix that stays in 16 bit.
-Plan = Mapping[str, Scheme | None]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantkit.methods.grid import QuantizedWeight
+
+#: Module path -> how the matrix is quantized; None for a matrix that stays in 16 bit.
+ModuleSchemes = Mapping[str, Scheme | None]
 
 
 @dataclass(frozen=True)
-class Engine:
-    """Whether an engine loads an artifact, and what to know about it."""
+class EngineSupport:
+    """Whether an engine loads an artifact, and what to know about it.
+
+    Attributes:
+        name: "vLLM", "SGLang" or "transformers".
+        loads: whether it does.
+        note: why not, or what is needed.
+    """
 
     name: str
     loads: bool
     note: str = ""
 
 
+def keep_order(tensors: Mapping[str, Tensor], _scheme: Scheme) -> tuple[dict[str, Tensor], Tensor | None]:
+    """`sort_groups` of formats whose groups are always in the order of the columns."""
+    return dict(tensors), None
+
+
 @dataclass(frozen=True)
 class Format:
-    """One on-disk format, as functions.
+    """One on-disk format. `quantkit.formats.FORMATS` lists them.
 
     Attributes:
-        name: as typed after `--format`.
-        suffixes: tensor suffixes of a quantized matrix, without the leading dot.
+        name: value of `--format`.
+        suffixes: suffixes of a quantized matrix's tensors, without the leading dot; the first names the packed codes.
         encode: (weight, model dtype) -> suffix -> tensor.
         decode: (suffix -> tensor, the first one an int32 matrix, scheme, quantization_config) -> weight.
-        config: plan -> the `quantization_config` of config.json.
-        schemes: (quantization_config, module paths) -> plan.
-        problem: (scheme, rows, columns) -> why the format cannot hold such a matrix, or None.
-        engines: schemes in use -> what loads the result.
-        dense_shape: (shape of the first suffix's tensor, bits) -> (N, K), K rounded up to whole words.
-        beside: quantization_config -> what it quantizes beside weights, each with the endings of the tensors for that.
+        config: schemes of all modules -> the `quantization_config` of config.json.
+        schemes: (quantization_config, module paths) -> schemes of these modules.
+        unsupported_reason: (scheme, rows, columns) -> why the format cannot hold such a matrix; None where it can.
+        engines: schemes in use -> which engines load the artifact.
+        dense_shape: (shape of the first suffix's tensor, bits) -> (N, K), with K rounded up to whole words.
+        stored_bytes: (scheme, rows, columns, bytes per value of the model's dtype) -> bytes of a matrix's tensors.
+        packed_rows, packed_columns: scheme -> whether int32 words hold values of several rows (N), or of several columns
+            (K). Tensor parallelism cannot cut through a word.
+        quantized_head: engines that read a quantized output head -> a note about it, "" for none. Other engines take the
+            head for a dense matrix.
+        metadata_suffixes: those of `suffixes` that do not count towards the bits per weight.
+        extra_config_files: files that repeat the `quantization_config` outside config.json.
+        holds_transform: whether config.json can state the Hadamard transform of a rotated model.
+        sort_groups: (suffix -> tensor, scheme) -> the tensors with their columns sorted by group, and int64 [K], which
+            column of the input each column multiplies; None where the columns were in order.
+        extra_quantization: quantization_config -> what it quantizes in addition to weights, each with the endings of the
+            tensors for it.
     """
 
     name: str
     suffixes: tuple[str, ...]
     encode: Callable[[QuantizedWeight, torch.dtype], dict[str, Tensor]]
     decode: Callable[[Mapping[str, Tensor], Scheme, Mapping[str, Any]], QuantizedWeight]
-    config: Callable[[Plan], dict[str, Any]]
+    config: Callable[[ModuleSchemes], dict[str, Any]]
     schemes: Callable[[Mapping[str, Any], list[str]], dict[str, Scheme | None]]
-    problem: Callable[[Scheme, int, int], str | None]
-    engines: Callable[[set[Scheme]], list[Engine]]
+    unsupported_reason: Callable[[Scheme, int, int], str | None]
+    engines: Callable[[set[Scheme]], list[EngineSupport]]
     dense_shape: Callable[[tuple[int, ...], int], tuple[int, int]]
-    beside: Callable[[Mapping[str, Any]], dict[str, tuple[str, ...]]] = lambda _: {}
+    stored_bytes: Callable[[Scheme, int, int, int], int]
+    packed_rows: Callable[[Scheme], bool]
+    packed_columns: Callable[[Scheme], bool]
+    quantized_head: Mapping[str, str] = field(default_factory=dict)
+    metadata_suffixes: tuple[str, ...] = ()
+    extra_config_files: tuple[str, ...] = ()
+    holds_transform: bool = False
+    sort_groups: Callable[[Mapping[str, Tensor], Scheme], tuple[dict[str, Tensor], Tensor | None]] = keep_order
+    extra_quantization: Callable[[Mapping[str, Any]], dict[str, tuple[str, ...]]] = lambda _: {}
+
+    def support_of(self, engine: str, used: set[Scheme]) -> EngineSupport:
+        """Whether the engine of that name loads an artifact with the schemes `used`."""
+        return support_of(engine, self.engines(used), self.name)
 
 
-def exact(values: Tensor, dtype: torch.dtype) -> Tensor:
+def support_of(engine: str, supports: list[EngineSupport], format_name: str) -> EngineSupport:
+    """The entry of that engine; an engine that a format does not mention does not load it."""
+    unknown = EngineSupport(engine, False, f"it does not read the {format_name} format")
+    return next((support for support in supports if support.name == engine), unknown)
+
+
+def cast_exactly(values: Tensor, dtype: torch.dtype) -> Tensor:
     """`values` (float32) as `dtype`, refusing to change any.
 
     Raises:
         FormatError: a scale is not representable.
     """
+    import torch
+
     cast = values.to(dtype)
     if not torch.equal(cast.float(), values):
         name = str(dtype).removeprefix("torch.")
@@ -67,7 +113,7 @@ def exact(values: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def stated(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
+def parse_scheme(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
     """The scheme that a config states.
 
     Raises:
@@ -80,7 +126,7 @@ def stated(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
     return Scheme(bits, group_size, bool(symmetric))
 
 
-def whole_groups(scheme: Scheme, columns: int) -> int:
+def count_groups(scheme: Scheme, columns: int) -> int:
     """Groups in a stored row.
 
     Raises:
@@ -91,12 +137,14 @@ def whole_groups(scheme: Scheme, columns: int) -> int:
     return scheme.groups(columns)
 
 
-def part(tensors: Mapping[str, Tensor], suffix: str, shape: tuple[int, ...], *, floating: bool = False) -> Tensor:
+def checked_tensor(tensors: Mapping[str, Tensor], suffix: str, shape: tuple[int, ...], *, floating: bool = False) -> Tensor:
     """One tensor of a packed matrix, int32 or floating, in the shape that the config and the others call for.
 
     Raises:
         FormatError: it differs.
     """
+    import torch
+
     tensor = tensors[suffix]
     if tuple(tensor.shape) != shape or (not tensor.is_floating_point() if floating else tensor.dtype != torch.int32):
         found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -105,7 +153,7 @@ def part(tensors: Mapping[str, Tensor], suffix: str, shape: tuple[int, ...], *, 
     return tensor
 
 
-def group_problem(scheme: Scheme, columns: int) -> str | None:
+def unsupported_group_size(scheme: Scheme, columns: int) -> str | None:
     """Why `scheme`'s groups do not fit rows of `columns` columns, with the sizes that do; None when they fit."""
     width = scheme.group_columns(columns)
     if columns % width == 0:
@@ -114,8 +162,8 @@ def group_problem(scheme: Scheme, columns: int) -> str | None:
     return f"group size {width} does not divide {columns} columns; use {', '.join([*fitting, '-1'])}"
 
 
-def patterns(modules: list[str], plan: Plan) -> list[str]:
-    """Regular expressions that match exactly `modules` among the plan's: one per ending where all blocks agree.
+def module_patterns(modules: list[str], schemes: ModuleSchemes) -> list[str]:
+    """Regular expressions that match exactly `modules` among `schemes`: one per ending where all blocks agree.
 
     Engines merge q/k/v and gate/up, so a pattern never covers only some blocks of an ending by accident: an ending whose
     blocks differ is spelled out block by block.
@@ -126,7 +174,7 @@ def patterns(modules: list[str], plan: Plan) -> list[str]:
 
     chosen, found = set(modules), []
     for tail in dict.fromkeys(map(ending, modules)):
-        alike = [module for module in plan if ending(module) == tail]
+        alike = [module for module in schemes if ending(module) == tail]
         if all(module in chosen for module in alike):
             found.append(rf"^{re.escape(tail)}$" if alike == [tail] else rf".*\.\d+\.{re.escape(tail)}$")
         else:

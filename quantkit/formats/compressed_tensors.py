@@ -3,21 +3,35 @@
 `weight_packed` is the transpose of GPTQ's `qweight`, `weight_zero_point` of its v2 `qzeros`.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import FormatError
-from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, part, patterns, stated, whole_groups
+from quantkit.formats.base import (
+    EngineSupport,
+    Format,
+    ModuleSchemes,
+    cast_exactly,
+    checked_tensor,
+    count_groups,
+    module_patterns,
+    parse_scheme,
+    unsupported_group_size,
+)
 from quantkit.formats.packing import pack, unpack, words
-from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.scheme import Scheme
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantkit.methods.grid import QuantizedWeight
+
 #: Fields that quantize something beside weights -> endings of the tensors for that.
-_BESIDE = {
+_EXTRA_QUANTIZATION = {
     "input_activations": (".input_scale", ".input_zero_point"),
     "output_activations": (".output_scale", ".output_zero_point"),
     "kv_cache_scheme": (".k_scale", ".k_zero_point", ".v_scale", ".v_zero_point"),
@@ -25,10 +39,12 @@ _BESIDE = {
 
 
 def _encode(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    import torch
+
     bits = weight.scheme.bits
     tensors = {
         "weight_packed": pack(weight.codes, bits),
-        "weight_scale": exact(weight.scales, dtype),
+        "weight_scale": cast_exactly(weight.scales, dtype),
         "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
     }
     if not weight.scheme.symmetric:
@@ -37,19 +53,23 @@ def _encode(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, _config: Mapping[str, Any]) -> QuantizedWeight:
+    import torch
+
+    from quantkit.methods.grid import QuantizedWeight
+
     bits = scheme.bits
     rows, columns = _dense_shape(tuple(tensors["weight_packed"].shape), bits)
     if "weight_shape" in tensors:
         if tensors["weight_shape"].shape != (2,) or tensors["weight_shape"].is_floating_point():
             raise FormatError("weight_shape is not [N, K]; fetch the model again")
         rows, columns = tensors["weight_shape"].tolist()
-    packed = part(tensors, "weight_packed", (rows, words(columns, bits)))
-    groups = whole_groups(scheme, columns)
-    scales = part(tensors, "weight_scale", (rows, groups), floating=True).float()
+    packed = checked_tensor(tensors, "weight_packed", (rows, words(columns, bits)))
+    groups = count_groups(scheme, columns)
+    scales = checked_tensor(tensors, "weight_scale", (rows, groups), floating=True).float()
     if scheme.symmetric:
         zeros = torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8)
     else:
-        stored = part(tensors, "weight_zero_point", (words(rows, bits), groups))
+        stored = checked_tensor(tensors, "weight_zero_point", (words(rows, bits), groups))
         zeros = unpack(stored.T.contiguous(), bits, rows).T.contiguous()
     return QuantizedWeight(unpack(packed, bits, columns), scales, zeros, scheme)
 
@@ -63,12 +83,12 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
-def _config(plan: Plan) -> dict[str, Any]:
+def _config(plan: ModuleSchemes) -> dict[str, Any]:
     used = list(dict.fromkeys(scheme for scheme in plan.values() if scheme is not None))
     groups = {}
     for number, scheme in enumerate(used):
         modules = [name for name, own in plan.items() if own == scheme]
-        targets = ["Linear"] if len(used) == 1 else [f"re:{pattern}" for pattern in patterns(modules, plan)]
+        targets = ["Linear"] if len(used) == 1 else [f"re:{pattern}" for pattern in module_patterns(modules, plan)]
         groups[f"group_{number}"] = _group(scheme, targets)
     return {
         "quant_method": "compressed-tensors",
@@ -97,7 +117,7 @@ def _scheme(weights: Mapping[str, Any]) -> Scheme:
         found = f"type {kind!r:.20}, strategy {strategy!r:.20}, actorder {order!r:.20}"
         raise FormatError(f"weights with {found} cannot be read; only int, group or channel, static")
     size = -1 if strategy == "channel" else weights["group_size"]
-    return stated(weights["num_bits"], size, weights.get("symmetric", True))
+    return parse_scheme(weights["num_bits"], size, weights.get("symmetric", True))
 
 
 def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme | None]:
@@ -114,16 +134,16 @@ def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme 
     return plan
 
 
-def _beside(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    stated = [config, *config["config_groups"].values()]
-    return {field: endings for field, endings in _BESIDE.items() if any(each.get(field) for each in stated)}
+def _extra_quantization(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    sections = [config, *config["config_groups"].values()]
+    return {field: endings for field, endings in _EXTRA_QUANTIZATION.items() if any(each.get(field) for each in sections)}
 
 
-def _problem(scheme: Scheme, _rows: int, columns: int) -> str | None:
-    return group_problem(scheme, columns)
+def _unsupported_reason(scheme: Scheme, _rows: int, columns: int) -> str | None:
+    return unsupported_group_size(scheme, columns)
 
 
-def _engines(used: set[Scheme]) -> list[Engine]:
+def _engines(used: set[Scheme]) -> list[EngineSupport]:
     served = all(scheme.bits in (4, 8) for scheme in used)
     symmetric = all(scheme.symmetric for scheme in used)
     # transformers reads zero points only while it dequantizes, and then takes the first group's scheme for all matrices.
@@ -134,9 +154,9 @@ def _engines(used: set[Scheme]) -> list[Engine]:
         for scheme in used
     )
     return [
-        Engine("vLLM", True, "" if marlin else "without Marlin kernels"),
-        Engine("SGLang", served, "" if served else "needs 4 or 8 bits"),
-        Engine("transformers", readable, how),
+        EngineSupport("vLLM", True, "" if marlin else "without Marlin kernels"),
+        EngineSupport("SGLang", served, "" if served else "needs 4 or 8 bits"),
+        EngineSupport("transformers", readable, how),
     ]
 
 
@@ -145,15 +165,31 @@ def _dense_shape(stored: tuple[int, ...], bits: int) -> tuple[int, int]:
     return rows, packed_columns * 32 // bits
 
 
-COMPRESSED_TENSORS = Format(
-    "compressed-tensors",
-    ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
-    _encode,
-    _decode,
-    _config,
-    _schemes,
-    _problem,
-    _engines,
-    _dense_shape,
-    _beside,
+def _stored_bytes(scheme: Scheme, rows: int, columns: int, itemsize: int) -> int:
+    groups = scheme.groups(columns)
+    zeros = 0 if scheme.symmetric else groups * words(rows, scheme.bits)
+    shape = 16
+    return 4 * (rows * words(columns, scheme.bits) + zeros) + rows * groups * itemsize + shape
+
+
+FORMAT = Format(
+    name="compressed-tensors",
+    suffixes=("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    encode=_encode,
+    decode=_decode,
+    config=_config,
+    schemes=_schemes,
+    unsupported_reason=_unsupported_reason,
+    engines=_engines,
+    dense_shape=_dense_shape,
+    stored_bytes=_stored_bytes,
+    packed_rows=lambda scheme: not scheme.symmetric,  # zero points
+    packed_columns=lambda _scheme: True,
+    # SGLang takes the head for a dense one and generates nonsense (pull request 34904).
+    quantized_head={
+        "vLLM": "its output head is quantized, which vLLM reads in compressed-tensors since pull request 37291 (2026)"
+    },
+    metadata_suffixes=("weight_shape",),
+    holds_transform=True,
+    extra_quantization=_extra_quantization,
 )

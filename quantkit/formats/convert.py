@@ -13,19 +13,19 @@ from quantkit.checkpoint.safetensors_header import quoted
 from quantkit.checkpoint.storage_dtype import storage_dtype
 from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats import FORMATS, Plan, encode
+from quantkit.formats import FORMATS, ModuleSchemes, encode
 from quantkit.formats.artifact import PackedReader, bits_per_weight, write_metadata
 from quantkit.formats.model_card import write_model_card
 from quantkit.methods.scheme import Scheme
 from quantkit.utils.renamed_keys import with_current_keys
 
 
-def convert(source: Path, out: Path, form: str, *, overwrite: bool) -> int:
-    """Write the artifact at `source` in format `form` to `out`, shard by shard. Returns the number of matrices.
+def convert(source: Path, out: Path, format_name: str, *, overwrite: bool) -> int:
+    """Write the artifact at `source` in format `format_name` to `out`, shard by shard. Returns the number of matrices.
 
     Raises:
         CheckpointError: the source is damaged.
-        FormatError: the source is not quantized, or `form` cannot hold its grid exactly.
+        FormatError: the source is not quantized, or `format_name` cannot hold its grid exactly.
         ArtifactError: OUT is in the way.
     """
     Workspace.require_free(out, source, overwrite=overwrite)
@@ -34,57 +34,58 @@ def convert(source: Path, out: Path, form: str, *, overwrite: bool) -> int:
         raise FormatError(f"{source}: is not quantized; use `quantkit quantize`")
     packed = PackedReader(checkpoint)
     plan = _plan(checkpoint, packed)
-    _require_room(checkpoint.folder, packed, plan, form)
+    _require_room(checkpoint.folder, packed, plan, format_name)
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files}
-    identity = {"convert": str(source.resolve()), "source": stamps, "to": form}
+    identity = {"convert": str(source.resolve()), "source": stamps, "to": format_name}
     with Workspace(out, identity, source=source, overwrite=overwrite) as workspace:
-        _make(checkpoint, packed, plan, workspace, form)
+        _make(checkpoint, packed, plan, workspace, format_name)
     return len(packed.modules)
 
 
-def holds(checkpoint: Checkpoint, packed: PackedReader, form: str) -> bool:
-    """Whether `form` can hold an artifact, as far as headers and config show."""
+def can_hold(checkpoint: Checkpoint, packed: PackedReader, format_name: str) -> bool:
+    """Whether `format_name` can hold an artifact, as far as headers and config show."""
     try:
-        _require_room(checkpoint.folder, packed, _plan(checkpoint, packed), form)
+        _require_room(checkpoint.folder, packed, _plan(checkpoint, packed), format_name)
     except FormatError:
         return False
     return True
 
 
-def _require_room(source: Path, packed: PackedReader, plan: Plan, form: str) -> None:
+def _require_room(source: Path, packed: PackedReader, plan: ModuleSchemes, format_name: str) -> None:
     """Refuse, before any work, what headers and config already show.
 
     Raises:
-        FormatError: `form` cannot hold the artifact.
+        FormatError: `format_name` cannot hold the artifact.
     """
-    if packed.online and form != "compressed-tensors":
-        raise FormatError(f"{source}: is rotated, which the {form} format has no field for; quantize again without rotate")
+    if packed.online and not FORMATS[format_name].holds_transform:
+        reason = f"is rotated, which the {format_name} format has no field for"
+        raise FormatError(f"{source}: {reason}; quantize again without rotate")
     for module, scheme in plan.items():
-        if scheme is not None and (problem := FORMATS[form].problem(scheme, *packed.shape(module))):
+        if scheme is not None and (problem := FORMATS[format_name].unsupported_reason(scheme, *packed.shape(module))):
             raise FormatError(f"{source}: {module}: {problem}")
     try:
-        FORMATS[form].config(plan)
+        FORMATS[format_name].config(plan)
     except FormatError as error:
         raise FormatError(f"{source}: {error}") from None
 
 
-def _make(checkpoint: Checkpoint, packed: PackedReader, plan: Plan, workspace: Workspace, form: str) -> None:
+def _make(checkpoint: Checkpoint, packed: PackedReader, plan: ModuleSchemes, workspace: Workspace, format_name: str) -> None:
     """From an open workspace to the published artifact, shard by shard."""
     done = len(workspace.finished)
     for number, file in enumerate(checkpoint.files[done:], start=done):
         shard = f"shard-{number:05}.safetensors"
-        write_tensors(workspace.folder / shard, _converted(checkpoint, packed, file, form))
+        write_tensors(workspace.folder / shard, _converted(checkpoint, packed, file, format_name))
         workspace.commit({"shard": shard})
     folder, shards = workspace.join()
-    write_metadata(checkpoint, folder, form, plan, packed.online)
+    write_metadata(checkpoint, folder, format_name, plan, packed.online)
     made = checkpoint.folder / "quantkit.json"
     if made.is_file():
-        write_json(folder / "quantkit.json", _report(made, folder, shards, form))
+        write_json(folder / "quantkit.json", _report(made, folder, shards, format_name))
     write_model_card(folder, checkpoint)
     workspace.publish()
 
 
-def _report(made: Path, folder: Path, shards: list[Path], form: str) -> dict[str, Any]:
+def _report(made: Path, folder: Path, shards: list[Path], format_name: str) -> dict[str, Any]:
     """The source's report with what is different now; its recipe still gives these very tensors.
 
     Raises:
@@ -95,7 +96,7 @@ def _report(made: Path, folder: Path, shards: list[Path], form: str) -> dict[str
     size = {"bits_per_weight": bits_per_weight(written), "size_bytes": sum(path.stat().st_size for path in shards)}
     try:
         return report | {
-            "recipe": with_current_keys(report["recipe"]) | {"format": form},
+            "recipe": with_current_keys(report["recipe"]) | {"format": format_name},
             "output_sha256": {path.name: sha256(path) for path in shards},
             "engines": [asdict(engine) for engine in packed.engines()],
             "totals": report["totals"] | size,
@@ -104,7 +105,7 @@ def _report(made: Path, folder: Path, shards: list[Path], form: str) -> dict[str
         raise CheckpointError(f"{made}: is not a report of quantkit's; delete it, or fetch the model again") from None
 
 
-def _plan(checkpoint: Checkpoint, packed: PackedReader) -> Plan:
+def _plan(checkpoint: Checkpoint, packed: PackedReader) -> ModuleSchemes:
     """Scheme of every packed matrix; None for the linear layers that are not packed."""
     plan: dict[str, Scheme | None] = {module: packed.scheme(module) for module in packed.modules}
     for name, info in checkpoint.tensors.items():
@@ -114,16 +115,16 @@ def _plan(checkpoint: Checkpoint, packed: PackedReader) -> Plan:
     return plan | {"lm_head": plan.get("lm_head")}
 
 
-def _converted(checkpoint: Checkpoint, packed: PackedReader, file: Path, form: str) -> dict[str, Tensor]:
+def _converted(checkpoint: Checkpoint, packed: PackedReader, file: Path, format_name: str) -> dict[str, Tensor]:
     """What one shard becomes: a packed matrix moves with its first tensor, everything else stays where it is."""
     dtype: torch.dtype = storage_dtype(checkpoint)
-    owners = {f"{module}.{suffix}": module for module in packed.modules for suffix in packed.form.suffixes}
+    owners = {f"{module}.{suffix}": module for module in packed.modules for suffix in packed.format.suffixes}
     here = [name for name, info in checkpoint.tensors.items() if info.file == file]
     tensors = checkpoint.read(name for name in here if name not in owners)
     for name in here:
         module = owners.get(name)
-        if module is None or not name.endswith("." + packed.form.suffixes[0]):
+        if module is None or not name.endswith("." + packed.format.suffixes[0]):
             continue
-        encoded = encode(form, packed.read(module), dtype, f"{file}: {quoted(module)}")
+        encoded = encode(format_name, packed.read(module), dtype, f"{file}: {quoted(module)}")
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in encoded.items()}
     return tensors

@@ -13,7 +13,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import FormatError, RecipeError
 from quantkit.formats import FORMATS
 from quantkit.formats.artifact import PackedReader
-from quantkit.formats.convert import holds
+from quantkit.formats.convert import can_hold
 from quantkit.formats.servers import SERVERS, Server, notes, refusal
 
 #: Matrices that write to the hidden states, of every family.
@@ -74,9 +74,9 @@ def _loadable(checkpoint: Checkpoint, packed: PackedReader, server: Server) -> s
     """A format that holds the same weights and that the engine loads."""
     schemes = {packed.scheme(module) for module in packed.modules}
     for name, form in FORMATS.items():
-        loads = any(engine.name == server.name and engine.loads for engine in form.engines(schemes))
-        loads = loads and (_HEAD not in packed.modules or name in server.packed_heads)
-        if loads and not packed.online and name != packed.form.name and holds(checkpoint, packed, name):
+        loads = form.support_of(server.name, schemes).loads
+        loads = loads and (_HEAD not in packed.modules or server.name in form.quantized_head)
+        if loads and not packed.online and name != packed.format.name and can_hold(checkpoint, packed, name):
             return name
     return None
 
@@ -107,9 +107,10 @@ def _cut_problem(packed: PackedReader, module: str, gpus: int, shared: int) -> s
         part = columns // gpus
         if scheme.group_size != -1 and part % scheme.group_size:
             return f"a part of {part} columns is no whole number of groups of {scheme.group_size}"
-        if packed.form.name != "awq" and part % per_word:
+        if packed.format.packed_columns(scheme) and part % per_word:
             return f"a part of {part} columns is no whole number of words of {per_word}"
         return None
     part = rows // (min(gpus, shared) if module.endswith(_KEYS_VALUES) else gpus)
-    along_rows = packed.form.name != "compressed-tensors" or not scheme.symmetric
-    return f"a part of {part} rows is no whole number of words of {per_word}" if along_rows and part % per_word else None
+    if packed.format.packed_rows(scheme) and part % per_word:
+        return f"a part of {part} rows is no whole number of words of {per_word}"
+    return None

@@ -4,47 +4,67 @@ v1 (`checkpoint_format: gptq`) stores z - 1, which underflows at z = 0; so symme
 written as v1, which every engine reads, and asymmetric ones as v2 (`gptq_v2`), which stores z itself.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import FormatError
-from quantkit.formats.base import Engine, Format, Plan, exact, group_problem, part, patterns, stated, whole_groups
+from quantkit.formats.base import (
+    EngineSupport,
+    Format,
+    ModuleSchemes,
+    cast_exactly,
+    checked_tensor,
+    count_groups,
+    module_patterns,
+    parse_scheme,
+    unsupported_group_size,
+)
 from quantkit.formats.packing import pack, unpack, words
-from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantkit.methods.grid import QuantizedWeight
 
 #: What vLLM and SGLang call merged matrices -> the members.
 _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def _encode(weight: QuantizedWeight, _dtype: torch.dtype) -> dict[str, Tensor]:
+    import torch
+
     bits, columns = weight.scheme.bits, weight.codes.shape[1]
     stored_zeros = weight.zeros - 1 if weight.scheme.symmetric else weight.zeros
     return {
         "qweight": pack(weight.codes, bits).T.contiguous(),
         "qzeros": pack(stored_zeros.T, bits),
-        "scales": exact(weight.scales, torch.float16).T.contiguous(),
+        "scales": cast_exactly(weight.scales, torch.float16).T.contiguous(),
         "g_idx": _group_index(weight.scheme, columns),
     }
 
 
 def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, config: Mapping[str, Any]) -> QuantizedWeight:
+    import torch
+
+    from quantkit.methods.grid import QuantizedWeight
+
     bits, half = scheme.bits, 1 << (scheme.bits - 1)
     rows, columns = _dense_shape(tuple(tensors["qweight"].shape), bits)
-    groups = whole_groups(scheme, columns)
-    if "g_idx" in tensors and not torch.equal(part(tensors, "g_idx", (columns,)), _group_index(scheme, columns)):
+    groups = count_groups(scheme, columns)
+    if "g_idx" in tensors and not torch.equal(checked_tensor(tensors, "g_idx", (columns,)), _group_index(scheme, columns)):
         raise FormatError(
             "g_idx is permuted (desc_act with dynamic groups), which no plain grid holds; quantize the original again with "
             "static groups or desc_act off"
         )
-    scales = part(tensors, "scales", (groups, rows), floating=True).float().T.contiguous()
+    scales = checked_tensor(tensors, "scales", (groups, rows), floating=True).float().T.contiguous()
     zeros = torch.full((rows, groups), half, dtype=torch.uint8)
     if "qzeros" in tensors or not scheme.symmetric:
-        zeros = _zeros(part(tensors, "qzeros", (groups, words(rows, bits))), bits, rows, config).T.contiguous()
+        zeros = _zeros(checked_tensor(tensors, "qzeros", (groups, words(rows, bits))), bits, rows, config).T.contiguous()
     if scheme.symmetric and bool((zeros != half).any()):
         raise FormatError(f"config.json says symmetric, but not all zero points are {half}; fetch the model again")
     codes = unpack(tensors["qweight"].T.contiguous(), bits, columns)
@@ -65,10 +85,12 @@ def sort_groups(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[dict[str
     Raises:
         FormatError: `g_idx` does not fill every group with group_size columns.
     """
+    import torch
+
     if "g_idx" not in tensors:
         return dict(tensors), None
     _, columns = _dense_shape(tuple(tensors["qweight"].shape), scheme.bits)
-    plain, found = _group_index(scheme, columns), part(tensors, "g_idx", (columns,))
+    plain, found = _group_index(scheme, columns), checked_tensor(tensors, "g_idx", (columns,))
     if torch.equal(found, plain):
         return dict(tensors), None
     order = torch.argsort(found, stable=True)
@@ -83,6 +105,8 @@ def sort_groups(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[dict[str
 
 def _group_index(scheme: Scheme, columns: int) -> Tensor:
     """Group of every column, int32 [K]."""
+    import torch
+
     return (torch.arange(columns) // scheme.group_columns(columns)).int()
 
 
@@ -93,6 +117,8 @@ def _zeros(qzeros: Tensor, bits: int, rows: int, config: Mapping[str, Any]) -> T
     only writer and reader of asymmetric v1 that is left: it subtracts 1 from all fields of a word at once, so that an
     underflow borrows from the next field; at 3 bits, whose fields straddle words, each field wraps.
     """
+    import torch
+
     if config.get("checkpoint_format", "gptq") == "gptq_v2":
         return unpack(qzeros, bits, rows)
     if bits == 3:
@@ -104,7 +130,7 @@ def _rule(scheme: Scheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
 
 
-def _fused(plan: Plan) -> dict[str, Scheme | None]:
+def _fused(plan: ModuleSchemes) -> dict[str, Scheme | None]:
     """The names under which vLLM and SGLang look up rules for matrices that they merge, where the members agree."""
     merged: dict[str, Scheme | None] = {}
     for name, scheme in plan.items():
@@ -116,7 +142,7 @@ def _fused(plan: Plan) -> dict[str, Scheme | None]:
     return merged
 
 
-def _config(plan: Plan) -> dict[str, Any]:
+def _config(plan: ModuleSchemes) -> dict[str, Any]:
     used = [scheme for scheme in plan.values() if scheme is not None]
     main = max(dict.fromkeys(used), key=used.count)
     if len({scheme.symmetric for scheme in used}) > 1:
@@ -126,9 +152,9 @@ def _config(plan: Plan) -> dict[str, Any]:
     for scheme in dict.fromkeys(plan.values()):
         modules = [name for name, own in named.items() if own == scheme]
         if scheme is None:
-            dynamic.update({f"-:{p}": {} for p in patterns([m for m in modules if m != "lm_head"], named)})
+            dynamic.update({f"-:{p}": {} for p in module_patterns([m for m in modules if m != "lm_head"], named)})
         elif scheme != main:
-            dynamic.update({f"+:{p}": _rule(scheme) for p in patterns(modules, named)})
+            dynamic.update({f"+:{p}": _rule(scheme) for p in module_patterns(modules, named)})
     config = {
         "quant_method": "gptq",
         **_rule(main),
@@ -144,7 +170,7 @@ def _config(plan: Plan) -> dict[str, Any]:
 def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme | None]:
     if config.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
         raise FormatError(f"checkpoint_format {config['checkpoint_format']!r:.60} is not read; only gptq and gptq_v2")
-    main = stated(config["bits"], config["group_size"], config.get("sym", True))
+    main = parse_scheme(config["bits"], config["group_size"], config.get("sym", True))
     plan: dict[str, Scheme | None] = {}
     for module in modules:
         plan[module] = None if module == "lm_head" and not config.get("lm_head") else main
@@ -152,25 +178,29 @@ def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme 
             if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
                 asked = _rule(main) | rule
                 skipped = pattern.startswith("-:")
-                plan[module] = None if skipped else stated(asked["bits"], asked["group_size"], asked["sym"])
+                plan[module] = None if skipped else parse_scheme(asked["bits"], asked["group_size"], asked["sym"])
                 break
     return plan
 
 
-def _problem(scheme: Scheme, rows: int, columns: int) -> str | None:
+def _unsupported_reason(scheme: Scheme, rows: int, columns: int) -> str | None:
     unit = 32 if scheme.bits == 3 else 32 // scheme.bits
     if rows % unit or columns % unit:
         return (
             f"the gptq format packs whole words, and {rows} x {columns} is not a multiple of {unit} both ways; "
             "use compressed-tensors"
         )
-    return group_problem(scheme, columns)
+    return unsupported_group_size(scheme, columns)
 
 
-def _engines(used: set[Scheme]) -> list[Engine]:
+def _engines(used: set[Scheme]) -> list[EngineSupport]:
     plain = all(scheme.symmetric and scheme.bits in (4, 8) for scheme in used)
     need = "" if plain else "needs 4 or 8 bits, symmetric"
-    return [Engine("vLLM", plain, need), Engine("SGLang", plain, need), Engine("transformers", True, "with gptqmodel")]
+    return [
+        EngineSupport("vLLM", plain, need),
+        EngineSupport("SGLang", plain, need),
+        EngineSupport("transformers", True, "with gptqmodel"),
+    ]
 
 
 def _dense_shape(stored: tuple[int, ...], bits: int) -> tuple[int, int]:
@@ -178,6 +208,28 @@ def _dense_shape(stored: tuple[int, ...], bits: int) -> tuple[int, int]:
     return rows, packed_columns * 32 // bits
 
 
-GPTQ = Format(
-    "gptq", ("qweight", "qzeros", "scales", "g_idx"), _encode, _decode, _config, _schemes, _problem, _engines, _dense_shape
+def _stored_bytes(scheme: Scheme, rows: int, columns: int, _itemsize: int) -> int:
+    groups = scheme.groups(columns)
+    packed = words(columns, scheme.bits) * rows + groups * words(rows, scheme.bits)
+    group_index = columns
+    return 4 * (packed + group_index) + 2 * rows * groups
+
+
+FORMAT = Format(
+    name="gptq",
+    suffixes=("qweight", "qzeros", "scales", "g_idx"),
+    encode=_encode,
+    decode=_decode,
+    config=_config,
+    schemes=_schemes,
+    unsupported_reason=_unsupported_reason,
+    engines=_engines,
+    dense_shape=_dense_shape,
+    stored_bytes=_stored_bytes,
+    packed_rows=lambda _scheme: True,  # zero points
+    packed_columns=lambda _scheme: True,
+    quantized_head={"vLLM": "", "SGLang": ""},
+    metadata_suffixes=("g_idx",),
+    extra_config_files=("quantize_config.json",),
+    sort_groups=sort_groups,
 )

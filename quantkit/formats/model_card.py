@@ -20,6 +20,7 @@ from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.errors import ArtifactError
 from quantkit.formats.artifact import PackedReader, bits_per_weight
 from quantkit.formats.servers import SERVERS, notes, refusal
+from quantkit.methods import METHODS
 
 CARD, BASE_CARD = "README.md", "README.base.md"
 
@@ -132,7 +133,7 @@ def _metadata(
     if _is_text(stated.get("language")):
         metadata["language"] = stated["language"]
     methods = str(recipe.get("method", "")).split("+") if recipe else []
-    tags = ["quantkit", *methods, *(f"{bits}-bit" for bits in _bits(packed)), packed.form.name]
+    tags = ["quantkit", *methods, *(f"{bits}-bit" for bits in _bits(packed)), packed.format.name]
     return metadata | {"tags": list(dict.fromkeys(tags))}
 
 
@@ -199,10 +200,10 @@ def _facts(written: Checkpoint, packed: PackedReader, recipe: Mapping[str, Any])
     rows = {"Quantized": ", ".join(f"{count} matrices: {scheme}" for scheme, count in sorted(schemes.items()))}
     if recipe:
         rows["Method"] = str(recipe["method"]) + (", rotated (Hadamard)" if packed.online else "")
-    rows["Format"] = f"`{packed.form.name}`"
+    rows["Format"] = f"`{packed.format.name}`"
     rows["Bits per weight"] = f"{bits_per_weight(written):.2f} (quantized matrices, scales and zero points included)"
     rows["Size"] = f"{size / 1e6:,.1f} MB"
-    if recipe and recipe["method"] != "rtn":
+    if recipe and METHODS[recipe["method"]].calibrates:
         rows["Calibration"] = _calibration(recipe["calibration"])
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""])
 

@@ -7,8 +7,12 @@ values straddle words: 32 values fill exactly 3 words. All formats store permuta
 that torch runs on.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def words(count: int, bits: int) -> int:
@@ -26,6 +30,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
     Returns:
         int32 [R, ceil(C * bits / 32)].
     """
+    import torch
+
     rows, count = values.shape
     if 8 % bits == 0:
         fields = torch.zeros(rows, words(count, bits) * 4, 8 // bits, dtype=torch.uint8, device=values.device)
@@ -49,6 +55,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack`: int32 [R, ceil(count * bits / 32)] -> uint8 [R, count]."""
+    import torch
+
     rows = packed.shape[0]
     if 8 % bits == 0:
         stored = packed.contiguous().view(torch.uint8)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.errors import FormatError
-from quantkit.formats.base import Engine
+from quantkit.formats.base import EngineSupport
 
 #: In place of "pack-quantized", whose tensors these are.
 FORMAT = "quantkit-rotated"
@@ -35,7 +35,7 @@ class OnlineHadamard:
         return self.block if re.match(self.pattern, module) else 0
 
 
-def declare(config: Mapping[str, Any], online: OnlineHadamard) -> dict[str, Any]:
+def add_transform(config: Mapping[str, Any], online: OnlineHadamard) -> dict[str, Any]:
     """A compressed-tensors `quantization_config` with the transform."""
     where = {"targets": [f"re:{online.pattern}"]}
     transform = {
@@ -47,11 +47,11 @@ def declare(config: Mapping[str, Any], online: OnlineHadamard) -> dict[str, Any]
     return {**config, "format": FORMAT, "config_groups": groups, "transform_config": {"config_groups": {"down": transform}}}
 
 
-def declared(config: Mapping[str, Any]) -> tuple[dict[str, Any], OnlineHadamard | None]:
+def split_transform(config: Mapping[str, Any]) -> tuple[dict[str, Any], OnlineHadamard | None]:
     """A `quantization_config` without the transform, and the transform; None where there is none.
 
     Raises:
-        FormatError: a transform that was not written by `declare`.
+        FormatError: a transform that was not written by `add_transform`.
         KeyError, TypeError, ValueError, AttributeError: fields are missing.
     """
     transforms: Any = config.get("transform_config")
@@ -68,6 +68,6 @@ def declared(config: Mapping[str, Any]) -> tuple[dict[str, Any], OnlineHadamard 
     return plain, OnlineHadamard(target.removeprefix("re:"), block)
 
 
-def refusals(engines: list[Engine]) -> list[Engine]:
+def mark_unsupported(engines: list[EngineSupport]) -> list[EngineSupport]:
     """What becomes of the engines that load an artifact once it is rotated."""
     return [replace(engine, loads=False, note="rotated: quantkit's own engine runs it") for engine in engines]

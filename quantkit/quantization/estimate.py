@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.writer import Workspace
-from quantkit.formats import Engine
-from quantkit.formats.packing import words
+from quantkit.formats import FORMATS, EngineSupport
 from quantkit.methods.scheme import Scheme
 from quantkit.models.matmul_dtype import fastest_matmul
 from quantkit.quantization.block import BlockQuantizer
@@ -54,7 +53,7 @@ class RunEstimate:
     block_seconds: float
     schemes: dict[str, str]
     unquantized: dict[str, str]
-    engines: list[Engine]
+    engines: list[EngineSupport]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
@@ -130,13 +129,8 @@ def _head_bytes(job: QuantizationJob) -> int:
 
 
 def _packed_bytes(rows: int, columns: int, scheme: Scheme, job: QuantizationJob) -> int:
-    """Codes, scales, zero points and what the format adds, each packed into whole words."""
-    form, groups = job.recipe.format, scheme.groups(columns)
-    codes = rows * words(columns, scheme.bits) if form == "compressed-tensors" else columns * words(rows, scheme.bits)
-    zeros = 0 if form == "compressed-tensors" and scheme.symmetric else groups * words(rows, scheme.bits)
-    scales = rows * groups * (job.model.dtype.itemsize if form == "compressed-tensors" else 2)
-    extra = {"gptq": 4 * columns, "compressed-tensors": 16, "awq": 0}[form]
-    return 4 * (codes + zeros) + scales + extra
+    """Bytes of one quantized matrix in the artifact."""
+    return FORMATS[job.recipe.format].stored_bytes(scheme, rows, columns, job.model.dtype.itemsize)
 
 
 def _time_block(job: QuantizationJob) -> float:

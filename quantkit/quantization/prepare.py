@@ -18,8 +18,8 @@ from quantkit.checkpoint.storage_dtype import storage_dtype
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.data.corpus import calibration_rows, tokens_sha256
 from quantkit.errors import RecipeError
-from quantkit.formats import FORMATS, Engine
-from quantkit.formats.rotated import OnlineHadamard, refusals
+from quantkit.formats import FORMATS, EngineSupport
+from quantkit.formats.rotated import OnlineHadamard, mark_unsupported
 from quantkit.methods import METHODS
 from quantkit.methods.base import SolverSettings
 from quantkit.methods.scheme import Scheme
@@ -138,10 +138,10 @@ class QuantizationJob:
             reasons["lm_head"] = "no rule names the output head" + (" (tied to the embedding)" if tied else "")
         return reasons | {"model.embed_tokens": "embeddings are looked up, not multiplied"}
 
-    def engines(self) -> list[Engine]:
+    def engines(self) -> list[EngineSupport]:
         """Which engines load the result."""
         engines = FORMATS[self.recipe.format].engines({scheme for scheme in self.schemes.values() if scheme is not None})
-        return refusals(engines) if self.online else engines
+        return mark_unsupported(engines) if self.online else engines
 
     @cached_property
     def source_sha256(self) -> dict[str, str]:
@@ -182,8 +182,9 @@ def prepare_job(folder: Path, recipe: Recipe, device: torch.device) -> Quantizat
     check_tensors(checkpoint, model)
     read, online = checkpoint.read, None
     if recipe.rotate:
-        if recipe.format != "compressed-tensors":
-            raise RecipeError(f"rotate: the {recipe.format} format has no field for it; use --format compressed-tensors")
+        if not FORMATS[recipe.format].holds_transform:
+            others = " or ".join(name for name, each in FORMATS.items() if each.holds_transform)
+            raise RecipeError(f"rotate: the {recipe.format} format has no field for it; use --format {others}")
         model.release_non_block_weights()
         read = Rotation(checkpoint, model.family, model.config)
         online = read.online
@@ -225,7 +226,7 @@ def _plan(recipe: Recipe, model: StreamedModel) -> dict[str, Scheme | None]:
     }
     for path, (rows, columns) in (shapes | {"lm_head": model.head_weight.shape}).items():
         scheme = plan[path] = recipe.scheme(path)
-        if scheme is not None and (problem := form.problem(scheme, rows, columns)):
+        if scheme is not None and (problem := form.unsupported_reason(scheme, rows, columns)):
             raise RecipeError(f"{path}: {problem}")
     if not any(plan.values()):
         raise RecipeError("the recipe's rules skip every matrix: nothing would be quantized")

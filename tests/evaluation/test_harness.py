@@ -24,7 +24,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.cli.engine_options import EngineOptions
 from quantkit.errors import RequestError
 from quantkit.evaluation.harness import EngineLM
-from quantkit.formats.artifact import dense_source
+from quantkit.formats.artifact import dense_reader
 
 TOKENIZER = tiny.make_tokenizer()
 #: The model has no token that begins a text; the one that ends it stands in front.
@@ -68,7 +68,7 @@ class _Reference:
     def __init__(self, llama: Path, model: Path) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
         names = list(self._model.state_dict())
-        self._model.load_state_dict(dense_source(Checkpoint(model))(names))
+        self._model.load_state_dict(dense_reader(Checkpoint(model))(names))
 
     @torch.no_grad()
     def score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:

@@ -84,7 +84,7 @@ def dense(folder: Path) -> dict[str, Tensor]:
     """Every weight of an artifact in float32 (dequantized where packed) and every other tensor as it is."""
     checkpoint = Checkpoint(folder)
     packed = PackedReader(checkpoint)
-    plain = [name for name in checkpoint.tensors if name.rpartition(".")[2] not in packed.form.suffixes]
+    plain = [name for name in checkpoint.tensors if name.rpartition(".")[2] not in packed.format.suffixes]
     return checkpoint.read(plain) | {f"{name}.weight": packed.read(name).dequantize() for name in packed.modules}
 
 

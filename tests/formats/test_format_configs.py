@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from helpers.slow_formats import UNTIMED
 from quantkit.errors import FormatError
-from quantkit.formats import FORMATS, Plan, format_of
-from quantkit.formats.base import patterns
+from quantkit.formats import FORMATS, ModuleSchemes, format_of
+from quantkit.formats.base import module_patterns
 from quantkit.methods.scheme import Scheme
 
 CT, GPTQ, AWQ = FORMATS["compressed-tensors"], FORMATS["gptq"], FORMATS["awq"]
@@ -29,7 +29,7 @@ def plan_of(main: Scheme | None, **others: Scheme | None) -> dict[str, Scheme | 
     return plan | {"lm_head": None}
 
 
-def read_back(form: Any, plan: Plan) -> dict[str, Scheme | None]:
+def read_back(form: Any, plan: ModuleSchemes) -> dict[str, Scheme | None]:
     """The plan as another program finds it: through JSON."""
     return form.schemes(json.loads(json.dumps(form.config(plan))), list(plan))
 
@@ -135,9 +135,9 @@ def test_awq_refuses_mixed_plans() -> None:
 def test_an_ending_of_all_blocks_is_one_pattern_and_of_some_is_spelled_out() -> None:
     plan = plan_of(W4)
     everywhere = [name for name in MODULES if name.endswith("down_proj")]
-    assert patterns(everywhere, plan) == [r".*\.\d+\.mlp\.down_proj$"]
-    assert patterns(everywhere[:1], plan) == [r"^model\.layers\.0\.mlp\.down_proj$"]
-    assert patterns(["lm_head"], plan) == ["^lm_head$"]
+    assert module_patterns(everywhere, plan) == [r".*\.\d+\.mlp\.down_proj$"]
+    assert module_patterns(everywhere[:1], plan) == [r"^model\.layers\.0\.mlp\.down_proj$"]
+    assert module_patterns(["lm_head"], plan) == ["^lm_head$"]
 
 
 def test_a_pattern_does_not_match_a_longer_ending() -> None:
@@ -245,34 +245,34 @@ def test_an_unknown_method_is_named_beside_the_known_ones(method: object) -> Non
 @pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
 def test_a_group_size_that_does_not_divide_names_those_that_do(form: Any) -> None:
     message = "group size 128 does not divide 192 columns; use 16, 32, 64, 96, 192, -1"
-    assert form.problem(Scheme(4, 128, True), 64, 192) == message
-    assert form.problem(Scheme(4, 128, True), 64, 40) == "group size 128 does not divide 40 columns; use -1"
+    assert form.unsupported_reason(Scheme(4, 128, True), 64, 192) == message
+    assert form.unsupported_reason(Scheme(4, 128, True), 64, 40) == "group size 128 does not divide 40 columns; use -1"
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
 @UNTIMED
 @given(st.integers(1, 40).map(lambda k: 8 * k), st.sampled_from([16, 32, 48, 64, 128, 256]))
 def test_every_size_that_is_named_works(form: Any, columns: int, size: int) -> None:
-    problem = form.problem(Scheme(4, size, True), 8, columns)
+    problem = form.unsupported_reason(Scheme(4, size, True), 8, columns)
     assert (problem is None) == (columns % size == 0)
     for named in re.findall(r"-?\d+", problem.split("use ")[1] if problem else ""):
-        assert form.problem(Scheme(4, int(named), True), 8, columns) is None
+        assert form.unsupported_reason(Scheme(4, int(named), True), 8, columns) is None
 
 
 @pytest.mark.parametrize(("bits", "unit"), [(2, 16), (3, 32), (4, 8), (8, 4)])
 def test_gptq_needs_whole_words_both_ways(bits: int, unit: int) -> None:
     scheme = Scheme(bits, -1, True)
-    assert GPTQ.problem(scheme, 3 * unit, 5 * unit) is None
+    assert GPTQ.unsupported_reason(scheme, 3 * unit, 5 * unit) is None
     for rows, columns in ((3 * unit + unit // 2, 5 * unit), (3 * unit, 5 * unit + unit // 2)):
-        problem = GPTQ.problem(scheme, rows, columns)
+        problem = GPTQ.unsupported_reason(scheme, rows, columns)
         assert problem is not None
         assert f"{rows} x {columns} is not a multiple of {unit} both ways; use compressed-tensors" in problem
 
 
 def test_awq_holds_four_bits_and_rows_in_eights() -> None:
-    assert AWQ.problem(Scheme(4, 32, True), 24, 96) is None
-    assert AWQ.problem(Scheme(3, 32, True), 24, 96) == "the awq format holds 4 bits, not 3; use compressed-tensors"
-    assert "28 is not a multiple of 8; use compressed-tensors" in str(AWQ.problem(Scheme(4, 32, True), 28, 96))
+    assert AWQ.unsupported_reason(Scheme(4, 32, True), 24, 96) is None
+    assert AWQ.unsupported_reason(Scheme(3, 32, True), 24, 96) == "the awq format holds 4 bits, not 3; use compressed-tensors"
+    assert "28 is not a multiple of 8; use compressed-tensors" in str(AWQ.unsupported_reason(Scheme(4, 32, True), 28, 96))
 
 
 def test_engines_say_what_they_refuse() -> None:

@@ -12,7 +12,7 @@ from helpers import slow_formats
 from helpers.slow_formats import UNTIMED, make_weight
 from quantkit.errors import FormatError
 from quantkit.formats import FORMATS
-from quantkit.formats.base import exact
+from quantkit.formats.base import cast_exactly
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.scheme import Scheme
 
@@ -156,9 +156,9 @@ def test_weight_shape_may_be_missing() -> None:
 @pytest.mark.parametrize(("value", "dtype"), [(1 + 2**-10, torch.bfloat16), (1e5, torch.float16), (2.0**-30, torch.float16)])
 def test_a_scale_that_would_be_rounded_is_refused(value: float, dtype: torch.dtype) -> None:
     kept = torch.tensor([0.5, -2.0, 2.0**-24])
-    assert torch.equal(exact(kept, dtype), kept.to(dtype))
+    assert torch.equal(cast_exactly(kept, dtype), kept.to(dtype))
     with pytest.raises(FormatError, match=r"\Ascales are not exact in \w+16, .*; use another format\Z"):
-        exact(torch.tensor([0.5, value]), dtype)
+        cast_exactly(torch.tensor([0.5, value]), dtype)
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)

@@ -15,8 +15,8 @@ from helpers import tiny
 from helpers.slow_formats import make_weight
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.formats import FORMATS
-from quantkit.formats.artifact import dense_source
-from quantkit.formats.rotated import OnlineHadamard, declare
+from quantkit.formats.artifact import dense_reader
+from quantkit.formats.rotated import OnlineHadamard, add_transform
 from quantkit.kernels import reference
 from quantkit.methods.scheme import Scheme
 from quantkit.quantization.run import QuantizeRequest, quantize_model
@@ -62,7 +62,7 @@ def with_our_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     names = [name for name, _ in model.named_parameters()]
-    weights = {name: tensor.to(dtype).float() for name, tensor in dense_source(Checkpoint(folder))(names).items()}
+    weights = {name: tensor.to(dtype).float() for name, tensor in dense_reader(Checkpoint(folder))(names).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert unexpected == []
     assert set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
@@ -115,7 +115,7 @@ def test_rotated_artifacts_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_transform_is_what_compressed_tensors_says_it_is(tmp_path: Path) -> None:
     """Its own reading of our transform_config: rotates inputs as we do, and takes what we do to weights for its inverse."""
-    config = declare({"config_groups": {}}, OnlineHadamard(r".*\.mlp\.down_proj$", 16))["transform_config"]
+    config = add_transform({"config_groups": {}}, OnlineHadamard(r".*\.mlp\.down_proj$", 16))["transform_config"]
     model = nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": nn.Linear(48, 5), "up_proj": nn.Linear(48, 5)})})
     model = nn.ModuleDict({"0": model})
     weight, x = model["0"]["mlp"]["down_proj"].weight.detach().clone(), torch.randn(3, 48)

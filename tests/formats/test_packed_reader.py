@@ -17,7 +17,7 @@ from helpers.slow_formats import make_weight
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats import FORMATS
-from quantkit.formats.artifact import PackedReader, bits_per_weight, dense_source
+from quantkit.formats.artifact import PackedReader, bits_per_weight, dense_reader
 from quantkit.methods.scheme import Scheme
 
 NAMES = list(FORMATS)
@@ -48,12 +48,12 @@ def artifact(folder: Path, form: str) -> Checkpoint:
 def test_an_artifact_is_read_back(tmp_path: Path, form: str) -> None:
     checkpoint = artifact(tmp_path, form)
     packed = PackedReader(checkpoint)
-    assert packed.form.name == form
+    assert packed.format.name == form
     assert packed.modules == [MODULE]
     assert packed.scheme(MODULE) == SCHEME
     assert packed.shape(MODULE) == (32, 96)
     assert torch.equal(packed.read(MODULE).dequantize(), WEIGHT.dequantize())
-    dense = dense_source(checkpoint)([f"{MODULE}.weight"])
+    dense = dense_reader(checkpoint)([f"{MODULE}.weight"])
     assert torch.equal(dense[f"{MODULE}.weight"], WEIGHT.dequantize())
 
 
@@ -66,7 +66,7 @@ def test_a_null_quantization_config_means_dense(tmp_path: Path) -> None:
     """As transformers takes it."""
     weight = torch.randn(4, 8)
     checkpoint = written(tmp_path, None, {"x.weight": weight})
-    assert torch.equal(dense_source(checkpoint)(["x.weight"])["x.weight"], weight)
+    assert torch.equal(dense_reader(checkpoint)(["x.weight"])["x.weight"], weight)
     assert bits_per_weight(checkpoint) == 32
     checkpoint.require_unquantized()
 
@@ -198,7 +198,7 @@ def test_a_gptq_matrix_with_dynamic_act_order_is_read_sorted_and_dense(tmp_path:
     assert columns is not None
     expected = WEIGHT.dequantize()[:, order]
     assert torch.equal(weight.dequantize(), expected[:, columns])
-    assert torch.equal(dense_source(checkpoint)([f"{MODULE}.weight"])[f"{MODULE}.weight"], expected)
+    assert torch.equal(dense_reader(checkpoint)([f"{MODULE}.weight"])[f"{MODULE}.weight"], expected)
 
 
 def test_a_g_idx_with_groups_of_unequal_size_is_refused(tmp_path: Path) -> None:

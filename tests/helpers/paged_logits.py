@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import tiny
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.formats.artifact import dense_source
+from quantkit.formats.artifact import dense_reader
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.model.model_runner import ModelRunner
 
@@ -25,7 +25,7 @@ def reference_logits(folder: Path, tokens: Tensor) -> Tensor:
     plain.mkdir(exist_ok=True)
     (plain / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
     names = {n if n.endswith((".weight", ".bias")) else n.rsplit(".", 1)[0] + ".weight" for n in checkpoint.tensors}
-    dense = dense_source(checkpoint)(sorted(names))
+    dense = dense_reader(checkpoint)(sorted(names))
     save_file({name: tensor.float() for name, tensor in dense.items()}, plain / "model.safetensors", {"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():

@@ -19,7 +19,7 @@ from quantkit.errors import FormatError, RecipeError
 from quantkit.evaluation.run import EvalRequest, run_evaluation
 from quantkit.formats.artifact import online_hadamard
 from quantkit.formats.convert import convert
-from quantkit.formats.rotated import OnlineHadamard, declare, declared
+from quantkit.formats.rotated import OnlineHadamard, add_transform, split_transform
 from quantkit.kernels import reference
 from quantkit.models.families import FAMILIES, family_of
 from quantkit.quantization.rotation import Rotation, rotate
@@ -174,19 +174,19 @@ CONFIG = {"format": "pack-quantized", "config_groups": {"group_0": {"targets": [
 
 def test_a_declaration_is_read_back() -> None:
     online = OnlineHadamard(r".*\.mlp\.down_proj$", 64)
-    plain, found = declared(declare(CONFIG, online))
+    plain, found = split_transform(add_transform(CONFIG, online))
     assert found == online
     assert plain["format"] == "pack-quantized"
     assert [online.block_of(name) for name in ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj")] == [64, 0]
-    assert declared(CONFIG) == (CONFIG, None)
+    assert split_transform(CONFIG) == (CONFIG, None)
 
 
 def test_transforms_of_others_are_refused() -> None:
-    theirs = CONFIG | {"transform_config": declare(CONFIG, OnlineHadamard("x", 64))["transform_config"]}
+    theirs = CONFIG | {"transform_config": add_transform(CONFIG, OnlineHadamard("x", 64))["transform_config"]}
     with pytest.raises(FormatError, match="transform_config of another tool"):
-        declared(theirs)
-    assert declared(CONFIG | {"transform_config": {}})[1] is None
+        split_transform(theirs)
+    assert split_transform(CONFIG | {"transform_config": {}})[1] is None
     for block in (0, 3, 48, "64", None):
-        broken = declare(CONFIG, OnlineHadamard("x", block))  # type: ignore[arg-type]
+        broken = add_transform(CONFIG, OnlineHadamard("x", block))  # type: ignore[arg-type]
         with pytest.raises(FormatError, match="not a Hadamard transform"):
-            declared(broken)
+            split_transform(broken)

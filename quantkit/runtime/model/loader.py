@@ -80,8 +80,8 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.bfloat16
     model = build_skeleton(config, attention.register(), dtype)
     source = WeightReader(checkpoint)
-    if source.beside:
-        where, fields = checkpoint.folder / "config.json", " and ".join(source.beside)
+    if source.extra_quantization:
+        where, fields = checkpoint.folder / "config.json", " and ".join(source.extra_quantization)
         logger.warning("note: %s: %s are not applied; activations and KV cache stay more precise", where, fields)
     blocks = model.get_submodule(family.blocks_path)
     with one_thread():  # Loading is thousands of small passes over memory.
@@ -90,7 +90,7 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
         load_non_block_weights(model, source, device, dtype)
         _load_norms(model, "", family, source, device, dtype)
     materialize_buffers(model, model, device)
-    ignored = _COMPUTED + sum(source.beside.values(), ())
+    ignored = _COMPUTED + sum(source.extra_quantization.values(), ())
     stray = sorted(name for name in source.unread if not name.endswith(ignored))
     if stray:
         raise CheckpointError(f"{checkpoint.folder}: holds {quoted(stray[0])}, for which config.json has no place")

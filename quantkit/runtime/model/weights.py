@@ -20,7 +20,7 @@ class WeightReader:
 
     Attributes:
         unread: tensors that were not read so far.
-        beside: see `PackedReader`.
+        extra_quantization: see `PackedReader`.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -28,7 +28,7 @@ class WeightReader:
         quantized = "quantization_config" in checkpoint.config
         self._packed = PackedReader(checkpoint) if quantized else None
         self._modules = set(self._packed.modules) if self._packed else set()
-        self.beside = self._packed.beside if self._packed else {}
+        self.extra_quantization = self._packed.extra_quantization if self._packed else {}
         self.unread = set(checkpoint.tensors)
 
     def holds(self, module: str) -> bool:
@@ -64,7 +64,7 @@ class WeightReader:
         if self._packed is None or module not in self._modules:
             return self.tensor(f"{module}.weight", shape), None
         weight, column_perm = self._packed.read_sorted(module)
-        self.unread -= {f"{module}.{suffix}" for suffix in self._packed.form.suffixes}
+        self.unread -= {f"{module}.{suffix}" for suffix in self._packed.format.suffixes}
         self._check(module, weight.codes.shape, shape)
         return weight, column_perm
 
