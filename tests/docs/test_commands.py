@@ -100,11 +100,12 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-#: Verb -> options that keep a run short; the last value of an option counts.
+#: Verb -> options that make a run short and possible on the tiny model; the last value of an option counts.
 _SMALL = {
     "quantize": ("--samples", "4", "--seq-len", "32"),
     "eval": ("--windows", "2", "--seq-len", "32"),
     "generate": ("--max-tokens", "4", "--max-batch", "4", "--token-budget", "64"),
+    "deploy": ("--tensor-parallel", "1"),  # The tiny model cannot be split.
 }
 #: Verbs that are run; the others serve, put load on a server or change a shell.
 _RUN = ("quantize", "eval", "generate", "convert", "inspect", "deploy", "recipes", "calib")
@@ -206,7 +207,7 @@ def _check_curl(arguments: list[str]) -> None:
     assert f'"{route}"' in (ROOT / "quantkit" / "server" / "app.py").read_text()
     body = json.loads(arguments[arguments.index("-d") + 1])
     assert route == "/v1/chat/completions"
-    schemas.ChatCompletionRequest.model_validate(body)
+    schemas.ChatBody.model_validate(body)
 
 
 def _check_ray(arguments: list[str]) -> None:
