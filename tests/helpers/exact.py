@@ -1,4 +1,4 @@
-"""Distributions by their definitions, in float64 and one row at a time; and how well draws fit them."""
+"""Sampling distributions by their definitions, in float64, one row at a time; and a chi-square test of draws against them."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping
@@ -10,7 +10,7 @@ from quantkit.runtime.core.request import SamplingParams
 
 
 def kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Ids in falling order of probability, equal ones by id, and their probabilities after all filters, float64."""
+    """The kept ids in falling order of probability, equal ones by id, and their float64 probabilities after all filters."""
     probabilities = torch.softmax(logits.double() / params.temperature, -1)
     values, ids = probabilities.sort(descending=True, stable=True)
     if params.top_k:
@@ -24,16 +24,16 @@ def kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """float64 [V], after all filters; logits [V] are penalised already."""
+    """Probabilities after all filters, float64 [V], of logits [V] after penalties."""
     ids, values = kept(logits, params)
     return torch.zeros(len(logits), dtype=torch.float64).scatter(0, ids, values)
 
 
 def chi_square(counts: Counter[Hashable], wanted: Mapping[Hashable, float]) -> tuple[float, float]:
-    """Pearson's statistic of draws against probabilities, and what it stays below in all but 1 of 10,000 right runs.
+    """Pearson's statistic of draws against probabilities, and the bound that 1 of 10,000 correct runs exceeds.
 
-    Outcomes that are expected fewer than 5 times are one; outcomes that are impossible must not occur. The bound is Wilson's
-    and Hilferty's approximation of the quantile, 3.72 being the normal one's.
+    Outcomes that are expected fewer than 5 times are counted together; impossible outcomes must not occur. The bound is the
+    Wilson-Hilferty approximation of the quantile; 3.72 is the quantile of the normal distribution.
     """
     total = sum(counts.values())
     assert set(counts) <= {each for each, probability in wanted.items() if probability > 0}

@@ -39,7 +39,7 @@ def sample(
         logits: float32 [R, V], the model's, free of rows that `find_nonfinite` names; changed by constraints and penalties.
         sequences: the R sequences that the rows belong to. Those that are not greedy consume one random number each.
         ahead: draft tokens between the end of each sequence and its row; none by default.
-        likeliest_ids: the largest logit's of every row, where they are known.
+        argmax_ids: place of the largest logit of each row, if known.
     """
     params = [sequence.params for sequence in sequences]
     asked = [row for row, each in enumerate(params) if each.logprobs is not None]

@@ -36,7 +36,7 @@ def verify(
             `sample`.
         sequences: the S sequences.
         drafts: one per sequence.
-        likeliest_ids: the largest logit's of every row, where they are known.
+        argmax_ids: place of the largest logit of each row, if known.
     """
     starts = list(accumulate((1 + len(draft.tokens) for draft in drafts), initial=0))
     drawn = {i for i, draft in enumerate(drafts) if draft.probabilities is not None and not sequences[i].params.greedy}

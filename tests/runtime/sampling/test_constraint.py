@@ -1,4 +1,4 @@
-"""Constrained texts are JSON that fits its schema, however they come about, and nobody else's text is touched."""
+"""Constrained output is JSON that satisfies its schema, with any sampling and drafts; other requests are not affected."""
 
 import json
 from collections import Counter
@@ -42,14 +42,14 @@ PROMPT = [5, 17, 9]
 
 
 def allowed(constraint: Constraint, ahead: Sequence[int] = ()) -> set[int]:
-    """Tokens that may follow."""
+    """The tokens that a constraint allows next."""
     mask = constraint.mask(ahead)
     assert mask is not None
     return {token for token in range(VOCAB) if mask[token // 8] >> token % 8 & 1}
 
 
 def advanced(constraint: Constraint, tokens: Sequence[int]) -> Constraint:
-    """A copy that has had these tokens."""
+    """A copy, advanced by these tokens."""
     copy = constraint.copy()
     for token in tokens:
         copy.advance(token)
@@ -57,7 +57,7 @@ def advanced(constraint: Constraint, tokens: Sequence[int]) -> Constraint:
 
 
 def fits(schema: dict[str, Any], text: str) -> bool:
-    """Whether it is JSON, and of this schema."""
+    """Whether a text is JSON and satisfies the schema."""
     try:
         jsonschema.validate(json.loads(text), schema)
     except (ValueError, jsonschema.ValidationError):
@@ -68,7 +68,7 @@ def fits(schema: dict[str, Any], text: str) -> bool:
 def run(
     params: SamplingParams, schema: dict[str, Any] | None, proposer: Proposer | None = None, prompt: Sequence[int] = PROMPT
 ) -> Output:
-    """The request alone."""
+    """The output of one request, run alone."""
     constraint = None if schema is None else grammars().compile(schema)
     (output,) = engine(proposer=proposer).generate([Request(prompt, params, constraint)])
     return output
@@ -112,7 +112,7 @@ def test_a_batch_gives_each_what_it_gets_alone(params: str, num_blocks: int) -> 
     running = engine(num_blocks)
     schemas = [PERSON, None, SCHEMAS["choice"], None, PERSON, SCHEMAS["array"]]
     prompts = [[3 + i, 50, 7 * i] for i in range(len(schemas))]
-    # Four of six would fill 56 blocks of 4 tokens before any ends.
+    # Four of the six would fill 56 blocks of 4 tokens before one of them ends.
     asked = replace(PARAMS[params], max_tokens=150)
     constraints = [None if schema is None else grammars().compile(schema) for schema in schemas]
     added = [Request(prompt, asked, constraint) for prompt, constraint in zip(prompts, constraints, strict=True)]
@@ -124,7 +124,7 @@ def test_a_batch_gives_each_what_it_gets_alone(params: str, num_blocks: int) -> 
 
 
 class Replay:
-    """Drafts what a text is known to become, every fourth token spoilt; implements `Proposer`."""
+    """Drafts the known continuation with every fourth token wrong; implements `Proposer`."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = [*PROMPT, *tokens]
@@ -168,7 +168,7 @@ def test_drawn_drafts_give_texts_that_fit(params: str) -> None:
 
 
 class Falling:
-    """No token may be as large as the one before it; implements `Constraint` for a vocabulary of up to 32."""
+    """Every token must be smaller than the one before it; implements `Constraint` for vocabularies of up to 32 tokens."""
 
     def __init__(self, last: int, error: str | None = None) -> None:
         self.last, self.error = last, error
@@ -255,7 +255,7 @@ def test_the_end_is_allowed_exactly_where_the_text_may_end() -> None:
             constraint.advance(token)
         assert allowed(constraint) == {eos} or not constraint.finished
         assert eos in allowed(constraint)
-    # Inside of a text only the number may end, from its second digit on.
+    # Before the last token, only the number may end, from its second digit on.
     assert 0 < sum(ends) < 5
 
 
@@ -288,7 +288,7 @@ def test_a_number_ends_with_the_end_of_sequence_token_and_an_object_without() ->
     output = run(GREEDY, SCHEMAS["array"])
     assert output.token_ids[-1] != eos
     assert (output.finish_reason, output.stop) == (FinishReason.STOP, None)
-    # Whether or not it ignores that token: nothing else may follow.
+    # `ignore_eos` makes no difference: nothing else may follow a complete text.
     ignoring = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
     assert fits(SCHEMAS["number"], run(ignoring, SCHEMAS["number"]).text)
 

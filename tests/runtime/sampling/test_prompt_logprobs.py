@@ -1,4 +1,4 @@
-"""Log probabilities of a prompt's tokens: those of the model, however the prompt is cut, cached, preempted or accompanied."""
+"""Log probabilities of a prompt's tokens are the model's, with chunked prefill, caching, preemption and other requests."""
 
 import math
 
@@ -15,10 +15,10 @@ PROMPTS = [[(11 * i + 5 * n) % VOCAB for i in range(length)] for n, length in en
 
 
 def _check(found: list[TokenLogprobs], prompt: list[int], first: int, top: int) -> None:
-    """One token after another, against the model's logits behind those before it.
+    """Compare token by token with the model's logits after the tokens before it.
 
-    The engine's numbers are float32: a sum of 97 exponentials loses a few units in the last place. Which of equally likely
-    tokens are the last among the likeliest is open.
+    The engine's numbers are float32: a sum of 97 exponentials loses a few units in the last place. Of equally likely tokens,
+    any may be the last of the most likely ones.
     """
     assert [entry.token for entry in found] == prompt[first:]
     for place, entry in enumerate(found, start=first):
@@ -72,7 +72,7 @@ def test_they_are_the_models_however_it_is_scheduled(
 
 
 def test_preemption_in_the_middle_of_a_prompt_loses_and_repeats_nothing() -> None:
-    """Three long prompts in a pool for little more than one of them."""
+    """Three long prompts in a pool that holds little more than one of them."""
     model = FakeModel(num_blocks=12)
     running = Engine(model, EngineConfig(max_batch=3, token_budget=7, prefix_caching=False))
     ids = [running.add(_request(7, tokens=12)) for _ in range(3)]
@@ -89,7 +89,7 @@ def test_what_needs_no_logits_comes_from_the_prefix_cache() -> None:
     running.generate([_request(7)])
     for first, cached in ((1, 0), (4, 0), (5, 4), (16, 12), (17, 16), (33, 32)):
         (out,) = running.generate([_request(7, first)])
-        # The token before the first one to be scored is computed, because its logits are wanted. Blocks have four tokens.
+        # The token before the first log probability must be computed: its logits are needed. Blocks have four tokens.
         assert out.usage.cached == cached == (first - 1) // 4 * 4
         _check(out.prompt_logprobs, PROMPTS[7], first, 2)
 

@@ -1,4 +1,4 @@
-"""Sampling against the definitions, written out in float64 and one row at a time."""
+"""Sampling compared with the definitions, written out in float64, one row at a time."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from quantkit.runtime.sampling.logits import Penalty, find_nonfinite, penalise, 
 from quantkit.runtime.sampling.sampler import apply_penalties, distribution, draw, sample
 from quantkit.runtime.sampling.top_k import argmax, largest
 
-#: Wider than the first selection, so that all paths are taken.
+#: Wider than every selection width, so that all code paths are taken.
 VOCAB = 9600
 
 FILTERS = [
@@ -48,7 +48,7 @@ def _logits(rows: int, spread: float, seed: int = 0, vocab: int = VOCAB) -> Tens
 
 
 def _interval(logits: Tensor, params: SamplingParams, token: int) -> tuple[float, float]:
-    """The uniform numbers that give `token`."""
+    """The interval of uniform numbers that give `token`."""
     ids, values = kept(logits, params)
     if not params.filtered:
         ids, order = ids.sort()
@@ -90,7 +90,7 @@ def test_the_distribution_is_what_is_drawn_from(spread: float) -> None:
 def test_a_row_does_not_depend_on_its_neighbours(spread: float) -> None:
     params = [SamplingParams(temperature=t, **f) for t, f in itertools.product((0.0, 0.5, 1.5), FILTERS)]  # type: ignore[arg-type]
     draws = Random(0)
-    # Rounded logits have many equal ones, whose order must not depend on how many were selected.
+    # Rounding makes many logits equal; their order must not depend on how many were selected.
     logits = _logits(len(params), spread).mul(8).round().div(8)
     uniforms = [draws.random() for _ in params]
     together = draw(logits.clone(), params, uniforms)
@@ -145,7 +145,7 @@ def test_frequencies_are_the_probabilities(filters: dict[str, float]) -> None:
 
 
 def _penalised(logits: list[float], prompt: list[int], output: list[int], params: SamplingParams) -> list[float]:
-    """The definitions, a token at a time."""
+    """Penalties by their definitions, token by token."""
     result = list(logits)
     for token in set(prompt) | set(output):
         factor = params.repetition_penalty
@@ -194,14 +194,14 @@ def test_selection_is_that_of_torch(vocab: int, levels: int) -> None:
         values, ids = largest(logits, count)
         assert torch.equal(values, order.values[:, :count])
         assert torch.equal(logits.gather(1, ids), values)
-        # Only among the equals of the last value may other ids be taken.
+        # Only among values equal to the last one may other ids be taken.
         certain = (values > values[:, -1:]) | (count == vocab)
         assert torch.equal(ids[certain], order.indices[:, :count][certain])
         rising = (ids.diff() > 0) | (values.diff() < 0)
         assert bool(rising.all())
 
 
-def test_flaws_name_rows_from_which_nothing_can_be_chosen() -> None:
+def test_nonfinite_rows_are_found_and_named() -> None:
     logits = torch.zeros(6, 64)
     logits[1, 40], logits[2, 7], logits[3], logits[4, 9] = math.nan, math.inf, -math.inf, -math.inf
     logits[5, [1, 2]] = torch.tensor([math.inf, math.nan])
@@ -273,7 +273,7 @@ def test_impossible_values_are_refused(values: dict[str, float], wanted: str) ->
 
 
 def _by_sorting(logits: Tensor, params: SamplingParams, uniform: float) -> tuple[int, set[int]]:
-    """The drawn and the kept tokens of a row, by a sort of the whole vocabulary."""
+    """The drawn token and the kept tokens of a row, from a sort of the whole vocabulary."""
     order = logits.sort(descending=True, stable=True).indices
     scaled = ((logits - logits.max()) / torch.tensor(params.temperature))[None]
     mass = (torch.softmax(scaled, -1)[0] * 2.0**48).round()[order]
