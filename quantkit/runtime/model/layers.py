@@ -30,13 +30,13 @@ def pack_weight(weight: QuantizedWeight | Tensor, device: torch.device, dtype: t
     if isinstance(weight, Tensor):
         return cpu_matmul.pack_dense(weight) if device.type == "cpu" else weight.to(device, dtype)
     scheme, columns = weight.scheme, weight.codes.shape[1]
-    parts = weight.codes, weight.scales, weight.zeros, scheme.bits, scheme.group_columns(columns)
+    group_size = scheme.group_columns(columns)
     if device.type == "cpu":
-        return cpu_matmul.pack(*parts)
+        return cpu_matmul.pack(weight.codes, weight.scales, weight.zeros, scheme.bits, group_size)
     if not fits(columns, scheme.group_size):
         return weight.dequantize().to(device, dtype)
-    codes, scales, zeros, bits, group_size = parts
-    return to_planes(codes.to(device), scales.to(device), zeros.to(device), bits, group_size, dtype)
+    codes, scales, zeros = weight.codes.to(device), weight.scales.to(device), weight.zeros.to(device)
+    return to_planes(codes, scales, zeros, scheme.bits, group_size, dtype)
 
 
 def is_packed(weight: Weight) -> bool:

@@ -58,10 +58,13 @@ class DecoderLayer:
     """One decoder block. Norms are the float32 weights of RMS norms, including the family's offset; None if there is no norm.
 
     Attributes:
-        qkv: rows of all queries, then keys, then values. out: output projection of attention. gate_up: rows of the gate, then
-            of the up projection. down: down projection of the MLP. norm_attention, norm_attention_out: [hidden], before and
-            after attention. norm_mlp, norm_mlp_out: [hidden], before and after the MLP. norm_query, norm_key: [head_dim] to
-            normalize each head by itself, or [heads * head_dim] to normalize all heads together.
+        qkv: rows of all queries, then keys, then values.
+        out: output projection of attention.
+        gate_up: rows of the gate, then of the up projection.
+        down: down projection of the MLP.
+        pre_attention_norm, post_attention_norm: [hidden], before and after attention.
+        pre_mlp_norm, post_mlp_norm: [hidden], before and after the MLP.
+        query_norm, key_norm: [head_dim] to normalize each head by itself, or [heads * head_dim] for all heads together.
         scale: factor of attention scores.
         window: keys that a query sees, including its own; 0 for all.
         softcap: soft cap of attention scores; 0 for none.
@@ -73,13 +76,13 @@ class DecoderLayer:
     out: Projection
     gate_up: Projection
     down: Projection
-    norm_attention: Tensor | None
-    norm_attention_out: Tensor | None
-    norm_mlp: Tensor | None
-    norm_mlp_out: Tensor | None
+    pre_attention_norm: Tensor | None
+    post_attention_norm: Tensor | None
+    pre_mlp_norm: Tensor | None
+    post_mlp_norm: Tensor | None
     scale: float
-    norm_query: Tensor | None = None
-    norm_key: Tensor | None = None
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
     window: int = 0
     softcap: float = 0.0
     sinks: Tensor | None = None
@@ -135,19 +138,27 @@ class NativeDecoder:
         assert lib is not None, "no native kernels"
         assert len(model.layers) == len(key_caches) == len(value_caches)
         self._library, self._model, self._caches = lib, model, (*key_caches, *value_caches)
-        self._block_size, self._open_pages = key_caches[0].shape[1], structs.tail_page_ids(key_caches[0])
+        self._block_size, self._tail_page_ids = key_caches[0].shape[1], structs.tail_page_ids(key_caches[0])
         pairs = zip(model.layers, zip(key_caches, value_caches, strict=True), strict=True)
         layers = [_layer(model, layer, keys, values, activation_bits) for layer, (keys, values) in pairs]
         self._layers = (structs.Layer * len(layers))(*layers)
         ropes = [structs.Rope(_floats(rope.frequencies), len(rope.frequencies), rope.scaling) for rope in model.ropes]
         self._ropes = (structs.Rope * len(ropes))(*ropes)
-        hidden, inner = model.embedding.shape[1], model.layers[0].down.weight.shape[1]
         self._decoder = structs.Decoder(
-            structs.address(model.embedding),
-            *(ctypes.addressof(self._layers), ctypes.addressof(self._ropes), _floats(model.norm)),
-            _matrix(model.head, head_bits(activation_bits)),
-            *(len(layers), len(ropes), hidden, inner, ACTIVATIONS[model.activation], structs.TYPES[model.embedding.dtype]),
-            *(model.epsilon, model.residual_scale, model.embedding_scale),
+            embedding=structs.address(model.embedding),
+            layers=ctypes.addressof(self._layers),
+            ropes=ctypes.addressof(self._ropes),
+            norm=_floats(model.norm),
+            head=_matrix(model.head, head_bits(activation_bits)),
+            layer_count=len(layers),
+            rope_count=len(ropes),
+            hidden_size=model.embedding.shape[1],
+            intermediate_size=model.layers[0].down.weight.shape[1],
+            activation=ACTIVATIONS[model.activation],
+            embedding_type=structs.TYPES[model.embedding.dtype],
+            epsilon=model.epsilon,
+            residual=model.residual_scale,
+            embedding_scale=model.embedding_scale,
         )
 
     def forward(self, batch: Batch, draft: bool = False) -> Tensor:
@@ -157,14 +168,30 @@ class NativeDecoder:
         """
         model, tokens, rows = self._model, len(batch.token_ids), len(batch.logit_rows)
         logits = torch.empty(rows, model.head.weight.shape[0])
-        addresses = (structs.address(tensor) for tensor in (batch.block_table, batch.query_start, batch.seq_lens))
-        pages = structs.PagedBatch(*addresses, self._open_pages, *batch.block_table.shape, self._block_size, draft)
-        addresses = (
-            structs.address(tensor) for tensor in (batch.token_ids, batch.positions, batch.slot_mapping, batch.logit_rows)
+        sequences, table_width = batch.block_table.shape
+        paged = structs.PagedBatch(
+            block_table=structs.address(batch.block_table),
+            query_start=structs.address(batch.query_start),
+            lengths=structs.address(batch.seq_lens),
+            tail_page_ids=self._tail_page_ids,
+            sequences=sequences,
+            table_width=table_width,
+            block_size=self._block_size,
+            draft=draft,
         )
         queries, measured = self._queries(batch)
-        wanted = structs.address(measured), structs.address(queries), len(measured)
-        call = structs.Batch(pages, *addresses, tokens, rows, *wanted)
+        call = structs.Batch(
+            paged=paged,
+            token_ids=structs.address(batch.token_ids),
+            positions=structs.address(batch.positions),
+            slots=structs.address(batch.slot_mapping),
+            logit_rows=structs.address(batch.logit_rows),
+            tokens=tokens,
+            rows=rows,
+            measured=structs.address(measured),
+            queries=structs.address(queries),
+            measured_count=len(measured),
+        )
         out = c_void_p(logits.data_ptr())
         if self._library.quantkit_decoder_forward(byref(self._decoder), byref(call), out, library.threads()):
             raise MemoryError(f"no memory for a forward of {tokens} tokens")
@@ -192,16 +219,36 @@ def _layer(model: DecoderModel, layer: DecoderLayer, keys: Cache, values: Cache,
     assert keys.shape == values.shape
     assert keys.shape[2:] == (model.kv_heads, width)
     assert structs.cache_type(keys) == structs.cache_type(values)
-    all_heads = layer.norm_query is not None and len(layer.norm_query) != width
-    shape = structs.AttentionConfig(
-        *(_floats(layer.sinks), model.heads, model.kv_heads, width, width),
-        *(layer.window, structs.cache_type(keys), layer.scale, layer.softcap),
+    all_heads = layer.query_norm is not None and len(layer.query_norm) != width
+    attention = structs.AttentionConfig(
+        sinks=_floats(layer.sinks),
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        dim=width,
+        value_dim=width,
+        window=layer.window,
+        type=structs.cache_type(keys),
+        scale=layer.scale,
+        softcap=layer.softcap,
     )
-    matrices = (_matrix(projection, activation_bits) for projection in (layer.qkv, layer.out, layer.gate_up, layer.down))
-    norms = (layer.norm_attention, layer.norm_attention_out, layer.norm_mlp, layer.norm_mlp_out)
-    vectors = (_floats(vector) for vector in (*norms, layer.norm_query, layer.norm_key))
-    caches = structs.kv_arrays(keys), structs.kv_arrays(values)
-    return structs.Layer(*matrices, *vectors, shape, all_heads, layer.rope, layer.down.hadamard, *caches)
+    return structs.Layer(
+        qkv=_matrix(layer.qkv, activation_bits),
+        out=_matrix(layer.out, activation_bits),
+        gate_up=_matrix(layer.gate_up, activation_bits),
+        down=_matrix(layer.down, activation_bits),
+        pre_attention_norm=_floats(layer.pre_attention_norm),
+        post_attention_norm=_floats(layer.post_attention_norm),
+        pre_mlp_norm=_floats(layer.pre_mlp_norm),
+        post_mlp_norm=_floats(layer.post_mlp_norm),
+        query_norm=_floats(layer.query_norm),
+        key_norm=_floats(layer.key_norm),
+        attention=attention,
+        norm_all_heads=all_heads,
+        rope=layer.rope,
+        down_hadamard=layer.down.hadamard,
+        keys=structs.kv_arrays(keys),
+        values=structs.kv_arrays(values),
+    )
 
 
 def _matrix(projection: Projection, activation_bits: int) -> structs.Matrix:
