@@ -49,15 +49,21 @@ PROPOSERS: "Registry[Callable[[SpecRequest], OpenedModel]]" = Registry(
     "draft proposer",
     {
         "off": ("quantkit.runtime.speculative.no_drafts:open_without_drafts", "no drafts"),
-        "ngram": ("quantkit.runtime.speculative.ngram:open_ngram", "prompt lookup: what followed the same tokens before"),
+        "ngram": (
+            "quantkit.runtime.speculative.ngram:open_ngram",
+            "prompt lookup, what followed the last time that the same tokens occurred",
+        ),
         "draft:MODEL": (
             "quantkit.runtime.speculative.draft_model:open_draft_model",
-            "a smaller model, same tokenizer",
+            "a smaller model with the same tokenizer",
         ),
-        "qspec": ("quantkit.runtime.speculative.self_draft:open_qspec", "itself with quantized activations"),
+        "qspec": (
+            "quantkit.runtime.speculative.self_draft:open_qspec",
+            "the model itself with quantized activations",
+        ),
         "quantspec": (
             "quantkit.runtime.speculative.self_draft:open_quantspec",
-            "itself with half of an int4+4 cache",
+            "the model itself with half of an int4+4 cache",
         ),
     },
 )
