@@ -79,7 +79,7 @@ class EvalReport:
 
     `kernel_difference` is how far the perplexity through the engine's kernels is from that of the dequantized weights in
     float32, relative, over the first windows; None for a model that is not quantized, and where a cache has its share in it.
-    `kv_bytes_per_token` is what the KV cache of `kv_dtype` takes, open pages not counted.
+    `kv_bytes_per_token` is what the KV cache of `kv_dtype` takes, tail pages not counted.
     """
 
     text: str

@@ -301,7 +301,7 @@ def test_a_quantized_cache_holds_more_tokens_in_the_same_memory(llama: Path, dty
     assert tokens[dtype] > tokens["auto"]
 
 
-def test_open_pages_are_part_of_the_plan(llama: Path) -> None:
+def test_tail_pages_are_part_of_the_plan(llama: Path) -> None:
     small = ("--kv-memory", "400KB", "--max-batch", 2, "--token-budget", 32, "--kv-dtype", "int4")
     first, *_ = quantkit("generate", llama, "Hello", *LENGTH, *small).err.splitlines()
     # 2 x 3 + 1 pages of 32 tokens: 3 layers, 2 heads, key and value of 16 numbers in bfloat16.

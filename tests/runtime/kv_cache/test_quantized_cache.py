@@ -87,7 +87,7 @@ def test_forked_samples_copy_what_they_share(folder: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int4", "int4+4"])
-def test_many_short_requests_never_run_out_of_open_pages(folder: Path, dtype: str) -> None:
+def test_many_short_requests_never_run_out_of_tail_pages(folder: Path, dtype: str) -> None:
     """Each request leaves a tail page, and there are many more requests than pages."""
     config = EngineConfig(max_batch=3, token_budget=8, prefix_caching=False)
     small = engine(folder, dtype, config, blocks=60)

@@ -9,8 +9,8 @@ from quantkit.runtime.kv_cache.tail_pages import TailPages, tail_pages_needed
 SIZE = 4
 
 
-def _pages(open_pages: TailPages, blocks: list[int]) -> list[int]:
-    return open_pages.table[blocks].tolist()
+def _pages(tail_pages: TailPages, blocks: list[int]) -> list[int]:
+    return tail_pages.table[blocks].tolist()
 
 
 def test_every_block_that_a_step_writes_has_a_page_of_its_own() -> None:
