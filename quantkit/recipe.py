@@ -1,4 +1,7 @@
-"""What to do to a model, validated: YAML in `recipes/`, a file of the user's, or an artifact's own quantkit.json."""
+"""Recipes: validated settings of a quantization run, from `recipes/`, a YAML file, or an artifact's quantkit.json.
+
+Importing this module does not import torch.
+"""
 
 import json
 import re
@@ -32,7 +35,7 @@ def _name_in(registry: Registry[Any]) -> Callable[[str], str]:
     return check
 
 
-def _a_regex(pattern: str) -> str:
+def _check_regex(pattern: str) -> str:
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -40,13 +43,13 @@ def _a_regex(pattern: str) -> str:
     return pattern
 
 
-def _a_group_size(size: int | Literal["auto"]) -> int | Literal["auto"]:
+def _check_group_size(size: int | Literal["auto"]) -> int | Literal["auto"]:
     if size != "auto" and size != -1 and (size < 8 or size % 8):
-        raise ValueError(f"group size {size} is not a multiple of 8, -1 (a scale a row) or auto")
+        raise ValueError(f"group size {size} is not a multiple of 8, -1 (one scale per row) or auto")
     return size
 
 
-GroupSize = Annotated[int | Literal["auto"], AfterValidator(_a_group_size)]
+GroupSize = Annotated[int | Literal["auto"], AfterValidator(_check_group_size)]
 
 
 class _Strict(BaseModel):
@@ -54,15 +57,15 @@ class _Strict(BaseModel):
 
 
 class Rule(_Strict):
-    """An exception for the matrices whose path matches.
+    """Different settings for the matrices whose path matches.
 
     Attributes:
         match: regular expression, searched in the module's path (`model.layers.3.mlp.down_proj`, `lm_head`).
         skip: leave them in 16 bit.
-        bits, group_size, symmetric: what differs from the recipe; None means it does not.
+        bits, group_size, symmetric: replace the recipe's; None keeps the recipe's.
     """
 
-    match: Annotated[str, AfterValidator(_a_regex)]
+    match: Annotated[str, AfterValidator(_check_regex)]
     skip: bool = False
     bits: Bits | None = None
     group_size: GroupSize | None = None
@@ -70,7 +73,7 @@ class Rule(_Strict):
 
 
 class Calibration(_Strict):
-    """Which text calibrates.
+    """The calibration text.
 
     Attributes:
         source: name of a set, path of a .txt / .jsonl / .parquet file, or `hf:DATASET`.
@@ -84,23 +87,23 @@ class Calibration(_Strict):
 
 
 class Recipe(_Strict):
-    """A whole run's choices. Two runs with equal resolved recipes and sources give byte-identical tensors.
+    """All settings of a run. Equal resolved recipes and equal sources give byte-identical tensors.
 
     Attributes:
-        method: rtn, awq, gptq or awq+gptq.
-        bits, group_size, symmetric: the grid; "auto" takes the largest of 128, 64, 32, 16 that divides every matrix.
-        act_order: quantize columns by descending Hessian diagonal (static groups: no tensor's layout changes).
-        damping: fraction of the Hessian's mean diagonal that is added to it.
+        method: a name in `quantkit.methods.METHODS`.
+        bits, group_size, symmetric: the grid; "auto" is the largest of 128, 64, 32, 16 that divides every matrix.
+        act_order: quantize columns by descending Hessian diagonal, with static groups, so that no tensor's layout changes.
+        damping: fraction of the Hessian's mean diagonal that is added to its diagonal.
         asymmetric_calibration: how strongly weights correct for the error that the layers before them have added to their
             inputs, from 0 (not at all) to 1 (fully).
         coordinate_descent_passes: passes of coordinate descent over scales, zero points and codes after GPTQ. None means one
             pass at 2 and 3 bits and none at 4 and 8 bits, where a pass does not help.
         rotate: spread outliers of activations by Hadamard transforms, so that drafts survive 4-bit activations (see `rotate`);
             quantkit's engine alone runs the result.
-        format: on-disk format.
-        calibration: the text.
+        format: on-disk format, a name in `quantkit.formats.FORMATS`.
+        calibration: the calibration text.
         seed: picks calibration rows at random; None takes the first rows of the text.
-        rules: the first that matches decides.
+        rules: the first rule that matches a matrix applies.
     """
 
     method: Annotated[str, AfterValidator(_name_in(METHODS))] = "gptq"
@@ -123,7 +126,7 @@ class Recipe(_Strict):
         return with_current_keys(fields) if isinstance(fields, Mapping) else fields
 
     def scheme(self, module: str) -> Scheme | None:
-        """How the matrix at `module` is quantized, None where it is not. The group size must be resolved.
+        """How the matrix at `module` is quantized; None where it stays in 16 bit. The group size must be resolved.
 
         The output head stays in 16 bit unless a rule names it.
         """
@@ -137,7 +140,7 @@ class Recipe(_Strict):
 
     @property
     def calibrates(self) -> bool:
-        """Whether the method looks at calibration data."""
+        """Whether the method needs calibration data. Imports the method, and with it torch."""
         return METHODS[self.method].calibrates
 
 
@@ -170,11 +173,12 @@ def load_recipe(name: str | Recipe, overrides: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise RecipeError(f"{label}: {where}: {first['msg']} (got {first['input']!r:.100})") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{label}: {where}: {message} (got {first['input']!r:.100})") from None
 
 
 def recorded_computing(name: str) -> dict[str, Any]:
-    """How the run computed whose quantkit.json is given as a recipe: what is known of "threads" and "matmul"."""
+    """The recorded "threads" and "matmul" of the run whose quantkit.json is given as a recipe, as far as they are valid."""
     path = Path(name)
     if path.suffix != ".json":
         return {}

@@ -95,7 +95,7 @@ def test_first_matching_rule_decides(rules: list[dict[str, Any]], expected: Sche
         ("sweeps", 21, "coordinate_descent_passes: Input should be"),
         ("drift", -1, "asymmetric_calibration: Input should be"),
         ("format", "gguf", "format"),
-        ("rules", [{"match": "["}], "rules.0.match: Value error, not a regular expression"),
+        ("rules", [{"match": "["}], "rules.0.match: not a regular expression"),
         ("rules", [{"bits": 4}], "rules.0.match: Field required"),
         ("bit", 4, "bit: Extra inputs"),
         ("calibration", {"sample": 4}, "calibration.sample: Extra inputs"),

@@ -15,16 +15,17 @@ from quantkit.methods.grid import QuantizedWeight, minmax_qparams, round_to_grid
 from quantkit.methods.rtn import quantize_on_grid, rtn
 from quantkit.methods.scheme import Scheme
 
-#: Rows whose loss is computed at once; a slice of a 1,000-column matrix stays in a core's cache.
-_SLICE = 256
+#: Rows whose loss is computed at once: 256 rows of a 1,000-column matrix stay in a core's cache.
+_SLICE_ROWS = 256
 
-#: Exponents of the activation magnitude, 0 (no scaling) to just below 1: every other one is tried, then those beside the best.
+#: Exponents of the activation magnitude, 0 (no scaling) to just below 1. Every other one is tried first, then the neighbours
+#: of the best.
 RATIOS = tuple(i / 20 for i in range(20))
 
 
 @dataclass(frozen=True)
 class ChannelScale:
-    """What the search found.
+    """Result of the search for a channel scale.
 
     Attributes:
         scale: float32 [K] > 0; weights are multiplied by it, the input is divided by it. All ones when nothing helps.
@@ -54,7 +55,7 @@ def search_channel_scale(
         tie: int64 [K]; channels with the same number share a scale (repeated KV heads feed several query heads).
         cost: float32 [K], what GPTQ will pay for an error in each column (`HessianFactor.cost`); None for plain rounding. A
             scale that is best for rounding can be worse than none where the error is compensated.
-        mapping: like `map`; may share the candidates out.
+        mapping: like `map`; may spread the candidates over processes.
     """
     count = int(tie.max()) + 1
     power = torch.zeros(count, device=hessian.device).index_add_(0, tie, hessian.diagonal())
@@ -63,7 +64,7 @@ def search_channel_scale(
     magnitude = magnitude.clamp_(min=floor)[tie]
 
     def loss(ratio: float) -> float:
-        scale = _normalised(magnitude, ratio)
+        scale = _normalized(magnitude, ratio)
         if cost is None:
             return sum((_rounding_loss(weight, scale, hessian, scheme, dtype) for weight, scheme in parts), 0.0)
         return sum((_compensated_loss(weight, scale, cost, scheme) for weight, scheme in parts), 0.0)
@@ -76,14 +77,14 @@ def search_channel_scale(
 
     middle = RATIOS.index(best_of(RATIOS[::2]))
     best = best_of([RATIOS[near] for near in (middle - 1, middle + 1) if 0 <= near < len(RATIOS)])
-    return ChannelScale(_normalised(magnitude, best), best, errors[best] / max(errors[0.0], 1e-30))
+    return ChannelScale(_normalized(magnitude, best), best, errors[best] / max(errors[0.0], 1e-30))
 
 
 def _rounding_loss(weight: Tensor, scale: Tensor, hessian: Tensor, scheme: Scheme, dtype: torch.dtype) -> float:
-    """tr(dW H dW^T) of rounding weight * scale plainly and dividing by scale again; a slice of rows at a time, in cache."""
+    """tr(dW H dW^T) of rounding weight * scale to nearest and dividing by scale again, computed slice by slice in cache."""
     loss = 0.0
     groups = scheme.groups(weight.shape[1])
-    for part in weight.split(_SLICE):
+    for part in weight.split(_SLICE_ROWS):
         scaled = (part * scale).view(len(part), groups, -1)
         low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
         scales, zeros = (grid[..., None] for grid in minmax_qparams(low, high, scheme, dtype))
@@ -105,8 +106,8 @@ def _compensated_loss(weight: Tensor, scale: Tensor, cost: Tensor, scheme: Schem
     return float((steps.square() * (cost / scale.square()).view(groups, -1).sum(-1)).sum()) / 12
 
 
-def _normalised(magnitude: Tensor, ratio: float) -> Tensor:
-    """magnitude^ratio with the geometric middle of its range at 1, so that neither side leaves the 16-bit range."""
+def _normalized(magnitude: Tensor, ratio: float) -> Tensor:
+    """magnitude^ratio, normalized so that the geometric mean of its extremes is 1: neither end leaves the 16-bit range."""
     scale = magnitude**ratio
     return scale / (scale.max() * scale.min()).sqrt()
 
@@ -114,7 +115,7 @@ def _normalised(magnitude: Tensor, ratio: float) -> Tensor:
 def quantize_clipped(
     weight: Tensor, hessian: Tensor, scheme: Scheme, dtype: torch.dtype, clip_ratios: tuple[float, ...]
 ) -> QuantizedWeight:
-    """Round with every group's range clipped by the factor that loses least output, <dw, H_gg dw> (AWQ's clipping)."""
+    """Round to nearest with every group's range clipped by the factor of least output error <dw, H_gg dw>, as AWQ does."""
     rows, columns = weight.shape
     groups, width = scheme.groups(columns), scheme.group_columns(columns)
     grouped = weight.view(rows, groups, width).transpose(0, 1).contiguous()

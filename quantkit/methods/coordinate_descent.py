@@ -14,17 +14,17 @@ def coordinate_descent(
 ) -> QuantizedWeight:
     """Lower tr(E H E^T), E = weight - dequantized, by exact coordinate steps over scales, zero points and codes.
 
-    GPTQ never looks back: a code chosen early is final, and so are the scales. Here every group in turn refits its scale
+    GPTQ never revisits a code or a scale once it is chosen. Here every group in turn refits its scale
     (the least-squares scale for its codes, rounded to storage), tries the two neighbouring zero points, and then moves
     each code to the grid point nearest its own minimiser, w'_k + (E H)_k / H_kk. Every step is accepted only where it
     lowers the objective, so the result is never worse than `start`.
 
     Args:
         weight: float32 [N, K], the target.
-        start: the codes and grids to begin with.
+        start: the quantized weight to improve.
         hessian: float32 [K, K], damped, so that no diagonal is zero.
         dtype: the artifact's 16-bit type.
-        sweeps: passes over all columns.
+        passes: passes over all columns.
     """
     columns = weight.shape[1]
     scheme, width = start.scheme, start.scheme.group_columns(columns)
@@ -37,11 +37,11 @@ def coordinate_descent(
             part = slice(first, first + width)
             block, local = hessian[part, part], pull[part].clone()
             before = (codes[part] - zeros[group]) * scales[group]
-            scales[group], zeros[group] = _refit(codes[part], scales[group], zeros[group], local, block, scheme, dtype)
+            scales[group], zeros[group] = _refit_qparams(codes[part], scales[group], zeros[group], local, block, scheme, dtype)
             now = (codes[part] - zeros[group]) * scales[group]
             local.addmm_(block, now - before, alpha=-1)
-            _settle(codes[part], now, scales[group], zeros[group], local, block, scheme.levels)
-            # pull = H @ error holds again for the groups to come.
+            _refine_codes(codes[part], now, scales[group], zeros[group], local, block, scheme.levels)
+            # Keep pull = H @ error true for the groups that follow.
             moved, rest = now.sub_(before), slice(first + width, None)
             pull[rest].addmm_(hessian[rest, part], moved, alpha=-1)
             error[part] -= moved
@@ -50,7 +50,7 @@ def coordinate_descent(
     )
 
 
-def _refit(
+def _refit_qparams(
     codes: Tensor, scale: Tensor, zero: Tensor, pull: Tensor, block: Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Best stored scale for fixed codes, for the present zero point and (asymmetric) its two neighbours.
@@ -78,12 +78,16 @@ def _refit(
     return best_scale, best_zero
 
 
-def _settle(codes: Tensor, values: Tensor, scale: Tensor, zero: Tensor, pull: Tensor, block: Tensor, levels: int) -> None:
-    """One pass of coordinate descent over the codes of a group; updates codes, values and, where it is still to be read, pull
-    in place ([g, N] each)."""
+def _refine_codes(
+    codes: Tensor, values: Tensor, scale: Tensor, zero: Tensor, pull: Tensor, block: Tensor, levels: int
+) -> None:
+    """One pass of coordinate descent over the codes of a group.
+
+    Updates codes, values and the part of pull that is still to be read in place ([g, N] each).
+    """
     rows = zip(codes, values, pull, block.diagonal().tolist(), strict=True)
     for k, (code, value, drawn, curvature) in enumerate(rows):
         torch.add(value, drawn, alpha=1 / curvature, out=code).div_(scale).round_().add_(zero).clamp_(0, levels)
-        settled = (code - zero).mul_(scale)
-        pull[k + 1 :].addr_(block[k, k + 1 :], settled - value, alpha=-1)
-        value.copy_(settled)
+        refined = (code - zero).mul_(scale)
+        pull[k + 1 :].addr_(block[k, k + 1 :], refined - value, alpha=-1)
+        value.copy_(refined)

@@ -2,11 +2,11 @@
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv 2210.17323),
 Algorithm 1: with U the upper Cholesky factor of H^-1, column j rounds to q_j and every later column k moves by
--(w_j - q_j) * U[j, k] / U[j, j]. Updates inside a run of columns are applied at once, the rest of the matrix once a run.
+-(w_j - q_j) * U[j, k] / U[j, j]. Updates inside a block of columns are applied at once,
+those to the rest of the matrix once per block.
 
-All rows are independent given H, so matrices that read the same input are solved stacked. Work is transposed, [K, N], so
-that a column is one contiguous run of memory. The loops over columns run in one thread: in two they took 5% more of a whole
-run's processor time.
+Rows are independent given H, so matrices that read the same input are solved stacked. Work is transposed, [K, N], so that a
+column is contiguous in memory. The loops over columns run in one thread: two threads took 5% more CPU time over a whole run.
 """
 
 import torch
@@ -20,7 +20,7 @@ from quantkit.methods.rtn import rtn
 from quantkit.methods.scheme import Scheme
 from quantkit.methods.threads import one_thread
 
-#: Columns whose updates to the rest of the matrix are applied together (the paper's B, there 128).
+#: Columns per block: their updates to the rest of the matrix are applied together (B in the paper, there 128).
 BLOCK_COLUMNS = 32
 
 
@@ -36,7 +36,7 @@ def gptq(
 
     Args:
         weight: float32 [N, K]; not modified.
-        inverse: from `factorize`, K columns.
+        factor: from `factorize`, for K columns.
         scheme: the grid; its group size divides K.
         dtype: the artifact's 16-bit type.
         shrink: clipping factors tried for every group.

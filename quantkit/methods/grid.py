@@ -1,11 +1,11 @@
-"""The integer grid: schemes, quantized weights and the search for the scales that lose least.
+"""The integer grid: quantized weights, and the search for the scales of least error.
 
 A weight matrix W [N out, K in] is cut along K into groups of `group_size` columns. Every (row, group) has a scale s and
 an integer zero point z, and stores codes q in [0, 2^bits - 1]; its value is (q - z) * s. Symmetric grids fix
 z = 2^(bits - 1).
 
-Scales are rounded to the 16-bit type of the artifact *before* codes are chosen, so the rounding of a scale is part of
-the error that the codes minimise instead of a second error on top of it.
+Scales are rounded to the 16-bit type of the artifact *before* codes are chosen, so the codes also minimise the
+error of rounding the scale, which would otherwise come on top.
 """
 
 from dataclasses import dataclass, replace
@@ -18,12 +18,12 @@ from quantkit.methods.scheme import Scheme
 #: Smallest scale that both bfloat16 and float16 hold exactly: float16's smallest subnormal.
 SMALLEST_SCALE = 2.0**-24
 
-#: Largest one: the last step of bfloat16 below float16's end.
+#: Largest scale that both hold: bfloat16's last value below float16's maximum.
 LARGEST_SCALE = 65280.0
 
-#: Weights whose grids are searched at once. The dozen passes over them run in cache, and torch gives so few to one thread:
-#: with two, each of thousands of passes would wait for the slower one.
-_SLICE = 1 << 15
+#: Weights whose grids are searched at once. So few stay in cache over a dozen passes, and torch gives them to one thread:
+#: with two, each of thousands of passes would wait for the slower thread.
+_SLICE_WEIGHTS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class QuantizedWeight:
 
     @classmethod
     def empty(cls, shape: torch.Size, scheme: Scheme, device: torch.device) -> "QuantizedWeight":
-        """A weight of `shape` [N, K] whose values are still to come."""
+        """An uninitialized weight of `shape` [N, K], to be filled."""
         rows, columns = shape
         groups = scheme.groups(columns)
         codes = torch.empty(rows, columns, dtype=torch.uint8, device=device)
@@ -63,7 +63,7 @@ class QuantizedWeight:
         return replace(self, scales=storable_scales(self.scales * factor[:, None], scale_dtype))
 
     def rows(self, start: int, stop: int) -> "QuantizedWeight":
-        """Rows start..stop, for matrices that were solved stacked on one another."""
+        """Rows start..stop, for one of several matrices that were quantized stacked."""
         return replace(
             self,
             codes=self.codes[start:stop].contiguous(),
@@ -129,7 +129,7 @@ def search_qparams(
     best_scales = torch.empty(rows, groups, device=weight.device)
     best_zeros = torch.empty_like(best_scales)
     cost = importance.view(1, groups, -1)
-    step = max(1, _SLICE // columns)
+    step = max(1, _SLICE_WEIGHTS // columns)
     for start in range(0, rows, step):
         grouped = weight[start : start + step].view(-1, groups, columns // groups)
         low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)

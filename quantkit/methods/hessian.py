@@ -1,7 +1,7 @@
-"""Second moments of a matrix's inputs: all that GPTQ and AWQ need to know of the calibration data.
+"""Second moments of a matrix's inputs: all that GPTQ and AWQ need from the calibration data.
 
 With inputs X [T tokens, K] the squared output error of replacing W by V is ||X (W - V)^T||^2 = T * tr((W - V) H (W - V)^T),
-where H = X^T X / T. So both methods work on H [K, K] alone and never see a token twice.
+where H = X^T X / T. Both methods therefore work on H [K, K] alone, and every token is read once.
 """
 
 from collections.abc import Collection
@@ -20,15 +20,15 @@ _DRIFT_BLOCKS = 4
 PARTS = (*range(1, _BLOCKS + 1), *([_BLOCKS * _BLOCKS / 8 / _DRIFT_BLOCKS] * _DRIFT_BLOCKS))
 
 
-#: Rows that are mirrored at the diagonal at a time.
+#: Rows that are mirrored at the diagonal in one step.
 _MIRRORED = 256
 
 
 class HessianAccumulator:
-    """Running X^T X of one distinct input, and the drift of its first tokens from a reference.
+    """Running X^T X of one distinct input, and the drift of its first tokens from the original model's.
 
-    Sums are float32; `mean` divides by the number of tokens, so that micro-batches of any size weigh by their tokens.
-    Rows never hold padding: the corpus cuts one unbroken stream into full rows.
+    Sums are float32; `mean` divides by the number of tokens, so micro-batches of different sizes count by their tokens.
+    Rows hold no padding: the corpus cuts one continuous stream of tokens into full rows.
     """
 
     def __init__(self, columns: int, device: torch.device, parts: Collection[int] = range(len(PARTS))) -> None:
@@ -53,9 +53,9 @@ class HessianAccumulator:
             assert self.paired_tokens == self.tokens, "a micro-batch with a reference came after one without"
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
-            strayed = torch.sub(y := self._widened(1, reference), x, out=y)
+            difference = torch.sub(y := self._widened(1, reference), x, out=y)
             for block in self._drift_blocks:
-                self._cross[:, block].addmm_(x.T, strayed[:, block])
+                self._cross[:, block].addmm_(x.T, difference[:, block])
             self.paired_tokens += x.shape[0]
         elif self._cross is not None and self._paired_sum is self._sum:
             self._paired_sum = self._sum.clone()
@@ -81,36 +81,36 @@ class HessianAccumulator:
         return buffer[: len(rows)].copy_(rows)
 
     def mean(self) -> Tensor:
-        """H = X^T X / T over all tokens, float32 [K, K], symmetric. Nothing can be added any more."""
+        """H = X^T X / T over all tokens, float32 [K, K], symmetric. Nothing can be added afterwards."""
         self._end()
         return self._sum
 
     def drift(self) -> "Drift | None":
-        """How the inputs stray from the reference, None if no micro-batch had one. Nothing can be added any more."""
+        """How the inputs differ from the reference; None if no micro-batch had one. Nothing can be added afterwards."""
         self._end()
         return None if self._cross is None else Drift(self._cross, self._paired_sum)
 
     def _end(self) -> None:
-        """Turn the sums into means where they lie: at a wide input each is a large part of the memory that there is."""
+        """Turn the sums into means in place: for a wide input each sum takes a large part of the memory."""
         if self._ended:
             return
         self._ended = True
         self._buffers = [None, None]
-        _settle(self._sum, self.tokens)
+        _make_symmetric_mean(self._sum, self.tokens)
         if self._cross is not None:
             self._cross /= self.paired_tokens
             if self._paired_sum is not self._sum:
-                _settle(self._paired_sum, self.paired_tokens)
+                _make_symmetric_mean(self._paired_sum, self.paired_tokens)
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How the quantized model's inputs X stray from the original's X_ref, over the tokens that walked in both.
+    """How the quantized model's inputs X differ from the original model's X_ref, over the tokens that ran through both.
 
     Attributes:
         cross: X^T (X_ref - X) / T, float32 [K, K].
-        hessian: X^T X / T over the same tokens. Solving with the Hessian of *all* tokens instead would overshoot by
-            however much more of a direction these tokens hold than all do, and the error would grow from block to block.
+        hessian: X^T X / T over the same tokens. Solving with the Hessian of *all* tokens instead would overshoot in
+            every direction in which these tokens are larger than average, and the error would grow from block to block.
     """
 
     cross: Tensor
@@ -128,8 +128,8 @@ def _columns(part: int, columns: int) -> slice:
     return slice(min(number * step, columns), min((number + 1) * step, columns))
 
 
-def _settle(upper: Tensor, tokens: int) -> None:
-    """Make a sum, of which the part below the diagonal is incomplete, the symmetric mean."""
+def _make_symmetric_mean(upper: Tensor, tokens: int) -> None:
+    """Divide a sum by `tokens` and mirror its upper triangle; below the diagonal the sum is incomplete."""
     upper /= tokens
     for start in range(0, len(upper), _MIRRORED):
         block, stop = upper[start : start + _MIRRORED], start + _MIRRORED

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Damping starts at the recipe's fraction of the mean diagonal and grows by this factor until the factorisation succeeds.
+#: Damping starts at the recipe's fraction of the mean diagonal and grows by this factor until the factorization succeeds.
 DAMPING_STEP = 10.0
 LARGEST_DAMPING = 1.0
 
@@ -28,7 +28,7 @@ class HessianFactor:
 
     @property
     def cost(self) -> Tensor:
-        """1 / U[j, j]^2, float32 [K] in the original order: the loss of a unit error in column j once the columns behind it
+        """1 / U[j, j]^2, float32 [K] in the original order: the loss of a unit error in column j once the columns after it
         have absorbed their share."""
         cost = torch.empty_like(self.upper[0])
         cost[self.order] = self.upper.diagonal().square().reciprocal()
@@ -43,7 +43,7 @@ class HessianFactor:
 def factorize(hessian: Tensor, damping: float, act_order: bool) -> HessianFactor | None:
     """Damp, order and factor `hessian` (float32 [K, K]); None when no damping up to 1.0 makes it positive definite.
 
-    Dead inputs (zero diagonal) get a unit diagonal: their weights cost nothing and disturb nobody.
+    Dead inputs (zero diagonal) get a unit diagonal: their weights cost nothing and do not affect other columns.
     """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -54,7 +54,7 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> HessianFactor
     while True:
         damped = hessian.clone()
         damped.diagonal().copy_(alive + damping * mean)
-        # One matrix becomes factor, inverse and its factor in turn. As a view of its transpose it is what LAPACK works on.
+        # One buffer holds factor, inverse and the inverse's factor in turn; LAPACK works on the transposed view.
         factor = damped[order[:, None], order].mT
         if factor_in_place(factor):
             torch.cholesky_inverse(factor, out=factor)
@@ -66,7 +66,7 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> HessianFactor
 
 
 def factor_in_place(matrix: Tensor, *, upper: bool = False) -> bool:
-    """Put the Cholesky factor of a symmetric matrix, stored by columns, in its place; False where it has none."""
+    """Replace a symmetric matrix, stored column-major, by its Cholesky factor. Returns False where it has none."""
     failed = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
     return not failed

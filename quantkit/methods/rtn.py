@@ -1,4 +1,4 @@
-"""Round to nearest: the baseline of every other method."""
+"""Round to nearest (RTN): the baseline that other methods improve on."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from quantkit.methods.scheme import Scheme
 
 
 def quantize_on_grid(weight: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
-    """Nearest codes of `weight` (float32 [N, K]) on given grids (float32 [N, G])."""
+    """Nearest codes of `weight` (float32 [N, K]) for given scales and zero points (float32 [N, G])."""
     rows, columns = weight.shape
     grouped = weight.view(rows, scales.shape[1], -1)
     codes = round_to_grid(grouped, scales[..., None], zeros[..., None], scheme.levels)
@@ -17,7 +17,7 @@ def quantize_on_grid(weight: Tensor, scheme: Scheme, scales: Tensor, zeros: Tens
 
 
 def rtn(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
-    """Round `weight` (float32 [N, K]) to the nearest code of plain min/max grids.
+    """Round `weight` (float32 [N, K]) to the nearest codes of min/max grids.
 
     `dtype` is the artifact's 16-bit type, to which scales are rounded.
     """

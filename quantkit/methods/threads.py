@@ -1,4 +1,4 @@
-"""How many threads torch gives a piece of work."""
+"""Run a piece of work in one thread."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For long rows of small operations: of each a second thread shares next to nothing, but would be woken and waited for."""
+    """For long sequences of small operations, where waking a second thread costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,1 +1,1 @@
-"""Recipes that ship with quantkit, one YAML a recipe; `quantkit recipes` lists them."""
+"""Recipes that ship with quantkit, one YAML file per recipe; `quantkit recipes` lists them."""
