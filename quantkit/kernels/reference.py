@@ -55,11 +55,11 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Returns:
         int8 [M, K] and float32 [M], max|x| / m.
     """
-    most = float(2 ** (bits - 1) - 1)
+    int_max = float(2 ** (bits - 1) - 1)
     largest = x.float().abs().amax(-1)
     # A tensor divided by a tensor: for a number divided by a tensor, torch multiplies with the reciprocal and rounds twice.
-    inverse = torch.where(largest > 0, torch.full_like(largest, most) / largest, 0.0)
-    return (x.float() * inverse[:, None]).round().to(torch.int8), largest / most
+    inverse = torch.where(largest > 0, torch.full_like(largest, int_max) / largest, 0.0)
+    return (x.float() * inverse[:, None]).round().to(torch.int8), largest / int_max
 
 
 def w4a8_matmul(

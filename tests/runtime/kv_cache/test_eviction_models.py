@@ -134,7 +134,7 @@ def test_scored_drops_what_the_newest_queries_look_at_least(folder: Path, fast: 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_block_mass_is_attention_summed_over_heads_and_blocks(softcap: float, window: int, with_sinks: bool) -> None:
+def test_attention_mass_is_attention_summed_over_heads_and_blocks(softcap: float, window: int, with_sinks: bool) -> None:
     draw = torch.Generator().manual_seed(3)
     keys, query = torch.randn(9, 4, 2, 8, generator=draw), torch.randn(3, 6, 8, generator=draw).double()
     keys[0] = float("nan")  # after the ends of the shorter sequences

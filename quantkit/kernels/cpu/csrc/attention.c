@@ -166,7 +166,8 @@ static void attend_item(const Attention *a, const WorkItem *item, int64_t head, 
     }
 }
 
-/* KV heads that a thread processes at a time: one if there are fewer items than threads, else as many as CHUNK_FLOATS allows. */
+/* KV heads that a thread processes at a time: one if there are fewer items than threads, else as many as CHUNK_FLOATS
+   allows. */
 static int64_t heads_per_pass(const Attention *a) {
     const AttentionConfig *config = a->config;
     if (a->plan->count < omp_get_num_threads()) return 1;
@@ -176,10 +177,11 @@ static int64_t heads_per_pass(const Attention *a) {
 
 void attend_share(const Attention *a) {
     /* Round robin, because later queries of a prompt see more keys. */
-    const int64_t kv_heads = a->config->kv_heads, most = heads_per_pass(a), parts = (kv_heads + most - 1) / most;
+    const int64_t kv_heads = a->config->kv_heads, heads_at_once = heads_per_pass(a);
+    const int64_t parts = (kv_heads + heads_at_once - 1) / heads_at_once;
     for (int64_t i = omp_get_thread_num(); i < a->plan->count * parts; i += omp_get_num_threads()) {
-        const int64_t head = i % parts * most;
-        attend_item(a, a->plan->items + i / parts, head, min_i64(most, kv_heads - head));
+        const int64_t head = i % parts * heads_at_once;
+        attend_item(a, a->plan->items + i / parts, head, min_i64(heads_at_once, kv_heads - head));
     }
 }
 

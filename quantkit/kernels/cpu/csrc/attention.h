@@ -8,7 +8,8 @@
 
 #include "kv_cache.h"
 
-/* `count` queries from `query` on against chunks chunk .. chunk_end-1 of keys; `part` numbers the items of the same queries. */
+/* `count` queries from `query` on against chunks chunk .. chunk_end-1 of keys; `part` numbers the items of the same
+   queries. */
 typedef struct { int32_t sequence, query, count, chunk, chunk_end, part; } WorkItem;
 
 /* All work of a batch; each item is done once per KV head. */

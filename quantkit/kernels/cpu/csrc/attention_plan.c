@@ -11,20 +11,20 @@
    which are enough to keep all threads busy. With tail pages, a query sees its own page in 16 bit and later queries see that
    page quantized; so all queries of an item must be in the same page. */
 AttentionPlan make_plan(const PagedBatch *p, int64_t heads_per_kv_head) {
-    const int64_t most = max_i64(1, ROWS / heads_per_kv_head), queries = p->query_start[p->sequences];
+    const int64_t max_queries = max_i64(1, ROWS / heads_per_kv_head), queries = p->query_start[p->sequences];
     int64_t room = 0, slot = 0;
     for (int64_t s = 0; s < p->sequences; s++) {
         const int64_t count = p->query_start[s + 1] - p->query_start[s], chunks = p->lengths[s] / CHUNK + 2;
-        const int64_t runs = count / most + 1 + (p->tail_page_ids ? count / p->block_size + 1 : 0);
-        room += runs * (count <= most ? chunks : 1);
+        const int64_t runs = count / max_queries + 1 + (p->tail_page_ids ? count / p->block_size + 1 : 0);
+        room += runs * (count <= max_queries ? chunks : 1);
     }
     AttentionPlan plan = {malloc(room * sizeof(WorkItem)), 0, malloc((queries + 1) * sizeof(int32_t))};
     for (int64_t s = 0; s < p->sequences; s++) {
         const int64_t first = p->query_start[s], end = p->query_start[s + 1], start = p->lengths[s] - (end - first);
-        const int split = end - first <= most;
+        const int split = end - first <= max_queries;
         for (int64_t query = first, count; query < end; query += count) {
             const int64_t position = start + query - first;
-            count = min_i64(most, end - query);
+            count = min_i64(max_queries, end - query);
             if (p->tail_page_ids) count = min_i64(count, p->block_size - position % p->block_size);
             const int64_t chunks = (position + count + CHUNK - 1) / CHUNK, step = split ? 1 : chunks;
             int32_t part = 0;

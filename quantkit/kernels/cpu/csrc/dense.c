@@ -75,10 +75,10 @@ void prepare_dense(const Matrix *w, const float *x, float *prepared) {
 }
 
 void dense_share(const Matrix *w, const float *x, int64_t m, float *out) {
-    const int64_t stride = prepared_floats(w), most = m == 1 ? 8 : m == 2 ? 4 : 3;
+    const int64_t stride = prepared_floats(w), max_rows = m == 1 ? 8 : m == 2 ? 4 : 3;
     const Range share = thread_range(w->rows);
     for (int64_t n = share.first, count; n < share.last; n += count) {
-        count = n + most <= share.last ? most : 1;
+        count = n + max_rows <= share.last ? max_rows : 1;
         for (int64_t row = 0; row < m; row += 4) {
             DenseBlock *block = DENSE_BLOCK[w->type][count][min_i64(4, m - row)];
             block(w, n, x + row * stride, stride, out + row * w->rows, w->rows);

@@ -27,13 +27,13 @@ INLINE float code_of(float x, float scale, float minimum, float levels) {
 }
 
 static void extremes(const float *x, int64_t n, float *low, float *high) {
-    vf least = splat(x[0]), most = least;
+    vf minima = splat(x[0]), maxima = minima;
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        least = vec_min(load(x + i), least);
-        most = vec_max(load(x + i), most);
+        minima = vec_min(load(x + i), minima);
+        maxima = vec_max(load(x + i), maxima);
     }
-    *low = -lane_max(-least), *high = lane_max(most);
+    *low = -lane_max(-minima), *high = lane_max(maxima);
     for (; i < n; i++) {
         if (x[i] < *low) *low = x[i];
         if (x[i] > *high) *high = x[i];
@@ -153,7 +153,8 @@ static void write_body(void *argument) {
     }
 }
 
-/* Writes keys [count, kv_heads, dim] and values [count, kv_heads, value_dim] to their slots; tokens with slot -1 are skipped. */
+/* Writes keys [count, kv_heads, dim] and values [count, kv_heads, value_dim] to their slots; tokens with slot -1 are
+   skipped. */
 EXPORT void quantkit_kv_write(const AttentionConfig *config, const PagedBatch *paged, const KVArrays *keys,
                               const KVArrays *values, const int64_t *slots, int64_t count, const float *key,
                               const float *value, int threads) {

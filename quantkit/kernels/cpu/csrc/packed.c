@@ -166,10 +166,10 @@ static void add_rows(int bits, const TileRuns *p, int64_t m, float *totals) {
 static void tile_totals(TileRuns *p, int64_t m, float *totals) {
     const Matrix *w = p->weight;
     const int64_t padded = padded_group(w), all = groups(w);
-    const int64_t most = m < BLOCK_ROWS ? all : max_i64(1, RUN / padded); /* groups per call of add_rows */
+    const int64_t max_groups = m < BLOCK_ROWS ? all : max_i64(1, RUN / padded); /* groups per call of add_rows */
     memset(totals, 0, sizeof(float) * m * TILE);
     for (int64_t g = 0, count; g < all; g += count) {
-        count = padded > RUN ? 1 : min_i64(most, all - g);
+        count = padded > RUN ? 1 : min_i64(max_groups, all - g);
         p->group = g;
         p->runs = count;
         for (int64_t k = 0; k < padded; k += RUN) {

@@ -128,20 +128,21 @@ INLINE float lane_sum(vf v) {
 }
 
 INLINE float lane_max(vf v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-    return most;
+    float largest = v[0];
+    for (int i = 1; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
+    return largest;
 }
 
-/* The largest magnitude of x [n]; NaN if x holds a NaN. Magnitudes are compared as integers, which orders NaN above infinity. */
+/* The largest magnitude of x [n]; NaN if x holds a NaN. Magnitudes are compared as integers, which orders NaN above
+   infinity. */
 INLINE float max_abs(const float *x, int64_t n) {
-    vi most = {0};
+    vi maxima = {0};
     for (int64_t k = 0; k < n; k += LANES) {
-        const vi magnitude = (vi)load_partial(x + k, n - k) & 0x7fffffff, more = magnitude > most;
-        most = (more & magnitude) | (~more & most);
+        const vi magnitude = (vi)load_partial(x + k, n - k) & 0x7fffffff, more = magnitude > maxima;
+        maxima = (more & magnitude) | (~more & maxima);
     }
-    int32_t largest = most[0];
-    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    int32_t largest = maxima[0];
+    for (int i = 1; i < LANES; i++) largest = maxima[i] > largest ? maxima[i] : largest;
     return bits_to_float((uint32_t)largest);
 }
 

@@ -186,10 +186,10 @@ static int32_t quantize_group(const Matrix *w, const float *x, int64_t g, float 
 }
 
 void prepare_w4a8(const Matrix *w, const float *x, float *prepared) {
-    const float most = w->activation_bits == 4 ? 7.0f : 127.0f, largest = max_abs(x, w->columns);
-    const float inverse = largest > 0 ? most / largest : 0.0f;
+    const float int_max = w->activation_bits == 4 ? 7.0f : 127.0f, largest = max_abs(x, w->columns);
+    const float inverse = largest > 0 ? int_max / largest : 0.0f;
     int8_t *bytes = (int8_t *)prepared;
     int32_t *sums = (int32_t *)input_sums(w, prepared);
     for (int64_t g = 0; g < groups(w); g++, bytes += padded_group(w)) sums[g] = quantize_group(w, x, g, inverse, bytes);
-    prepared[padded_columns(w) / 4 + groups(w)] = largest / most;
+    prepared[padded_columns(w) / 4 + groups(w)] = largest / int_max;
 }

@@ -121,15 +121,15 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         sink = tl.full([ROWS], float("-inf"), tl.float32)
         if SINKS:
             sink = tl.load(sinks + heads, mask=inside, other=0.0) * LOG2E
-        place = ((start + rows // RATIO).to(tl.int64) * (HEADS * RATIO) + heads) * DV
+        index = ((start + rows // RATIO).to(tl.int64) * (HEADS * RATIO) + heads) * DV
         result = normalize(acc, row_max, row_sum, sink).to(out.dtype.element_ty)
-        tl.store(out + place[:, None] + dims[None, :], result, mask=inside[:, None] & (dims < DV)[None, :])
+        tl.store(out + index[:, None] + dims[None, :], result, mask=inside[:, None] & (dims < DV)[None, :])
     else:
         inside = rows < LONGEST * RATIO
-        place = ((sequence.to(tl.int64) * HEADS + kv_head) * splits + split) * (LONGEST * RATIO) + rows
-        tl.store(part_acc + place[:, None] * DV + dims[None, :], acc, mask=inside[:, None] & (dims < DV)[None, :])
-        tl.store(part_max + place, row_max, mask=inside)
-        tl.store(part_sum + place, row_sum, mask=inside)
+        index = ((sequence.to(tl.int64) * HEADS + kv_head) * splits + split) * (LONGEST * RATIO) + rows
+        tl.store(part_acc + index[:, None] * DV + dims[None, :], acc, mask=inside[:, None] & (dims < DV)[None, :])
+        tl.store(part_max + index, row_max, mask=inside)
+        tl.store(part_sum + index, row_sum, mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -170,17 +170,17 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     dims = tl.arange(0, DV_PAD)
     for first in range(0, used, CHUNK):
         chunk = first + tl.arange(0, CHUNK)
-        place = base + chunk * (LONGEST * RATIO)
-        weights = tl.exp2(tl.load(part_max + place, mask=chunk < used, other=-1.0e30) - row_max)
+        index = base + chunk * (LONGEST * RATIO)
+        weights = tl.exp2(tl.load(part_max + index, mask=chunk < used, other=-1.0e30) - row_max)
         inside = (chunk < used)[:, None] & (dims < DV)[None, :]
-        acc += tl.sum(weights[:, None] * tl.load(part_acc + place[:, None] * DV + dims[None, :], mask=inside, other=0.0), 0)
+        acc += tl.sum(weights[:, None] * tl.load(part_acc + index[:, None] * DV + dims[None, :], mask=inside, other=0.0), 0)
 
     sink = tl.full([1], float("-inf"), tl.float32)
     if SINKS:
         sink = tl.load(sinks + head + tl.arange(0, 1)) * LOG2E
     result = normalize(acc[None, :], row_max, row_sum, sink).to(out.dtype.element_ty)
-    place = ((start + token).to(tl.int64) * (HEADS * RATIO) + head) * DV
-    tl.store(out + place + dims[None, :], result, mask=(dims < DV)[None, :])
+    index = ((start + token).to(tl.int64) * (HEADS * RATIO) + head) * DV
+    tl.store(out + index + dims[None, :], result, mask=(dims < DV)[None, :])
 
 
 def paged_decode(args: AttentionArgs, longest: int, config: Config) -> None:

@@ -104,9 +104,9 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     sink = tl.full([ROWS], float("-inf"), tl.float32)
     if SINKS:
         sink = tl.load(sinks + heads, mask=inside, other=0.0) * LOG2E
-    place = ((start + rows // RATIO).to(tl.int64) * (HEADS * RATIO) + heads) * DV
+    index = ((start + rows // RATIO).to(tl.int64) * (HEADS * RATIO) + heads) * DV
     result = normalize(acc, row_max, row_sum, sink).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] + dims[None, :], result, mask=inside[:, None] & (dims < DV)[None, :])
+    tl.store(out + index[:, None] + dims[None, :], result, mask=inside[:, None] & (dims < DV)[None, :])
 
 
 def paged_prefill(args: AttentionArgs, longest: int, config: Config, shortest: int = 1) -> None:

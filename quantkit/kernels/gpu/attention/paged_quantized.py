@@ -135,13 +135,13 @@ def attend_quantized(  # type: ignore[no-untyped-def]
         if KIND == INT4:
             visible = visible & (tokens[None, :] < own_page[:, None])
 
-        known = inside[None, :] & (dims < D)
-        code = _codes(key_cache, key_lower, rows[None, :], dims, known, D, KIND)
+        valid = inside[None, :] & (dims < D)
+        code = _codes(key_cache, key_lower, rows[None, :], dims, valid, D, KIND)
         if KIND == FP8:
             scores = tl.dot(query, e4m3_to_half(code).to(query.dtype), input_precision="ieee")
         elif KIND == INT4:
             pages = (blocks * HEADS + kv_head)[None, :]
-            keys = _channel_keys(code, key_params, key_lower, pages, dims, known, D, query.dtype)
+            keys = _channel_keys(code, key_params, key_lower, pages, dims, valid, D, query.dtype)
             scores = tl.dot(query, keys, input_precision="ieee")
         else:
             step, offset = _token_params(key_params, key_lower, rows, inside, MIDDLE)
@@ -149,8 +149,8 @@ def attend_quantized(  # type: ignore[no-untyped-def]
             scores = products * step[None, :] + sums[:, None] * offset[None, :]
         weights, rescale, row_max, row_sum = online_softmax(row_max, row_sum, scores, visible, scale, cap, CAPPED, MASKED=True)
 
-        known = inside[:, None] & (value_dims < DV)
-        code = _codes(value_cache, value_lower, rows[:, None], value_dims, known, DV, KIND)
+        valid = inside[:, None] & (value_dims < DV)
+        code = _codes(value_cache, value_lower, rows[:, None], value_dims, valid, DV, KIND)
         if KIND == FP8:
             values = e4m3_to_half(code).to(query.dtype)
             acc = tl.dot(weights.to(query.dtype), values, acc * rescale[:, None], input_precision="ieee")

@@ -139,11 +139,11 @@ def quantize_pages_kernel(  # type: ignore[no-untyped-def]
             minimum_left, minimum_right = tl.min(left, 0).to(tl.float16), tl.min(right, 0).to(tl.float16)
             scale_left = ((tl.max(left, 0) - tl.min(left, 0)) / 15.0).to(tl.float16)
             scale_right = ((tl.max(right, 0) - tl.min(right, 0)) / 15.0).to(tl.float16)
-            known = dims < half
-            tl.store(at, scale_left, mask=known)
-            tl.store(at + half, scale_right, mask=known)
-            tl.store(at + D, minimum_left, mask=known)
-            tl.store(at + D + half, minimum_right, mask=known)
+            valid = dims < half
+            tl.store(at, scale_left, mask=valid)
+            tl.store(at + half, scale_right, mask=valid)
+            tl.store(at + D, minimum_left, mask=valid)
+            tl.store(at + D + half, minimum_right, mask=valid)
             _store_codes(
                 left, right, minimum_left.to(tl.float32)[None, :], minimum_right.to(tl.float32)[None, :],
                 scale_left.to(tl.float32)[None, :], scale_right.to(tl.float32)[None, :], data + target, residual, inside,

@@ -23,9 +23,9 @@ def steps(block: int) -> int:
 
 
 @triton.jit
-def _step(value, BLOCK: tl.constexpr, STEP_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _step(value, BLOCK: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Replaces each pair of elements that are STEP apart by their sum and their difference."""
-    a, b = tl.split(tl.permute(tl.reshape(value, [BLOCK // (2 * STEP_COLUMNS), 2, STEP_COLUMNS]), [0, 2, 1]))
+    a, b = tl.split(tl.permute(tl.reshape(value, [BLOCK // (2 * STEP), 2, STEP]), [0, 2, 1]))
     return tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [BLOCK])
 
 

@@ -83,10 +83,10 @@ def quantize_rows_kernel(  # type: ignore[no-untyped-def]
     for first in range(0, K, CHUNK):
         at = first + tl.arange(0, CHUNK)
         largest = tl.maximum(largest, tl.abs(tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)))
-    most = tl.max(largest, 0)
-    inverse = tl.where(most > 0, tl.div_rn(INT_MAX + tl.zeros_like(most), tl.where(most > 0, most, 1.0)), 0.0)
+    row_max = tl.max(largest, 0)
+    inverse = tl.where(row_max > 0, tl.div_rn(INT_MAX + tl.zeros_like(row_max), tl.where(row_max > 0, row_max, 1.0)), 0.0)
     if chunk == 0:
-        tl.store(scales + row, tl.div_rn(most, INT_MAX + tl.zeros_like(most)))
+        tl.store(scales + row, tl.div_rn(row_max, INT_MAX + tl.zeros_like(row_max)))
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     column = column_of(position, FIELDS)
     code = _load_quantized(x, column, column < K, inverse)

@@ -143,14 +143,14 @@ def w4a8_gemm_kernel(  # type: ignore[no-untyped-def]
                             else extract_code(low, high, BITS, index, half)
                         )
                         dots = tl.dot(codes, tl.trans(rows), dots, out_dtype=tl.int32)
-                    known = tl.minimum(group, (K - 1) // GROUP)
-                    scale, zero = scale_and_zero(tl.load(qparams + known * N + n)[:, None], BF16_SCALES)
+                    valid_group = tl.minimum(group, (K - 1) // GROUP)
+                    scale, zero = scale_and_zero(tl.load(qparams + valid_group * N + n)[:, None], BF16_SCALES)
                     if BITS == 8:
                         zero -= 128
-                    total = tl.load(sums + known * M + m)
+                    total = tl.load(sums + valid_group * M + m)
                     if GROUP != SPAN or HALVES > 1:
                         # A zero point counts once, where its group begins. Past the last column, a half may contain no group.
-                        begins = (group * GROUP >= start) & (group * GROUP < start + SPAN) & (group == known)
+                        begins = (group * GROUP >= start) & (group * GROUP < start + SPAN) & (group == valid_group)
                         total = tl.where(begins, total, 0)
                     acc += scale * (dots.to(tl.float32) - zero * total.to(tl.float32)[None, :])
     store_tile(acc * tl.load(x_scales + m)[None, :], bias, out, M, N, BLOCK_M, BLOCK_N)
