@@ -19,7 +19,9 @@ def kv_write(key: Tensor, value: Tensor, key_cache: Cache, value_cache: Cache, s
     lib = library.load()
     if lib is None:
         return reference.kv_write(key, value, key_cache, value_cache, slot_mapping)
-    slots, keys, values = slot_mapping.long().contiguous(), key.float().contiguous(), value.float().contiguous()
+    slots = slot_mapping.long().contiguous()
+    keys = key.float().contiguous()
+    values = value.float().contiguous()
     _, heads, dim = key.shape
     assert key_cache.shape[2:] == (heads, dim), (key.shape, key_cache.shape)
     assert value_cache.shape[2:] == value.shape[1:], (value.shape, value_cache.shape)

@@ -75,9 +75,20 @@ class CpuWeight:
         """
         assert self.layout in ("dense", "tiles"), self.layout
         assert self.layout == "tiles" or (not activation_bits and column_perm is None)
-        arrays = (structs.address(tensor) for tensor in (self.data, self.scales, self.zeros, bias, column_perm))
-        element_type = structs.TYPES[(self.data if self.scales is None else self.scales).dtype]
-        return structs.Matrix(*arrays, *self.shape, self.group_size, self.bits, element_type, activation_bits, self.zero)
+        return structs.Matrix(
+            data=structs.address(self.data),
+            scales=structs.address(self.scales),
+            zeros=structs.address(self.zeros),
+            bias=structs.address(bias),
+            column_perm=structs.address(column_perm),
+            rows=self.shape[0],
+            columns=self.shape[1],
+            group=self.group_size,
+            bits=self.bits,
+            type=structs.TYPES[(self.data if self.scales is None else self.scales).dtype],
+            activation_bits=activation_bits,
+            zero=self.zero,
+        )
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int) -> CpuWeight:
@@ -94,7 +105,9 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: in
     group = columns if group_size == -1 else group_size
     assert columns % group == 0, f"group size {group} does not divide {columns}"
     assert scales.shape == zeros.shape == (rows, columns // group)
-    codes, scales, zeros = codes.contiguous(), scales.float().contiguous(), zeros.to(torch.uint8).contiguous()
+    codes = codes.contiguous()
+    scales = scales.float().contiguous()
+    zeros = zeros.to(torch.uint8).contiguous()
     stored = 4 if bits == 3 else bits
     lib = library.load()
     if lib is not None:
@@ -116,8 +129,13 @@ def _tiles(lib: CDLL, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, g
     zero = int(zeros.view(-1)[0])
     tiled_zeros = None if bool((zeros == zero).all()) else torch.zeros(tiles, -(-groups // 4), _TILE, dtype=torch.int32)
     weight = CpuWeight("tiles", (rows, columns), bits, group, data, tiled_scales, tiled_zeros, zero)
-    addresses = (c_void_p(tensor.data_ptr()) for tensor in (codes, scales, zeros))
-    lib.quantkit_pack(byref(weight.matrix()), *addresses, library.threads())
+    lib.quantkit_pack(
+        byref(weight.matrix()),
+        c_void_p(codes.data_ptr()),
+        c_void_p(scales.data_ptr()),
+        c_void_p(zeros.data_ptr()),
+        library.threads(),
+    )
     return weight
 
 
@@ -140,8 +158,14 @@ def dequantize(weight: CpuWeight, first: int = 0, last: int | None = None, dtype
         lib = library.load()
         assert lib is not None
         out = torch.empty(last - first, weight.shape[1], dtype=dtype)
-        extent = c_int64(first), c_int64(last - first), structs.TYPES[dtype]
-        lib.quantkit_dequantize(byref(weight.matrix()), *extent, c_void_p(out.data_ptr()), library.threads())
+        lib.quantkit_dequantize(
+            byref(weight.matrix()),
+            c_int64(first),
+            c_int64(last - first),
+            structs.TYPES[dtype],
+            c_void_p(out.data_ptr()),
+            library.threads(),
+        )
         return out
     if weight.layout == "int4":
         return _int4_matmul(torch.eye(weight.shape[1]), weight).T[first:last].to(dtype).contiguous()
@@ -188,8 +212,14 @@ def native_matmul(lib: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | None, 
     matrix = byref(weight.matrix(bias, activation_bits))
     prepared = torch.empty(len(wide) * lib.quantkit_prepared_floats(matrix))
     out = torch.empty(len(wide), weight.shape[0])
-    pointers = (c_void_p(tensor.data_ptr()) for tensor in (prepared, out))
-    lib.quantkit_matmul(matrix, c_void_p(wide.data_ptr()), c_int64(len(wide)), *pointers, library.threads())
+    lib.quantkit_matmul(
+        matrix,
+        c_void_p(wide.data_ptr()),
+        c_int64(len(wide)),
+        c_void_p(prepared.data_ptr()),
+        c_void_p(out.data_ptr()),
+        library.threads(),
+    )
     return out.to(x.dtype)
 
 

@@ -160,7 +160,8 @@ class Problem(NamedTuple):
 
         A rule of thumb that holds for all configs that were compiled.
         """
-        rows, tokens, threads = config["rows"], config["tokens"], 32 * config["warps"]
+        rows, tokens = config["rows"], config["tokens"]
+        threads = 32 * config["warps"]
         sums = 96 if device.spares_registers or config["warps"] > 4 else 80
         in_registers = rows * (self.width + tokens) <= sums * threads and tokens * self.width <= 128 * threads
         return in_registers and self.shared(rows, tokens, config["stages"]) <= device.shared_memory

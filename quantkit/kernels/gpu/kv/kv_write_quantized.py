@@ -161,23 +161,52 @@ def quantize_pages_kernel(  # type: ignore[no-untyped-def]
 def write_quantized(new: Tensor, cache: Cache, slot_mapping: Tensor) -> None:
     """Write keys or values [T, H, D] to a `QuantizedKV` or an e4m3 cache, as `reference.kv_write` does."""
     tokens, heads, dim = new.shape
-    strides, shape = (new.stride(0), new.stride(1)), {"HEADS": heads, "D": dim}
-    pads = {"HEADS_PAD": triton.next_power_of_2(heads), "D_PAD": triton.next_power_of_2(dim)}
+    heads_pad, dim_pad = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
     if computes_in_float32(new):
         new = new.float()
     if isinstance(cache, Tensor) or cache.tail_pages is None:
-        data, params = (cache.view(torch.uint8), None) if isinstance(cache, Tensor) else (cache.codes, cache.params)
-        write_tokens_kernel[(tokens,)](new, data, params, slot_mapping, *strides, **shape, **pads)
+        write_tokens_kernel[(tokens,)](
+            new,
+            cache.view(torch.uint8) if isinstance(cache, Tensor) else cache.codes,
+            None if isinstance(cache, Tensor) else cache.params,
+            slot_mapping,
+            new.stride(0),
+            new.stride(1),
+            HEADS=heads,
+            HEADS_PAD=heads_pad,
+            D=dim,
+            D_PAD=dim_pad,
+        )
         return
     block_size = cache.tail_pages.shape[1]
     assert block_size & (block_size - 1) == 0, block_size
     write_tail_kernel[(tokens,)](
-        new, cache.tail_pages, cache.tail_page_ids, slot_mapping, *strides, BLOCK_SIZE=block_size, **shape, **pads
+        new,
+        cache.tail_pages,
+        cache.tail_page_ids,
+        slot_mapping,
+        new.stride(0),
+        new.stride(1),
+        BLOCK_SIZE=block_size,
+        HEADS=heads,
+        HEADS_PAD=heads_pad,
+        D=dim,
+        D_PAD=dim_pad,
     )
     quantize_pages_kernel[(tokens, heads)](
-        cache.codes, cache.params, cache.lower, cache.tail_pages, cache.tail_page_ids, slot_mapping, BLOCK_SIZE=block_size,
-        HALF_PAD=triton.next_power_of_2(dim // 2), BY_CHANNEL=cache.by_channel, num_warps=8, **shape,
-    )  # fmt: skip
+        cache.codes,
+        cache.params,
+        cache.lower,
+        cache.tail_pages,
+        cache.tail_page_ids,
+        slot_mapping,
+        BLOCK_SIZE=block_size,
+        HEADS=heads,
+        D=dim,
+        HALF_PAD=triton.next_power_of_2(dim // 2),
+        BY_CHANNEL=cache.by_channel,
+        num_warps=8,
+    )
 
 
 def is_quantized(cache: Cache) -> bool:
