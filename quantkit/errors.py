@@ -1,26 +1,34 @@
-"""What a user can cause, as exceptions: each message is one line that says which file, what is wrong and what to do.
+"""Exceptions for everything that a user can cause. A message is one line: which file or option, what is wrong, what to do.
 
 The command line prints the message and exits with `exit_code`; a traceback appears only with `--debug`.
-Our own mistakes are `assert`s, never a `QuantkitError`.
+Bugs of quantkit are `assert`s, never a `QuantkitError`.
 """
+
+#: Name of the distribution on PyPI. The package and the command are called quantkit.
+DISTRIBUTION = "quantkit-llm"
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an optional part ("serve", "bench", "demo", "lm-eval", "interop")."""
+    return f'pip install "{DISTRIBUTION}[{extra}]"'
 
 
 class QuantkitError(Exception):
-    """Base of everything a user can cause."""
+    """Base class of all errors that a user can cause."""
 
     exit_code = 2
 
 
 class CheckpointError(QuantkitError):
-    """The source model is missing, damaged, unsupported or disagrees with its own config."""
+    """The source model is missing, damaged, not supported, or contradicts its own config."""
 
 
 class RecipeError(QuantkitError):
-    """The recipe or an option of the command line asks for something that cannot be done."""
+    """The recipe or a command-line option asks for something impossible."""
 
 
 class FormatError(QuantkitError):
-    """A quantized tensor cannot be stored in, or read from, the named on-disk format."""
+    """A quantized tensor cannot be stored in, or read from, an on-disk format."""
 
 
 class CorpusError(QuantkitError):
@@ -28,11 +36,11 @@ class CorpusError(QuantkitError):
 
 
 class ArtifactError(QuantkitError):
-    """The output folder is in the way, in use, or belongs to a different run."""
+    """The output folder already exists, is in use, or belongs to a different run."""
 
 
 class NumericsError(QuantkitError):
-    """A weight or an activation is NaN or Inf."""
+    """A weight or an activation is NaN or infinite."""
 
 
 class ResourceError(QuantkitError):
@@ -40,8 +48,8 @@ class ResourceError(QuantkitError):
 
 
 class PeerError(ResourceError):
-    """Another process of the same run is gone."""
+    """Another process of the same run has died."""
 
 
 class RequestError(QuantkitError):
-    """A request to generate text asks for what this model, its cache or its sampler cannot do."""
+    """A request for text asks for something that the model, its cache or the sampler cannot do."""

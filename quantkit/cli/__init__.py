@@ -15,7 +15,7 @@ app = typer.Typer(
     name="quantkit",
     cls=VerbGroup,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -39,7 +39,7 @@ def main() -> None:
     """Entry point."""
     _shorten_idle_spinning()
     return_freed_memory()
-    app()
+    app(prog_name="quantkit")
 
 
 def _shorten_idle_spinning() -> None:

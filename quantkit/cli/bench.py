@@ -1,6 +1,5 @@
 """`quantkit bench`: latency and throughput of a server under load."""
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -9,7 +8,7 @@ import typer
 
 from quantkit.cli import options
 from quantkit.cli.verb import verb
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, install_command
 
 if TYPE_CHECKING:
     pass
@@ -22,34 +21,56 @@ _Number = TypeVar("_Number", int, float)
     "(or quantkit bench http://host:8000)"
 )
 def bench(
-    target: Annotated[str, typer.Argument(metavar="URL|MODEL", help="A server, or a model that is served meanwhile.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL|MODEL", help="URL of a running server; or a model, which is served for the duration of the run."
+        ),
+    ],
     serve: Annotated[
         list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="For MODEL: options of `quantkit serve`.")
     ] = None,
     concurrency: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Clients that each wait for their answer. Default: 8.")
+        str | None,
+        typer.Option(
+            metavar="N,...", help="Clients; each sends its next request when the previous one is answered. Default: 8."
+        ),
     ] = None,
     rate: Annotated[
-        str | None, typer.Option(metavar="R,...", help="Requests/s at random times (Poisson), whether answered or not.")
+        str | None,
+        typer.Option(metavar="R,...", help="Requests per second, sent at random times (Poisson) without waiting for answers."),
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a request.")] = 64,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos/--heed-eos", help="Whether all of them are generated.")] = True,
-    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
-    ttft_limit: Annotated[float | None, typer.Option(min=0, metavar="MS", help="For goodput.")] = None,
-    tpot_limit: Annotated[float | None, typer.Option(min=0, metavar="MS", help="For goodput.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="A longer request has failed.")] = 600.0,
-    model_name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the server's models; default: the first.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="QUANTKIT_API_KEY", show_envvar=True, help="Of the server.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Throughput against latency.")] = None,
+    requests: Annotated[int, typer.Option(min=1, metavar="N", help="Requests per load.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens per prompt.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="New tokens per request.")] = 64,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos/--heed-eos", help="Generate all --max-tokens, or stop at the end-of-sequence token.")
+    ] = True,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for prompts and arrival times.")] = 0,
+    ttft_limit: Annotated[
+        float | None, typer.Option(min=0, metavar="MS", help="Goodput counts only requests whose first token comes within MS.")
+    ] = None,
+    tpot_limit: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="MS", help="Goodput counts only requests with a time per output token of at most MS."),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="A request that takes longer counts as failed.")
+    ] = 600.0,
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Model to request from the server. Default: the first that it lists.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="QUANTKIT_API_KEY", show_envvar=True, help="API key of the server.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Plot throughput against latency to FILE.png.")] = None,
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure an OpenAI-compatible server under load: TTFT, ITL, TPOT, throughput. Several loads, with commas, are a sweep.
+    """Measure an OpenAI-compatible server under load: TTFT, ITL, TPOT and throughput. Several loads (1,2,4) make a sweep.
 
-    Prompts are random token ids, all different. Requests that fail are counted and named.
+    Prompts are random token ids, all different. Failed requests are counted, and the reasons are listed.
     """
     options.require_writable(json_file)
     if plot is not None and (plot.suffix != ".png" or not plot.absolute().parent.is_dir()):
@@ -66,14 +87,16 @@ def bench(
         from quantkit.bench.plot import plot as draw
         from quantkit.bench.run import BenchRequest, run
     except ModuleNotFoundError as error:
-        raise QuantkitError(f'quantkit bench needs {error.name}; pip install "quantkit-llm[bench]"') from None
-    from quantkit.cli import tables
+        raise QuantkitError(f"quantkit bench needs {error.name}; run: {install_command('bench')}") from None
     from quantkit.cli.bench_table import bench_table
+    from quantkit.cli.progress import Progress
 
     loads: list[Load] = [Poisson(each, seed) for each in rates] or [ClosedLoop(each) for each in clients]
     remote = target.startswith(("http://", "https://"))
     if remote and serve:
-        raise QuantkitError(f"{' '.join(serve)}: options of `quantkit serve`, and {target} is served already; leave them out")
+        raise QuantkitError(
+            f"{' '.join(serve)}: these are options of `quantkit serve`, but {target} is a running server; leave them out"
+        )
     with nullcontext(target) if remote else serving(target, serve or (), api_key) as url:
         request = BenchRequest(
             url=url,
@@ -84,8 +107,8 @@ def bench(
             workload=Workload(prompt_tokens, max_tokens, ignore_eos, seed, timeout),
             limits=Limits(_seconds(ttft_limit), _seconds(tpot_limit)),
         )
-        with tables.stage_bar(enabled=not quiet and sys.stderr.isatty()) as advance:
-            report = run(request, advance)
+        with Progress(quiet=quiet, stage="connecting") as progress:
+            report = run(request, progress.advance)
     console = options.console(json_file, quiet=quiet)
     console.print(bench_table(report))
     for point in report.points:

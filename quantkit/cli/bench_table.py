@@ -21,12 +21,12 @@ def bench_table(report: BenchReport) -> Table:
     def row(name: str, cell: Callable[[Figures], str], meaning: str) -> None:
         table.add_row(name, *(cell(point.figures) for point in report.points), meaning)
 
-    row("completed", lambda f: str(f.completed), "requests whose text came to its end")
-    row("failed", lambda f: str(f.requests - f.completed), "the other requests")
-    row("system TPS", lambda f: f"{f.system_tps:.1f}", "output tokens of completed requests / wall")
-    row("RPS", lambda f: f"{f.rps:.2f}", "completed requests / wall")
+    row("completed", lambda f: str(f.completed), "requests whose text is complete")
+    row("failed", lambda f: str(f.requests - f.completed), "all other requests")
+    row("system TPS", lambda f: f"{f.system_tps:.1f}", "output tokens of completed requests / wall time")
+    row("RPS", lambda f: f"{f.rps:.2f}", "completed requests / wall time")
     if limited:
-        row("goodput", lambda f: f"{f.goodput or 0:.2f}", "completed requests within the limits / wall")
+        row("goodput", lambda f: f"{f.goodput or 0:.2f}", "completed requests within both limits / wall time")
     for name, unit, of, factor, meaning in _SPREADS:
         for part in ("mean", "median", "p99"):
             first = f"{name} {part}, {unit}" if part == "mean" else f"{name} {part}"
@@ -42,7 +42,7 @@ def _cell(of: Callable[[Figures], Spread | None], part: str, factor: float, foun
 
 #: Name, unit, attribute of the figures, factor from seconds to the unit, formula.
 _SPREADS: list[tuple[str, str, Callable[[Figures], Spread | None], float, str]] = [
-    ("TTFT", "ms", lambda f: f.ttft, 1000, "first text - arrival (arrival: when the request was due)"),
+    ("TTFT", "ms", lambda f: f.ttft, 1000, "first text - arrival (arrival: when the request was due to be sent)"),
     ("ITL", "ms", lambda f: f.itl, 1000, "gap between consecutive chunks of text"),
     ("TPOT", "ms", lambda f: f.tpot, 1000, "(E2E - TTFT) / (output tokens - 1)"),
     ("E2E", "ms", lambda f: f.e2e, 1000, "end of the text - arrival"),

@@ -1,4 +1,4 @@
-"""`quantkit calib`: texts to calibrate and evaluate on."""
+"""`quantkit calib`: the built-in texts for calibration and evaluation."""
 
 from quantkit.cli import options
 from quantkit.cli.verb import verb
@@ -6,7 +6,7 @@ from quantkit.cli.verb import verb
 
 @verb(example="Example: quantkit quantize demo -o out --calib wikitext2   (or a .txt, .jsonl or .parquet file, or hf:DATASET)")
 def calib(json_file: options.JsonFile = None) -> None:
-    """List the text sets that ship with quantkit; each is a value of `quantize --calib` and `eval --text`."""
+    """List the built-in text sets. Pass one of the names to `quantize --calib` or `eval --text`."""
     from rich.table import Table
 
     from quantkit.data.corpus import text_sets

@@ -4,6 +4,7 @@ from typing import Any
 
 import typer
 
+from quantkit.cli import complete
 from quantkit.utils.registry import Registry, UnknownNameError
 
 
@@ -22,4 +23,4 @@ def choice(registry: Registry[Any], *names: str, help: str) -> Any:
         except UnknownNameError as error:
             raise typer.BadParameter(str(error)) from None
 
-    return typer.Option(*names, callback=check, metavar="|".join(registry), help=help)
+    return typer.Option(*names, callback=check, metavar="|".join(registry), autocompletion=complete.names(registry), help=help)

@@ -1,6 +1,6 @@
-"""What comes of the requests of `quantkit generate`.
+"""The requests of `quantkit generate` and their outputs.
 
-What has ended can be shown and written at any time, so that neither a failed request nor Ctrl-C costs the others' texts.
+Finished outputs can be shown and written at any time: a failed request or Ctrl-C does not lose the texts of the others.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,17 +17,17 @@ from quantkit.runtime.engine.engine import Engine
 
 
 class Completions:
-    """Requests in an engine and their outputs, sample by sample."""
+    """Requests in an engine, and the output of each of their samples."""
 
     def __init__(self, engine: Engine, prompts: Sequence[LocatedPrompt], requests: Sequence[Request]) -> None:
         """
         Args:
-            engine: has no other work.
-            prompts: of the requests, in their order.
-            requests: are added to it.
+            engine: an engine without other work.
+            prompts: the prompts of the requests, in the same order.
+            requests: what to add to the engine.
 
         Raises:
-            RequestError: one of them can never be served.
+            RequestError: a request can never be served. Nothing runs then.
         """
         self._engine = engine
         self._prompts: dict[int, LocatedPrompt] = {}
@@ -37,10 +37,10 @@ class Completions:
                 self._prompts[engine.add(request)] = prompt
 
     def run(self, watch: Callable[[Output], None]) -> None:
-        """Run the requests to their end, whatever becomes of single ones; `watch` sees every output as it comes.
+        """Run all requests to their end, even if some fail. `watch` is called with every piece of output as it is generated.
 
         Raises:
-            Exception: whatever a step failed with that is no fault of its requests.
+            Exception: a step failed for a reason other than its requests.
         """
         while self._engine.has_work:
             for output in self._engine.step():
@@ -51,17 +51,17 @@ class Completions:
 
     @property
     def ended(self) -> list[Output]:
-        """Whole outputs of the samples that have ended, in the order of the prompts."""
+        """Complete outputs of the finished samples, in the order of the prompts."""
         return [merge_outputs(parts) for _, parts in sorted(self._parts.items()) if parts[-1].finish_reason is not None]
 
     @property
     def failures(self) -> list[str]:
-        """A line for each request that failed."""
+        """One line for each failed request."""
         errors = {output.request_id: output.error for output in self.ended if output.error is not None}
         return [self._prompts[number].with_location(error) for number, error in errors.items()]
 
     def show(self) -> None:
-        """Print every prompt and its samples that have ended, under a line that names them."""
+        """Print the finished samples, each after a line with its number and its prompt."""
         outputs = self.ended
         several = any(output.index for output in outputs)
         for output in outputs:
@@ -71,12 +71,12 @@ class Completions:
             typer.echo(output.text)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The samples that have ended as plain data."""
+        """The finished samples as plain data."""
         return [_completion(output) for output in self.ended]
 
 
 def cut_short(outputs: Sequence[Output], model: Model, max_tokens: int) -> int:
-    """How many texts ended before `max_tokens` because KV memory holds less than the model's context."""
+    """Number of texts that ended before `max_tokens` because KV memory holds less than the model's context."""
     if model.max_model_len == model.context:
         return 0
     return sum(output.finish_reason is FinishReason.LENGTH and output.usage.generated < max_tokens for output in outputs)

@@ -17,17 +17,19 @@ from quantkit.errors import QuantkitError
 
 @verb(example="Example: quantkit deploy vllm demo-w4 --tensor-parallel 3 -- --max-model-len 4096")
 def deploy(
-    engine: Annotated[Literal["vllm", "sglang"], typer.Argument(metavar="vllm|sglang", help="Who serves.")],
+    engine: Annotated[
+        Literal["vllm", "sglang"], typer.Argument(metavar="vllm|sglang", help="Engine that will serve the model.")
+    ],
     model: options.Model,
     extra: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="More options of the engine, passed on as they are.")
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Further options, passed to the engine unchanged.")
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs that share every matrix.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs to split every matrix across.")] = 1,
     run: Annotated[bool, typer.Option("--run", help="Run the command instead of printing it.")] = False,
     json_file: options.JsonFile = None,
     debug: options.Debug = False,
 ) -> None:
-    """Check that vLLM or SGLang loads MODEL, and print the command that serves it."""
+    """Check that vLLM or SGLang can load MODEL, and print the command that serves it."""
     options.require_writable(json_file)
 
     from quantkit.checkpoint.locate import locate
@@ -47,13 +49,15 @@ def deploy(
 
 
 def _become(engine: str, command: list[str]) -> None:
-    """Go on as the engine: signals and exit status are its own.
+    """Replace this process by the engine, so that signals and exit status are the engine's own.
 
     Raises:
         QuantkitError: it is not installed.
     """
     program = sys.executable if command[0] == "python" else shutil.which(command[0])
     if program is None or find_spec(engine) is None:
-        raise QuantkitError(f"{engine} is not installed here; install it, or run the command without --run where it is")
+        raise QuantkitError(
+            f"{engine} is not installed here; install it, or leave out --run and run the printed command elsewhere"
+        )
     sys.stdout.flush()
     os.execv(program, [program, *command[1:]])

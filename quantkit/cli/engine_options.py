@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
-from quantkit.cli import options
+from quantkit.cli import complete, options
 from quantkit.errors import RequestError
 from quantkit.runtime.kv_cache.dtypes import require_kv_dtype
 from quantkit.runtime.kv_cache.eviction import FULL, Budget
@@ -36,7 +36,7 @@ class EngineOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Host memory for cached prompt prefixes that no longer fit into the KV cache: GiB, or e.g. 500MiB.",
+            help="Host memory for cached prompt prefixes that no longer fit into the KV cache, e.g. 8 (GiB) or 500MiB.",
         ),
     ] = None
     kv_offload_dir: Annotated[
@@ -44,10 +44,13 @@ class EngineOptions:
     ] = None
     kv_dtype: options.KvDtype = "auto"
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest sequence, in tokens. Default: the model's context length.")
+        int | None, typer.Option(min=1, metavar="N", help="Longest sequence, in tokens. Default: the model's context length.")
     ] = None
     max_batch: Annotated[
-        int, typer.Option("--max-batch", "--max-num-seqs", min=1, help="Sequences that run at the same time, at most.")
+        int,
+        typer.Option(
+            "--max-batch", "--max-num-seqs", min=1, metavar="N", help="Sequences that run at the same time, at most."
+        ),
     ] = 32
     token_budget: Annotated[
         int,
@@ -55,13 +58,15 @@ class EngineOptions:
             "--token-budget",
             "--max-num-batched-tokens",
             min=1,
+            metavar="N",
             help="Tokens per step, at most. Longer prompts are processed in chunks.",
         ),
     ] = 512
     spec: Annotated[
         str | None,
         typer.Option(
-            metavar="|".join(PROPOSERS),
+            metavar="PROPOSER",
+            autocompletion=complete.names(PROPOSERS),
             help="Speculative decoding: what drafts the next tokens, which the model then checks in one step. Default: off. "
             + "; ".join(f"{name}: {PROPOSERS.description(name)}" for name in PROPOSERS if name != "off")
             + ".",
@@ -71,7 +76,7 @@ class EngineOptions:
         str, typer.Option(metavar="N|auto", help="Tokens per draft. auto adapts the length to how many are accepted.")
     ] = "auto"
     draft_act_bits: Annotated[
-        int | None, typer.Option(help="For --spec qspec: bits of the draft's activations, 4 or 8. Default: 8.")
+        int | None, typer.Option(metavar="4|8", help="For --spec qspec: bits of the draft's activations. Default: 8.")
     ] = None
 
     def __post_init__(self) -> None:

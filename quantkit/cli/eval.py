@@ -1,17 +1,16 @@
 """`quantkit eval`: perplexity, divergence from a baseline, gates for CI; speed; tasks."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.cli import options
+from quantkit.cli import complete, options
 from quantkit.cli.engine_options import EngineOptions
 from quantkit.cli.verb import verb
 from quantkit.errors import RecipeError
-from quantkit.runtime.kv_cache.dtypes import KV_DTYPES
+from quantkit.runtime.kv_cache.dtypes import KV_DTYPES, require_kv_dtype
 from quantkit.runtime.kv_cache.eviction import FULL, Budget
 
 if TYPE_CHECKING:
@@ -25,40 +24,72 @@ if TYPE_CHECKING:
 )
 def evaluate(
     model: options.Model,
-    baseline: Annotated[str | None, typer.Option(metavar="REF", help="Model to compare with, usually the original.")] = None,
-    text: Annotated[str, typer.Option(help="Text: a set's name, a file, or hf:DATASET.")] = "builtin",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text, which do not overlap.")] = 10,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
-    max_ppl_increase: Annotated[str | None, typer.Option(help="Gate: largest perplexity increase, e.g. 2%.")] = None,
-    max_kl: Annotated[float | None, typer.Option(min=0, help="Gate: largest mean KL divergence, nats.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Model to compare with, usually the original before quantization.")
+    ] = None,
+    text: Annotated[
+        str,
+        typer.Option(
+            autocompletion=complete.text_sets,
+            help="Evaluation text: a name (see `quantkit calib`), a .txt, .jsonl or .parquet file, or hf:DATASET.",
+        ),
+    ] = "builtin",
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to evaluate. They do not overlap.")] = 10,
+    seq_len: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens per window.")] = 1024,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PERCENT", help="Gate: exit with status 1 if perplexity is higher than the baseline's by more, e.g. 2%."
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="NATS", help="Gate: exit with status 1 if the mean KL divergence from the baseline is larger."
+        ),
+    ] = None,
     kv_dtype: Annotated[
-        str | None, typer.Option(help=f"Run through the engine's KV cache of this type: {KV_DTYPES.alternatives()}.")
+        str | None,
+        typer.Option(
+            "--kv-dtype",
+            "--kv-cache-dtype",
+            metavar="TYPE",
+            autocompletion=complete.names(KV_DTYPES),
+            help=f"Evaluate with a KV cache of this type: {KV_DTYPES.alternatives()}.",
+        ),
     ] = None,
     kv_policy: options.KvPolicy = FULL,
     kv_budget: options.KvBudget = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure speed and memory instead of quality.")] = False,
     tasks: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Run tasks of the lm-evaluation-harness instead.")
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="Run these tasks of the lm-evaluation-harness instead, e.g. hellaswag,arc_easy."
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Of --tasks: documents of each at most.")] = None,
-    task_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --tasks: a folder of more tasks (YAML).")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Of --tasks: examples in each prompt.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Of --tasks: put prompts into the chat template.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="For --tasks: documents per task, at most.")] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For --tasks: folder with additional tasks (YAML).")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, metavar="N", help="For --tasks: examples per prompt.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="For --tasks: put prompts into the model's chat template.")] = False,
     write_card: Annotated[bool, typer.Option("--write-card", help="Record the numbers in MODEL's model card.")] = False,
     device: options.Device = "auto",
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure perplexity, KL divergence from a baseline, top-1 agreement, bits per weight and size; or speed; or tasks.
+    """Measure MODEL: perplexity, bits per weight and size; with --baseline KL divergence and top-1 agreement too.
 
-    perplexity = exp(mean negative log-likelihood) over windows that do not overlap, each window's first token unscored.
+    --speed measures speed and memory instead; --tasks runs benchmark tasks instead.
+
+    Perplexity = exp(mean negative log-likelihood). The first token of each window is not scored.
     """
     options.require_writable(json_file)
     increase = options.fraction(max_ppl_increase, "--max-ppl-increase")
     gated = increase is not None or max_kl is not None
     if baseline is None and gated:
-        raise RecipeError("--max-ppl-increase and --max-kl compare with a baseline; name it with --baseline")
+        raise RecipeError("--max-ppl-increase and --max-kl compare with a baseline; name one with --baseline")
     if write_card:
         if baseline is None or speed or tasks is not None:
             raise RecipeError(
@@ -70,19 +101,23 @@ def evaluate(
         from quantkit.formats.model_card import require_measurable
 
         require_measurable(Path(model))
+    if kv_dtype is not None:
+        require_kv_dtype(kv_dtype)
     if speed:
         if gated or tasks is not None:
-            raise RecipeError("--speed measures no quality, so no gates and no --tasks go with it; run eval twice")
+            raise RecipeError("--speed does not measure quality, so it excludes gates and --tasks; run eval twice")
         if (kv_dtype, kv_policy, kv_budget) != (None, FULL, None):
             raise RecipeError(
-                "--speed runs with the model's own KV cache, whole; "
+                "--speed always uses a full KV cache of the model's own type; "
                 "leave --kv-dtype, --kv-policy and --kv-budget out, or --speed"
             )
         _speed(model, baseline, device, json_file, quiet=quiet)
         return
     if tasks is not None:
         if gated:
-            raise RecipeError("--tasks measures neither perplexity nor KL, so these cannot gate it; run eval twice")
+            raise RecipeError(
+                "--tasks measures neither perplexity nor KL divergence, so it excludes those gates; run eval twice"
+            )
         from quantkit.cli.eval_tasks import evaluate_tasks
 
         models = {} if baseline is None else {"baseline": baseline}
@@ -91,13 +126,12 @@ def evaluate(
         evaluate_tasks(models | {"model": model}, engine, wanted, json_file, quiet=quiet)
         return
     if (limit, task_dir, num_fewshot, chat) != (None, None, None, False):
-        raise RecipeError(
-            "--limit, --task-dir, --num-fewshot and --chat are about tasks of the harness; name some with --tasks"
-        )
+        raise RecipeError("--limit, --task-dir, --num-fewshot and --chat apply to --tasks only; name tasks with --tasks")
     budget = Budget(kv_policy, kv_budget)
 
     from quantkit.checkpoint.locate import locate
     from quantkit.cli import tables
+    from quantkit.cli.progress import Progress
     from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalRequest, run_evaluation
     from quantkit.utils.device import resolve_device
 
@@ -111,13 +145,13 @@ def evaluate(
         kv_dtype=kv_dtype,
         budget=budget,
     )
-    with tables.stage_bar(enabled=not quiet and sys.stderr.isatty()) as advance:
-        report = run_evaluation(request, advance)
+    with Progress(quiet=quiet) as progress:
+        report = run_evaluation(request, progress.advance)
     options.console(json_file, quiet=quiet).print(tables.eval_table(report, model, baseline))
     if report.kernel_difference is not None and not abs(report.kernel_difference) <= KERNEL_TOLERANCE:
         typer.echo(
             f"warning: the packed kernels move the perplexity by {report.kernel_difference:+.1e} from that of the dequantized "
-            f"weights, more than the {KERNEL_TOLERANCE:.0e} that rounding explains; generated text suffers alike",
+            f"weights, more than the {KERNEL_TOLERANCE:.0e} that rounding explains; generated text is affected as well",
             err=True,
         )
     if write_card and baseline is not None:
@@ -133,18 +167,19 @@ def evaluate(
 
 
 def _speed(model: str, baseline: str | None, device: str, json_file: Path | None, *, quiet: bool) -> None:
-    """Measure models one after another, each in a process of its own."""
+    """Measure the speed of the models one after another, each in a process of its own."""
     from quantkit.checkpoint.locate import locate
     from quantkit.cli import tables
+    from quantkit.cli.progress import Progress
     from quantkit.evaluation.speed import measure_apart
     from quantkit.utils.device import resolve_device
 
     names = [name for name in (baseline, model) if name is not None]
     reports = []
-    for name in names:
-        if not quiet and sys.stderr.isatty():
-            typer.echo(f"measuring {name} (about a minute) ...", err=True)
-        reports.append(measure_apart(locate(name), resolve_device(device)))
+    with Progress(quiet=quiet) as progress:
+        for number, name in enumerate(names, start=1):
+            progress.advance(f"measuring {name} (model {number} of {len(names)}, about a minute each)", 0, 0)
+            reports.append(measure_apart(locate(name), resolve_device(device)))
     options.console(json_file, quiet=quiet).print(tables.speed_table(reports))
     options.write_json(json_file, dict(zip(("baseline", "model")[-len(reports) :], map(asdict, reports), strict=True)))
 
@@ -152,8 +187,8 @@ def _speed(model: str, baseline: str | None, device: str, json_file: Path | None
 def _failures(report: "EvalReport", max_increase: float | None, max_kl: float | None) -> list[str]:
     failures = []
     if max_increase is not None and report.ppl_increase is not None and not report.ppl_increase <= max_increase:
-        failures.append(f"perplexity rose by {report.ppl_increase:.2%}, allowed is {max_increase:.2%}")
+        failures.append(f"perplexity rose by {report.ppl_increase:.2%}, the limit is {max_increase:.2%}")
     kl = report.model.metrics.kl_mean
     if max_kl is not None and kl is not None and not kl <= max_kl:
-        failures.append(f"mean KL divergence is {kl:.4f}, allowed is {max_kl:.4f}")
+        failures.append(f"mean KL divergence is {kl:.4f}, the limit is {max_kl:.4f}")
     return failures

@@ -1,10 +1,9 @@
-"""`quantkit generate`: text from a model, one prompt streamed to the terminal or a file of prompts as a batch."""
+"""`quantkit generate`: one prompt, streamed to the terminal, or a file of prompts as a batch."""
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from quantkit.cli.verb import verb
 from quantkit.errors import RequestError
 
 if TYPE_CHECKING:
+    from quantkit.cli.progress import Progress
     from quantkit.runtime.core.output import Output
     from quantkit.runtime.session import Session, Summary
 
@@ -27,42 +27,73 @@ if TYPE_CHECKING:
 @with_engine
 def generate(
     model: options.Model,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to continue; or use --prompts.")] = None,
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A batch: .txt, a prompt a line, or .jsonl.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Taken off the logits of tokens already produced.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same, a time they occurred.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    samples: Annotated[int, typer.Option("-n", help="Samples a prompt.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
-    stop_token_id: Annotated[list[int] | None, typer.Option(help="Token that ends the output; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
-    json_schema: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A JSON schema; the output is JSON that fits it.")
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Text to continue. For a batch use --prompts.")
     ] = None,
-    logprobs: Annotated[int | None, typer.Option(help="Log probabilities of this many tokens a place, in --json.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="File with a batch of prompts: .txt with one per line, or .jsonl with one object per line."
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="New tokens per completion, at most.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="Randomness of sampling. 0: always take the most likely token.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(metavar="N", help="Sample only from the N most likely tokens. 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", help="Sample only from the most likely tokens whose probabilities add up to X.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(metavar="X", help="Drop tokens whose probability is below X times the highest one.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(metavar="X", help="Above 1: tokens of the prompt and of the output become less likely to occur again."),
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Subtracted from the logits of tokens that occur in the output.")
+    ] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(metavar="X", help="Subtracted once per occurrence in the output.")] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed for sampling. The same seed gives the same text.")
+    ] = None,
+    samples: Annotated[int, typer.Option("-n", metavar="N", help="Completions per prompt.")] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End the output before this text. May be given several times.")
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="End the output at this token. May be given several times.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at the end-of-sequence token.")] = False,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Constrain the output to JSON that conforms to the JSON schema in FILE."),
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Record the log probabilities of the N most likely tokens at each position. Needs --json."
+        ),
+    ] = None,
     *,
     engine: EngineOptions,
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Generate text with quantkit's own engine: artifacts of any format, or plain checkpoints."""
+    """Generate text from MODEL, quantized (in any format) or not, in quantkit's own engine."""
     options.require_writable(json_file)
     if (prompt is None) == (prompts is None):
-        raise RequestError("name either a prompt or a file of prompts with --prompts, not both and not neither")
+        raise RequestError("give either a PROMPT or a file of prompts with --prompts, not both")
     if logprobs is not None and json_file is None:
-        raise RequestError("--logprobs are only in --json; add --json FILE, or --json - for stdout")
+        raise RequestError("--logprobs are written to --json only; add --json FILE, or --json - for stdout")
     schema = None if json_schema is None else _read_schema(json_schema)
 
     from quantkit.cli import tables
     from quantkit.cli.completions import Completions
+    from quantkit.cli.progress import Progress
     from quantkit.data.prompts import LocatedPrompt, read_prompts
     from quantkit.runtime.core.request import SamplingParams
 
@@ -83,7 +114,8 @@ def generate(
         logprobs=logprobs,
     )
     given = [LocatedPrompt(prompt)] if prompt is not None else read_prompts(prompts) if prompts is not None else []
-    session = engine.open(model)
+    with Progress(quiet=quiet or sys.stderr.isatty(), stage=f"loading {model}"):
+        session = engine.open(model)
     if not quiet:
         typer.echo(tables.kv_plan(session.model.cache, session.draft_cache), err=True)
     constraint = None if schema is None else session.grammars.compile(schema)
@@ -96,9 +128,9 @@ def generate(
     total, started = len(requests) * samples, time.monotonic()
     completions = Completions(session.engine, given, requests)
     try:
-        with _progress(total, enabled=not (stream or quiet) and sys.stderr.isatty()) as advance:
-            completions.run(_write if stream else advance)
-    finally:  # What has ended is not lost to what ends the run.
+        with Progress(quiet=quiet or stream) as progress:
+            completions.run(_write if stream else _watcher(progress, total))
+    finally:  # Finished outputs are shown even if the run is interrupted.
         outputs = completions.ended
         summary = session.summary(outputs, time.monotonic() - started)
         if stream:
@@ -117,7 +149,7 @@ def generate(
 def _tell(
     outputs: "list[Output]", summary: "Summary", session: "Session", total: int, max_tokens: int, *, quiet: bool
 ) -> None:
-    """On stderr: the run in numbers, and what is less than was asked for."""
+    """Print to stderr: statistics of the run, and notes on incomplete outputs."""
     from quantkit.cli import tables
     from quantkit.cli.completions import cut_short
 
@@ -127,9 +159,9 @@ def _tell(
             typer.echo(tables.speculated(summary.speculation), err=True)
     if cut := cut_short(outputs, session.model, max_tokens):
         held = f"KV memory holds {session.model.max_model_len:,} tokens, prompt and output together"
-        typer.echo(f"note: {held}, where {cut} of {total} completions ended; raise --kv-memory for longer ones", err=True)
+        typer.echo(f"note: {held}; {cut} of {total} completions ended there. Raise --kv-memory for longer ones", err=True)
     if len(outputs) < total > 1:
-        typer.echo(f"note: {len(outputs)} of {total} completions had ended", err=True)
+        typer.echo(f"note: {len(outputs)} of {total} completions were finished", err=True)
 
 
 def _read_schema(path: Path) -> Any:
@@ -145,32 +177,20 @@ def _read_schema(path: Path) -> Any:
 
 
 def _write(output: "Output") -> None:
-    """Text as it comes."""
+    """Print a piece of text at once."""
     sys.stdout.write(output.text)
     sys.stdout.flush()
 
 
-@contextmanager
-def _progress(total: int, *, enabled: bool) -> "Iterator[Callable[[Output], None]]":
-    """A bar of finished samples."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _watcher(progress: "Progress", total: int) -> "Callable[[Output], None]":
+    """A function that reports finished samples and tokens per second to `progress`."""
+    started, done, tokens = time.monotonic(), 0, 0
 
-    columns = (
-        TextColumn("samples"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as progress:
-        task = progress.add_task("samples", total=total, rate="")
-        started, tokens = time.monotonic(), 0
+    def watch(output: "Output") -> None:
+        nonlocal done, tokens
+        tokens += len(output.token_ids)
+        done += output.finish_reason is not None
+        progress.advance("samples", done, total, f"{tokens / (time.monotonic() - started):.0f} tokens/s")
 
-        def advance(output: "Output") -> None:
-            nonlocal tokens
-            tokens += len(output.token_ids)
-            done = int(output.finish_reason is not None)
-            progress.update(task, advance=done, rate=f"{tokens / (time.monotonic() - started):.0f} tokens/s")
-
-        yield advance
+    progress.advance("samples", 0, total)
+    return watch

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @verb(example="Example: quantkit inspect demo-w4")
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Model folder, quantized or not; or 'demo'.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Model folder (quantized or not), Hub id, or 'demo'.")],
     json_file: options.JsonFile = None,
     debug: options.Debug = False,
 ) -> None:
-    """Show what a model folder holds: architecture, format, schemes, size, and how it was made."""
+    """Show what a model folder holds: architecture, format, schemes, size, and how it was made. Reads headers only."""
     options.require_writable(json_file)
 
     from quantkit.checkpoint.locate import locate
@@ -56,7 +56,7 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
         facts["schemes"] = {str(scheme): schemes.count(scheme) for scheme in dict.fromkeys(schemes)}
         facts["engines"] = packed.engines()
         if packed.online:
-            facts["online"] = f"Hadamard transform of what down_proj reads, in blocks of {packed.online.block}"
+            facts["online"] = f"Hadamard transform of the inputs of down_proj, in blocks of {packed.online.block}"
     made: Path = checkpoint.folder / "quantkit.json"
     if made.is_file():
         facts |= _history(made)

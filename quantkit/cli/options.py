@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantkit.cli import complete
 from quantkit.errors import QuantkitError, RecipeError, ResourceError
 from quantkit.runtime.kv_cache.dtypes import KV_DTYPES
 from quantkit.runtime.kv_cache.eviction import FULL, POLICIES
@@ -17,21 +18,39 @@ from quantkit.runtime.speculative.proposers import MAX_DRAFT_LEN
 if TYPE_CHECKING:
     from rich.console import Console
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, Hub id, or 'demo' (SmolLM2-135M-Instruct).")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-KvDtype = Annotated[str, typer.Option(help=f"Type of the KV cache: {KV_DTYPES.alternatives()}.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Local folder, Hub id (owner/name), or 'demo' (SmolLM2-135M-Instruct).")
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
+KvDtype = Annotated[
+    str,
+    typer.Option(
+        "--kv-dtype",
+        "--kv-cache-dtype",
+        metavar="TYPE",
+        autocompletion=complete.names(KV_DTYPES),
+        help=f"How the KV cache stores keys and values: {KV_DTYPES.alternatives()}. auto: as the checkpoint does.",
+    ),
+]
 KvPolicy = Annotated[
     str,
     typer.Option(
-        help=f"Past tokens that a sequence keeps. {FULL}: all; "
+        metavar="POLICY",
+        autocompletion=complete.names([FULL, *POLICIES]),
+        help=f"Which past tokens a sequence keeps. {FULL}: all; "
         + "; ".join(f"{name}: {policy.description}" for name, policy in POLICIES.items())
-        + "."
+        + ".",
     ),
 ]
-KvBudget = Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens that it keeps, for all but full.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything shown as JSON ('-': stdout).")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on error.")]
+KvBudget = Annotated[
+    int | None,
+    typer.Option(metavar="TOKENS", help="Tokens that a sequence keeps, at most. Every --kv-policy but full needs it."),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write everything that is shown to FILE as JSON; '-': to stdout.")
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print neither progress nor tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback for every error.")]
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

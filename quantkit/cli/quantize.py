@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit.cli import options
+from quantkit.cli import complete, options
 from quantkit.cli.choice import choice
 from quantkit.cli.verb import verb
 from quantkit.formats import FORMATS
@@ -14,38 +14,75 @@ from quantkit.methods import METHODS
 
 @verb(
     example="Example: quantkit quantize demo -o demo-w4 --recipe awq+gptq-w4   (then: quantkit eval demo-w4 --baseline demo)",
-    when_interrupted="the same command goes on after the last finished block",
+    when_interrupted="the same command continues after the last finished block",
     when_out_of_memory="lower --seq-len or --max-memory, or use another --device",
 )
 def quantize(
     model: options.Model,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the artifact; must not exist.")],
-    method: Annotated[str | None, choice(METHODS, help="Quantization method.")] = None,
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1: a scale a row.")] = None,
-    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Fixed or searched zero points.")] = None,
-    act_order: Annotated[bool | None, typer.Option(help="Quantize columns by falling activation.")] = None,
-    rotate: Annotated[bool | None, typer.Option(help="Rotate activations, for drafts with 4-bit ones.")] = None,
-    format_: Annotated[str | None, choice(FORMATS, "--format", help="On-disk format.")] = None,
-    recipe: Annotated[str, typer.Option(help="A recipe's name (see `quantkit recipes`), a YAML file, or a quantkit.json.")] = (
-        "gptq-w4"
-    ),
-    calib: Annotated[str | None, typer.Option(help="Text: a set's name, a file, or hf:DATASET.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration rows.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draw rows at random; without it, the text's first.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the quantized model. It must not exist yet.")],
+    method: Annotated[str | None, choice(METHODS, help="Quantization method. rtn: round to nearest.")] = None,
+    bits: Annotated[int | None, typer.Option(metavar="2|3|4|8", help="Bits per weight.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Neighboring weights in a row that share one scale. -1: the whole row.")
+    ] = None,
+    sym: Annotated[
+        bool | None,
+        typer.Option("--sym/--asym", help="Symmetric: the zero point is fixed. Asymmetric: each group has its own."),
+    ] = None,
+    act_order: Annotated[
+        bool | None, typer.Option(help="For gptq: quantize the columns with the largest activations first.")
+    ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option(help="Apply a Hadamard rotation (QuaRot), so that drafts with 4-bit activations are accepted."),
+    ] = None,
+    format_: Annotated[str | None, choice(FORMATS, "--format", help="On-disk format of the quantized weights.")] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            autocompletion=complete.recipes,
+            help="Recipe: a name (see `quantkit recipes`), a YAML file, or the quantkit.json of another model.",
+        ),
+    ] = "gptq-w4",
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            autocompletion=complete.text_sets,
+            help="Calibration text: a name (see `quantkit calib`), a .txt, .jsonl or .parquet file, or hf:DATASET.",
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Number of calibration sequences.")] = None,
+    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens per calibration sequence.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Draw the calibration sequences at random with this seed. Default: take the first ones."
+        ),
+    ] = None,
     device: options.Device = "auto",
-    max_memory: Annotated[str | None, typer.Option(help="For activations, e.g. 8GiB; beyond it they go to a file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, or an unfinished run that differs.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Predict memory, disk, time and loaders; change nothing.")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory for activations, e.g. 8GiB; the rest goes to a file. Default: half of what is free."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists, or an unfinished run with other options.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Predict memory, disk space, time and which engines load the result. Write nothing.")
+    ] = False,
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="A line for each matrix.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print a line for each quantized matrix.")] = False,
     debug: options.Debug = False,
 ) -> None:
     """Quantize MODEL to 2, 3, 4 or 8 bits and write an artifact that vLLM, SGLang and transformers load.
 
-    Options override the recipe. A killed run goes on where it stopped when the same command is given again.
+    Options override fields of the recipe.
+
+    If the run is killed, the same command continues after the last finished block.
     """
     given: dict[str, Any] = {
         "method": method,

@@ -1,4 +1,4 @@
-"""`quantkit recipes`: what ships."""
+"""`quantkit recipes`: the built-in recipes."""
 
 from quantkit.cli import options
 from quantkit.cli.verb import verb
@@ -6,7 +6,7 @@ from quantkit.cli.verb import verb
 
 @verb(example="Example: quantkit recipes --json - | jq '.\"gptq-w4\"'")
 def recipes(json_file: options.JsonFile = None) -> None:
-    """List the recipes that ship with quantkit; any of them is a value of `quantize --recipe`."""
+    """List the built-in recipes. Pass one of the names to `quantize --recipe`."""
     import yaml
     from rich.table import Table
 

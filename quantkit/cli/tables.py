@@ -1,13 +1,9 @@
-"""Tables for people. Everything in them is also in `--json`."""
+"""Tables and summary lines for people. `--json` holds everything that they show."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
@@ -48,22 +44,22 @@ def pairs(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def named(name: str, *values: str) -> Table:
-    """A table whose first column holds names, which are folded where the terminal is narrow, so that no value is cut."""
+    """A table whose first column holds names. On a narrow terminal the names are folded, so that no value is cut."""
     return Table(Column(name, overflow="fold"), *(Column(value, no_wrap=True) for value in values), title_justify="left")
 
 
 def engine_rows(engines: "list[EngineSupport]") -> list[tuple[str, str]]:
-    """One row an engine."""
+    """One row per engine."""
     return [(f"loads in {e.name}", ("yes" if e.loads else "no") + (f" ({e.note})" if e.note else "")) for e in engines]
 
 
 def run_tables(report: "RunReport", out: Path) -> list[Table]:
-    """The end of `quantize`: totals, engines and the worst five matrices."""
+    """What `quantize` shows at its end: totals, engines and the worst five matrices."""
     from quantkit.formats import EngineSupport
 
     totals = report.totals
     rows = [
-        ("matrices", f"{totals.matrices} quantized, {len(report.unquantized)} kept in 16 bit"),
+        ("matrices", f"{totals.matrices} quantized, {len(report.unquantized)} left in 16 bit"),
         ("bits per weight", f"{totals.bits_per_weight:.2f}"),
         ("size", f"{size(totals.source_bytes)} -> {size(totals.size_bytes)}"),
         ("mean output error", f"{totals.output_error:.2e}"),
@@ -97,13 +93,13 @@ def plan_table(plan: "RunEstimate") -> Table:
     rows = [
         ("host memory, peak", size(plan.host_bytes)),
         ("device memory, peak", size(plan.device_bytes) if plan.device_bytes else "none"),
-        ("disk", f"{size(plan.disk_bytes)}, and {size(plan.working_bytes)} while it runs ({size(plan.free_bytes)} free)"),
-        ("time", f"{duration(plan.seconds)} (one block: {plan.block_seconds:.1f} s)"),
+        ("disk", f"{size(plan.disk_bytes)}, plus {size(plan.working_bytes)} during the run ({size(plan.free_bytes)} free)"),
+        ("time", f"{duration(plan.seconds)} ({plan.block_seconds:.1f} s per block)"),
         *((scheme, _listed(names)) for scheme, names in schemes.items()),
         *((f"16 bit: {reason}", _listed(names)) for reason, names in kept.items()),
         *engine_rows(plan.engines),
     ]
-    return pairs("plan (nothing was changed)", rows)
+    return pairs("plan (nothing was written)", rows)
 
 
 def _listed(names: list[str]) -> str:
@@ -116,7 +112,9 @@ def eval_table(report: "EvalReport", model: str, baseline: str | None) -> Table:
     table.title = f"{report.windows} windows of {report.seq_len} tokens, text: {report.text}"
     if report.kv_bytes_per_token is not None:
         kept = "" if report.kv_budget is None else f", {report.kv_policy} within {report.kv_budget:,} tokens"
-        table.caption = f"{model}: KV cache {report.kv_dtype or 'auto'}, {report.kv_bytes_per_token:,.0f} bytes a token{kept}"
+        table.caption = (
+            f"{model}: KV cache {report.kv_dtype or 'auto'}, {report.kv_bytes_per_token:,.0f} bytes per token{kept}"
+        )
 
     def row(name: str, entry: "EvalRow", change: str) -> None:
         m = entry.metrics
@@ -140,7 +138,7 @@ def eval_table(report: "EvalReport", model: str, baseline: str | None) -> Table:
 
 
 def speed_table(reports: "list[SpeedReport]") -> Table:
-    """`quantkit eval --speed`: a column a model, a row a number, the formula beside it."""
+    """`quantkit eval --speed`: one column per model, one row per number, and the formula of each."""
     table = named("", *[report.name for report in reports], "what it is")
     table.title = f"device {reports[0].device}, {reports[0].threads} threads"
 
@@ -149,16 +147,18 @@ def speed_table(reports: "list[SpeedReport]") -> Table:
 
     for name in reports[0].rates:
         rates = [report.rates[name] for report in reports]
-        table.add_row(f"{name} tok/s", *(f"{rate.mean:.1f} ± {rate.sd:.1f}" for rate in rates), "mean ± sd of 5")
+        table.add_row(
+            f"{name} tok/s", *(f"{rate.mean:.1f} ± {rate.sd:.1f}" for rate in rates), "mean ± standard deviation of 5 runs"
+        )
     row("TTFT", lambda r: f"{1000 * r.ttft_seconds:.0f} ms", "first token - arrival, 128 prompt tokens")
     row("TPOT", lambda r: f"{1000 * r.tpot_seconds:.2f} ms", "(end - first token) / (n - 1), 64 new tokens")
     for count in reports[0].system_tps:
         rates_at = (f"{report.system_tps[count]:.1f}" for report in reports)
-        table.add_row(f"{count} concurrent tok/s", *rates_at, "all output tokens / wall")
-    row("weights read", lambda r: size(r.weight_bytes), "by one decode step")
+        table.add_row(f"{count} concurrent tok/s", *rates_at, "all output tokens / wall time")
+    row("weights read", lambda r: size(r.weight_bytes), "per decode step")
     row("weight GB/s", lambda r: f"{r.weight_bandwidth / 1e9:.1f}", "weights read * tg128")
-    row("machine GB/s", lambda r: f"{r.read_bandwidth / 1e9:.1f}", "256 MiB summed, best of 5")
-    row("load", lambda r: f"{r.load_seconds:.2f} s", "imports excluded")
+    row("machine GB/s", lambda r: f"{r.read_bandwidth / 1e9:.1f}", "read bandwidth: 256 MiB summed, best of 5 runs")
+    row("load", lambda r: f"{r.load_seconds:.2f} s", "time to load the model, without imports")
     row("peak memory", lambda r: size(r.peak_memory_bytes), "largest resident set")
     if reports[0].peak_device_bytes:
         row("peak device memory", lambda r: size(r.peak_device_bytes), "largest allocation")
@@ -166,7 +166,7 @@ def speed_table(reports: "list[SpeedReport]") -> Table:
 
 
 def kv_plan(cache: "KVCache", draft: "KVCache | None" = None) -> str:
-    """A line about the memory of a model that is about to run, and one about its draft model's."""
+    """One line about the KV cache of a model that is about to run, and one about its draft model's."""
     caches = {"": cache} if draft is None else {"": cache, " of the draft model": draft}
     return "\n".join(_kv_plan(each, of) for of, each in caches.items())
 
@@ -179,14 +179,14 @@ def _kv_plan(cache: "KVCache", of: str) -> str:
 
 def generated(summary: "Summary") -> str:
     """One line about a run of `quantkit generate`."""
-    decode = "" if summary.decode_tps is None else f", {summary.decode_tps:.1f} tokens/s each"
+    decode = "" if summary.decode_tps is None else f", {summary.decode_tps:.1f} tokens/s per sequence"
     blocks = {"dropped": summary.evicted_blocks, "offloaded": summary.offloaded_blocks, "fetched": summary.fetched_blocks}
     moved = ", ".join(f"{count} {what}" for what, count in blocks.items() if count)
     moved = f"; KV blocks: {moved}" if moved else ""
     cached = f" ({summary.cached_tokens} from the prefix cache)" if summary.cached_tokens else ""
     return (
-        f"{summary.prompt_tokens} prompt tokens{cached}, {summary.output_tokens} new ones in {summary.seconds:.2f} s: "
-        f"{summary.output_tps:.1f} tokens/s in all, first token after {1000 * summary.ttft_seconds:.0f} ms{decode}; "
+        f"{summary.prompt_tokens} prompt tokens{cached}, {summary.output_tokens} output tokens in {summary.seconds:.2f} s: "
+        f"{summary.output_tps:.1f} tokens/s in total, first token after {1000 * summary.ttft_seconds:.0f} ms{decode}; "
         f"loaded in {summary.load_seconds:.2f} s, peak memory {size(summary.peak_memory_bytes)}{moved}"
     )
 
@@ -194,27 +194,14 @@ def generated(summary: "Summary") -> str:
 def speculated(stats: "SpeculationStats") -> str:
     """One line about a run's drafts."""
     if stats.acceptance_rate is None or stats.mean_accepted_length is None:
-        return "speculation: nothing was drafted"
+        return "speculation: no tokens were drafted"
     places = " ".join(f"{share:.0%}" for share in stats.acceptance_by_position)
-    cost = "" if stats.cost_ratio is None else f"; a draft step costs {stats.cost_ratio:.3f} of a verifying one"
-    speed_up = "" if stats.speed_up is None else f"; {stats.speed_up:.2f} times as fast as without"
+    cost = (
+        "" if stats.cost_ratio is None else f"; a draft step takes {stats.cost_ratio:.3f} of the time of a verification step"
+    )
+    speed_up = "" if stats.speed_up is None else f"; {stats.speed_up:.2f} times as fast as without drafts"
     return (
         f"speculation: {stats.accepted} of {stats.drafted} drafted tokens accepted "
         f"({stats.acceptance_rate:.0%}; by position {places}), "
-        f"{stats.mean_accepted_length:.2f} tokens a draft, the one behind it included{cost}{speed_up}"
+        f"{stats.mean_accepted_length:.2f} tokens per draft, including the one that the model adds{cost}{speed_up}"
     )
-
-
-@contextmanager
-def stage_bar(*, enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar a stage, on what is stderr now; yields advance(stage, done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), disable=not enabled) as progress:
-        tasks = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done)
-
-        yield advance

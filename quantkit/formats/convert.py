@@ -1,5 +1,6 @@
 """Change an artifact's format: a permutation of bits, never a re-quantization."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,14 @@ from quantkit.formats.model_card import write_model_card
 from quantkit.methods.scheme import Scheme
 from quantkit.utils.renamed_keys import with_current_keys
 
+#: Called with what is counted, how many are done, and how many there are.
+Advance = Callable[[str, int, int], None]
 
-def convert(source: Path, out: Path, format_name: str, *, overwrite: bool) -> int:
+
+def convert(source: Path, out: Path, format_name: str, *, overwrite: bool, advance: Advance | None = None) -> int:
     """Write the artifact at `source` in format `format_name` to `out`, shard by shard. Returns the number of matrices.
+
+    `advance`, if given, is called with ("shards", shards written, shards) before the first shard and after each.
 
     Raises:
         CheckpointError: the source is damaged.
@@ -38,7 +44,7 @@ def convert(source: Path, out: Path, format_name: str, *, overwrite: bool) -> in
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files}
     identity = {"convert": str(source.resolve()), "source": stamps, "to": format_name}
     with Workspace(out, identity, source=source, overwrite=overwrite) as workspace:
-        _make(checkpoint, packed, plan, workspace, format_name)
+        _make(checkpoint, packed, plan, workspace, format_name, advance or (lambda stage, done, total: None))
     return len(packed.modules)
 
 
@@ -69,13 +75,17 @@ def _require_room(source: Path, packed: PackedReader, plan: ModuleSchemes, forma
         raise FormatError(f"{source}: {error}") from None
 
 
-def _make(checkpoint: Checkpoint, packed: PackedReader, plan: ModuleSchemes, workspace: Workspace, format_name: str) -> None:
+def _make(
+    checkpoint: Checkpoint, packed: PackedReader, plan: ModuleSchemes, workspace: Workspace, format_name: str, advance: Advance
+) -> None:
     """From an open workspace to the published artifact, shard by shard."""
     done = len(workspace.finished)
+    advance("shards", done, len(checkpoint.files))
     for number, file in enumerate(checkpoint.files[done:], start=done):
         shard = f"shard-{number:05}.safetensors"
         write_tensors(workspace.folder / shard, _converted(checkpoint, packed, file, format_name))
         workspace.commit({"shard": shard})
+        advance("shards", number + 1, len(checkpoint.files))
     folder, shards = workspace.join()
     write_metadata(checkpoint, folder, format_name, plan, packed.online)
     made = checkpoint.folder / "quantkit.json"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.data.prompts import Prompt
-from quantkit.errors import CheckpointError, RequestError
+from quantkit.errors import CheckpointError, RequestError, install_command
 from quantkit.runtime.core.constraint import Constraint
 from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request, SamplingParams
@@ -130,7 +130,7 @@ class Session:
         try:
             from quantkit.runtime.sampling.json_schema import JsonGrammars  # an extra, and only needed here
         except ImportError:
-            raise RequestError("JSON of a given form needs llguidance; run: pip install 'quantkit-llm[serve]'") from None
+            raise RequestError(f"JSON output needs llguidance; run: {install_command('serve')}") from None
         return JsonGrammars(self.tokenizer, self.model.vocab_size, self.eos_token_ids)
 
     def request(self, prompt: Prompt, params: SamplingParams, *, chat: bool, constraint: Constraint | None = None) -> Request:

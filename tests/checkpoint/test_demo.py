@@ -88,7 +88,7 @@ def test_failed_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     replace_processes(monkeypatch, wheel(), lambda folder: (1, "ImportError: Please install gguf\n"))
     line = refused("inspect", "demo")
     assert "ImportError: Please install gguf" in line
-    assert "quantkit-llm[demo]" in line
+    assert 'pip install "quantkit-llm[demo]"' in line
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["demo.lock"]
 
 

@@ -38,7 +38,7 @@ def test_shows_what_json_holds(stub: Stub, tmp_path: Path) -> None:
     assert one["goodput"] is None
     rows = {cells[0]: cells[1:] for line in done.err.splitlines() if len(cells := line.strip("│┃ ").split("│")) > 2}
     rows = {name.strip(): [cell.strip() for cell in cells] for name, cells in rows.items()}
-    assert rows["system TPS"] == ["2.5", "10.0", "output tokens of completed requests / wall"]
+    assert rows["system TPS"] == ["2.5", "10.0", "output tokens of completed requests / wall time"]
     assert rows["TPOT mean, ms"][:2] == ["250.0", "250.0"]
     assert rows["TPOT mean, ms"][2] == "(E2E - TTFT) / (output tokens - 1)"
     assert rows["user TPS median"][:2] == ["4.00", "4.00"]

@@ -30,8 +30,12 @@ def test_verbs_that_run_the_engine(
 @pytest.mark.parametrize(
     ("verb", "interrupted", "memory"),
     [
-        ("quantize", "interrupted; the same command goes on after the last finished block", "lower --seq-len or --max-memory"),
-        ("convert", "interrupted; the same command goes on after the last finished shard", "free some, and try again"),
+        (
+            "quantize",
+            "interrupted; the same command continues after the last finished block",
+            "lower --seq-len or --max-memory",
+        ),
+        ("convert", "interrupted; the same command continues after the last finished shard", "free some, and try again"),
         ("eval", "interrupted", "free some, lower --seq-len, or use another --device, and"),
         ("bench", "interrupted", "free some, and try again"),
     ],

@@ -37,7 +37,7 @@ def test_failed_gate(worse: tuple[Path, Path], gate: tuple[object, ...]) -> None
     (failure,) = json.loads(done.out)["failed_gates"]
     assert done.status == 1
     assert f"gate failed: {failure}" in done.err
-    assert "allowed is" in failure
+    assert "the limit is" in failure
 
 
 def test_both_gates_fail(worse: tuple[Path, Path]) -> None:
@@ -120,7 +120,7 @@ def test_what_a_kv_cache_costs(llama: Path, two_bits: Path) -> None:
         assert done.status == 0, done.err
         report = json.loads(done.out)
         costs[name] = report["model"]["metrics"]["kl_mean"]
-        assert f"KV cache {name}, {report['kv_bytes_per_token']:,.0f} bytes a token" in done.err
+        assert f"KV cache {name}, {report['kv_bytes_per_token']:,.0f} bytes per token" in done.err
     assert costs["auto"] < 1e-6 < costs["int8"] < costs["int4"]
     assert costs["int4+4"] < costs["int4"] / 4
     report = json.loads(quantkit("eval", two_bits, *SIZES, "--kv-dtype", "int8", "--json", "-").out)

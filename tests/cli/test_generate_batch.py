@@ -79,7 +79,7 @@ def test_a_failed_request_leaves_the_others_alone(batch: Callable[..., Done], ll
 def test_an_interrupted_batch_keeps_what_has_ended(batch: Callable[..., Done], tmp_path: Path, to: str) -> None:
     done = batch(*{"file": ("--json", tmp_path / "out.json"), "stdout": ("--json", "-"), "text": ()}[to])
     assert done.status == 130
-    assert done.err.splitlines()[-2:] == ["note: 1 of 3 completions had ended", "error: interrupted"]
+    assert done.err.splitlines()[-2:] == ["note: 1 of 3 completions were finished", "error: interrupted"]
     if to == "text":
         assert headers(done) == ["--- 1: One"]
         return
@@ -116,7 +116,7 @@ def test_memory_that_ends_texts_early_is_said_once(batch: Callable[..., Done]) -
     done = batch("--kv-memory", 16 * TOKEN, "-q")
     assert done.status == 0
     held = "KV memory holds 16 tokens, prompt and output together"
-    assert done.err == f"note: {held}, where 2 of 3 completions ended; raise --kv-memory for longer ones\n"
+    assert done.err == f"note: {held}; 2 of 3 completions ended there. Raise --kv-memory for longer ones\n"
     assert batch("--kv-memory", 32 * TOKEN, "-q").err == ""
     assert batch("--kv-memory", 16 * TOKEN, "-q", "--max-model-len", 16).err == "", "16 is what was asked for"
 
@@ -124,4 +124,4 @@ def test_memory_that_ends_texts_early_is_said_once(batch: Callable[..., Done]) -
 def test_logprobs_need_json(batch: Callable[..., Done]) -> None:
     done = batch("--logprobs", 2)
     assert (done.status, done.out) == (2, "")
-    assert done.err == "error: --logprobs are only in --json; add --json FILE, or --json - for stdout\n"
+    assert done.err == "error: --logprobs are written to --json only; add --json FILE, or --json - for stdout\n"

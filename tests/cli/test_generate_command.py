@@ -39,7 +39,7 @@ def test_text_streams_to_stdout_and_numbers_to_stderr(llama: Path) -> None:
     (completion,) = completions(llama, "Hello", *LENGTH)
     assert done.status == 0
     assert done.out == f"{completion['text']}\n"
-    assert "5 prompt tokens, 12 new ones" in done.err
+    assert "5 prompt tokens, 12 output tokens" in done.err
     assert "peak memory" in done.err
     first, last = done.err.splitlines()
     assert first.startswith("KV cache float32: ")
@@ -131,7 +131,7 @@ def test_without_the_library_it_is_named(llama: Path, tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "llguidance", None)
     monkeypatch.delitem(sys.modules, "quantkit.runtime.sampling.json_schema", raising=False)
     line = refused("generate", llama, "x", "--json-schema", tmp_path / "s.json")
-    assert "needs llguidance; run: pip install 'quantkit-llm[serve]'" in line
+    assert 'needs llguidance; run: pip install "quantkit-llm[serve]"' in line
 
 
 @pytest.mark.parametrize("length", ["auto", 3])
@@ -148,7 +148,7 @@ def test_speculation_changes_no_text_and_says_what_it_did(llama: Path, length: o
             # The model drafts for itself: 11 tokens behind the first in twice 3 + 1, then two drafts for the last three.
             assert (stats["drafts"], stats["drafted"], stats["accepted"]) == (3, 8, 8)
             assert stats["acceptance_by_position"] == [1, 1, 1]
-            assert "8 of 8 drafted tokens accepted (100%; by position 100% 100% 100%), 3.67 tokens a draft" in done.err
+            assert "8 of 8 drafted tokens accepted (100%; by position 100% 100% 100%), 3.67 tokens per draft" in done.err
     done = quantkit("generate", llama, "Hello", *LENGTH, "--json", "-")
     assert json.loads(done.out)["summary"]["speculation"] is None
     assert "speculation" not in done.err
@@ -210,7 +210,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: 
         ),
         (("x", "--draft-act-bits", "8"), "--draft-act-bits applies to --spec qspec only; add that, or drop --draft-act-bits"),
         (("x", "--spec", "ngram", "--draft-act-bits", "8"), "--draft-act-bits applies to --spec qspec only"),
-        ((), "name either a prompt or a file of prompts"),
+        ((), "give either a PROMPT or a file of prompts"),
         (("x", "--prompts", "y.txt"), "not both"),
         (("",), "the prompt has no tokens"),
         (("x" * 300,), "the prompt has 300 tokens and the context is 256"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.command import quantkit, refused
+from helpers.command import imported_by, quantkit, refused
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_rotated(llama_bf16: Path, tmp_path: Path) -> None:
     assert "rotated: quantkit's own engine runs it" in planned
     assert quantkit("quantize", llama_bf16, "-o", out, "--method", "rtn", "--rotate", "-q").status == 0
     facts = json.loads(quantkit("inspect", out, "--json", "-").out)
-    assert facts["online"] == "Hadamard transform of what down_proj reads, in blocks of 128"
+    assert facts["online"] == "Hadamard transform of the inputs of down_proj, in blocks of 128"
     assert not any(engine["loads"] for engine in facts["engines"])
 
 
@@ -95,3 +95,8 @@ def test_convert_refuses(llama: Path, artifact: Path, tmp_path: Path) -> None:
     assert "use `quantkit quantize`" in refused("convert", llama, tmp_path / "out", "--format", "gptq")
     assert "exists" in refused("convert", artifact, llama, "--format", "gptq")
     assert not any(tmp_path.iterdir())
+
+
+def test_headers_are_read_without_torch(llama_bf16: Path, artifact: Path) -> None:
+    for folder in (llama_bf16, artifact):
+        assert imported_by("inspect", folder).isdisjoint(("torch", "transformers", "datasets", "huggingface_hub"))

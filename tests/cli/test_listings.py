@@ -55,7 +55,7 @@ def test_version() -> None:
     assert (done.status, done.out) == (0, f"quantkit {package.__version__}\n")
 
 
-@pytest.mark.parametrize(("verb", "folder"), [("recipes", "recipes"), ("calib", "calibration_sets")])
+@pytest.mark.parametrize(("verb", "folder"), [("recipes", "recipes"), ("calib", "data.calibration_sets")])
 class TestListing:
     def test_table_names_everything(self, verb: str, folder: str) -> None:
         done = quantkit(verb)

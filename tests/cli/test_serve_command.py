@@ -11,7 +11,7 @@ from helpers.tiny import make_model
 from quantkit.server import process
 from quantkit.server.app import ServerConfig
 
-WARNING = "warning: everybody who reaches {} can use this server; set --api-key"
+WARNING = "warning: anyone who can reach {} can use this server; set --api-key"
 
 
 @pytest.fixture

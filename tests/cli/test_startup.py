@@ -1,5 +1,6 @@
 """Commands that need no model start at once: in a fresh interpreter they import none of the large libraries."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from quantkit.cli.verbs import VERBS
 LARGE = ("torch", "transformers", "datasets", "huggingface_hub", "numpy")
 
 
-@pytest.mark.parametrize("arguments", ["--version", "--help", "recipes"])
+@pytest.mark.parametrize("arguments", ["--version", "--help", "recipes", "calib"])
 def test_listings_import_no_large_library(arguments: str) -> None:
     assert imported_by(arguments).isdisjoint(LARGE)
 
@@ -42,7 +43,12 @@ def test_an_unknown_option_imports_no_large_library(verb: str) -> None:
         ("generate", "model"),
         ("generate", "model", "x", "--draft-len", "4"),
         ("generate", "model", "x", "--kv-memory", "lots"),
+        ("generate", "model", "x", "--spec", "fast"),
+        ("generate", "model", "x", "--kv-cache-dtype", "int5"),
+        ("generate", "model", "x", "--kv-policy", "lru"),
         ("serve", "model", "--port", "many"),
+        ("eval", "model", "--kv-dtype", "int5"),
+        ("inspect", "no/such/folder"),
         ("eval", "model", "--max-kl", "0.1"),
         ("bench", "http://localhost", "--rate", "0"),
     ],
@@ -105,3 +111,16 @@ class TestAVerbIsOneFileAndOneLine:
 
     def test_it_imports_no_large_library(self) -> None:
         assert imported_by("toy", "1", program=TOY + REPORT_IMPORTS).isdisjoint(LARGE)
+
+
+@pytest.mark.parametrize(("policy", "spins"), [(None, "1000"), ("ACTIVE", "None")])
+def test_idle_threads_sleep_early_unless_the_user_has_a_policy(policy: str | None, spins: str) -> None:
+    program = (
+        "import os\nfrom quantkit.cli import main\ntry:\n    main()\nfinally:\n    print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    if policy is not None:
+        environment["OMP_WAIT_POLICY"] = policy
+    command = [sys.executable, "-c", program, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == spins

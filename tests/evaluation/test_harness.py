@@ -253,7 +253,7 @@ def test_fewshot(llama: Path, folder: Path) -> None:
         (("--limit", 3), "name some with --tasks"),
         (("--chat",), "name some with --tasks"),
         (("--tasks", "quiz", "--speed"), "run eval twice"),
-        (("--tasks", "quiz", "--baseline", "x", "--max-kl", 1), "cannot gate it"),
+        (("--tasks", "quiz", "--baseline", "x", "--max-kl", 1), "so it excludes those gates"),
         (("--tasks", "quiz", "--task-dir", "nowhere"), "--task-dir nowhere: no such folder"),
     ],
 )

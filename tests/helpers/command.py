@@ -17,21 +17,33 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
-from quantkit.cli import main
+from quantkit.cli import main, progress
 
 #: Calibration that is just large enough for several micro-batches in both streams.
 FAST = ("--samples", "80", "--seq-len", "64")
 
 _PATIENCE = 120.0
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["pytest", "quantkit.cli", "transformers.models.llama.modeling_llama"])
+#: A verb imports what it runs only when it runs; the server has it all.
+_SERVER.set_forkserver_preload(
+    [
+        "pytest",
+        "quantkit.api",
+        "quantkit.cli.progress",
+        "quantkit.cli.quantize",
+        "quantkit.formats.convert",
+        "quantkit.quantization.estimate",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
 
 
 #: Runs `quantkit ARGUMENTS` and prints, as the last line of stderr, which modules it has imported.
 REPORT_IMPORTS = """
 import json, sys
-from quantkit.cli import main
+from quantkit.cli import main, progress
 try:
     main()
 finally:
@@ -53,13 +65,19 @@ class _Terminal(io.StringIO):
         return True
 
 
-def quantkit(*arguments: object, terminal: bool = False) -> Done:
-    """Run `quantkit ARGUMENTS` in this process, on a terminal or not."""
+def quantkit(*arguments: object, terminal: bool = False, interval: float = 3600.0) -> Done:
+    """Run `quantkit ARGUMENTS` in this process.
+
+    Args:
+        arguments: of the command line.
+        terminal: whether stdout and stderr are a terminal.
+        interval: seconds between two lines of progress in a log; so long that a slow machine adds none to what tests compare.
+    """
     stream, argv = _Terminal if terminal else io.StringIO, sys.argv
     out, err = stream(), stream()
     sys.argv = ["quantkit", *map(str, arguments)]
     try:
-        with redirect_stdout(out), redirect_stderr(err):
+        with redirect_stdout(out), redirect_stderr(err), mock.patch.object(progress, "INTERVAL", interval):
             main()
     except SystemExit as end:
         return Done(int(end.code or 0), out.getvalue(), err.getvalue())

@@ -574,7 +574,7 @@ def test_interrupt_from_the_keyboard(source: Path, whole: Whole, tmp_path: Path)
     out, log = tmp_path / "work" / "out", tmp_path / "log"
     process = start(log, *command(source, out, "gptq"), fault=at_line(out, 3, signal.SIGINT))
     assert ended(process) == 130
-    assert log.read_text() == "error: interrupted; the same command goes on after the last finished block\n"
+    assert log.read_text() == "error: interrupted; the same command continues after the last finished block\n"
     assert finish(source, out, "gptq") == contents(whole("gptq"))
 
 
