@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from quantkit.errors import ArtifactError, ResourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Json = dict[str, Any]
 
@@ -40,8 +41,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     """Write a safetensors file, complete and flushed, or not at all."""
+    from safetensors.torch import save_file
+
     scratch = path.with_name(path.name + ".tmp")
     with disk_errors(path):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata={"format": "pt"})

@@ -4,10 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.files import disk_errors, write_json
 from quantkit.checkpoint.reader import Checkpoint
@@ -15,8 +12,12 @@ from quantkit.checkpoint.safetensors_header import quoted
 from quantkit.errors import FormatError
 from quantkit.formats import FORMATS, EngineSupport, Format, ModuleSchemes, format_of
 from quantkit.formats.rotated import OnlineHadamard, add_transform, mark_unsupported, split_transform
-from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.methods.grid import QuantizedWeight
 
 #: Not copied from the source: weights in any form, what is written anew, and another tool's metadata.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
@@ -110,7 +111,7 @@ class PackedReader:
         info, bits = self._checkpoint.tensors[f"{module}.{self.format.suffixes[0]}"], self.scheme(module).bits
         return self.format.dense_shape(info.shape, bits)
 
-    def read(self, module: str) -> QuantizedWeight:
+    def read(self, module: str) -> "QuantizedWeight":
         """One packed matrix whose groups are in the order of its columns.
 
         Raises:
@@ -118,7 +119,7 @@ class PackedReader:
         """
         return self._decoded(module, self._stored(module))
 
-    def read_sorted(self, module: str) -> tuple[QuantizedWeight, Tensor | None]:
+    def read_sorted(self, module: str) -> "tuple[QuantizedWeight, Tensor | None]":
         """One packed matrix, and which column of the input each of its columns multiplies (None: the same).
 
         Raises:
@@ -131,7 +132,7 @@ class PackedReader:
             raise FormatError(f"{self._checkpoint.folder}: {quoted(module)}: {error}") from None
         return self._decoded(module, tensors), order
 
-    def dense(self, module: str) -> Tensor:
+    def dense(self, module: str) -> "Tensor":
         """One packed matrix's values, float32 [N, K].
 
         Raises:
@@ -139,14 +140,14 @@ class PackedReader:
         """
         weight, order = self.read_sorted(module)
         values = weight.dequantize()
-        return values if order is None else values[:, torch.argsort(order)]
+        return values if order is None else values[:, order.argsort()]
 
-    def _stored(self, module: str) -> dict[str, Tensor]:
+    def _stored(self, module: str) -> "dict[str, Tensor]":
         names = {suffix: f"{module}.{suffix}" for suffix in self.format.suffixes}
         stored = self._checkpoint.read(name for name in names.values() if name in self._checkpoint.tensors)
         return {suffix: stored[name] for suffix, name in names.items() if name in stored}
 
-    def _decoded(self, module: str, tensors: dict[str, Tensor]) -> QuantizedWeight:
+    def _decoded(self, module: str, tensors: "dict[str, Tensor]") -> "QuantizedWeight":
         scheme = self.scheme(module)
         try:
             return self.format.decode(tensors, scheme, self._config)
@@ -156,7 +157,7 @@ class PackedReader:
             raise FormatError(f"{self._checkpoint.folder}: {quoted(module)}: {error}") from None
 
 
-def dense_reader(checkpoint: Checkpoint) -> Callable[[list[str]], dict[str, Tensor]]:
+def dense_reader(checkpoint: Checkpoint) -> "Callable[[list[str]], dict[str, Tensor]]":
     """A reader of dense tensors by name, whether they are stored dense or packed.
 
     Raises:
@@ -167,7 +168,7 @@ def dense_reader(checkpoint: Checkpoint) -> Callable[[list[str]], dict[str, Tens
     packed = PackedReader(checkpoint)
     modules = set(packed.modules)
 
-    def read(names: list[str]) -> dict[str, Tensor]:
+    def read(names: list[str]) -> "dict[str, Tensor]":
         dense = {}
         for name in names:
             module = name.removesuffix(".weight")

@@ -60,8 +60,8 @@ def test_a_model_is_no_worse_than_itself(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--max-kl", 1), "name it with --baseline"),
-        (("--max-ppl-increase", "2%"), "name it with --baseline"),
+        (("--max-kl", 1), "name one with --baseline"),
+        (("--max-ppl-increase", "2%"), "name one with --baseline"),
         (("--max-ppl-increase", "two"), "--max-ppl-increase two: not a number"),
         (("--max-ppl-increase", "-1%"), "must not be negative"),
         (("--max-ppl-increase", "nan"), "--max-ppl-increase nan"),

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from helpers import tiny
 from helpers.command import FAST, ended, quantkit, refused, signal_at_change, start, wait_until
-from quantkit.checkpoint import files
 from quantkit.checkpoint.activations import Activations
 from quantkit.quantization import run as job
 from quantkit.quantization.calibration import LockstepForward
@@ -412,7 +411,7 @@ def test_overwrite_replaces_a_model_only_when_the_new_one_is_complete(
     out = tmp_path / "out"
     shutil.copytree(whole("gptq"), out)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", _fails_at(BLOCKS + 2, OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr("safetensors.torch.save_file", _fails_at(BLOCKS + 2, OSError(errno.ENOSPC, "No space left on device")))
         assert "disk is full" in refused(*command(source, out, "rtn", "--overwrite"))
     assert contents(out) == contents(whole("gptq"))
     assert finish(source, out, "rtn", "--overwrite") == contents(whole("rtn"))
@@ -536,7 +535,7 @@ def test_full_disk_at_a_shard(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", _fails_at(number, error))
+        patch.setattr("safetensors.torch.save_file", _fails_at(number, error))
         assert "disk is full" in refused(*command(source, out, "rtn"))
     assert not out.exists()
     assert len(journal(out)) == number - 1
