@@ -1,4 +1,4 @@
-"""Every error a client sees: OpenAI's shape, one line that says what is wrong, never a traceback or a path."""
+"""Errors as clients see them: OpenAI's JSON, one line that says what is wrong, never a traceback or a path."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from quantkit.server.job import BusyError, DrainingError, EngineDiedError
 
 logger = logging.getLogger("quantkit.server")
 
-#: Fields that one message names at most.
-_NAMED = 4
+#: Most fields that one message names.
+_MAX_NAMED = 4
 
 
 class ApiError(HTTPException):
-    """An error with a status, in OpenAI's terms."""
+    """An HTTP error with OpenAI's error body."""
 
     def __init__(
         self,
@@ -33,35 +33,35 @@ class ApiError(HTTPException):
     ) -> None:
         """
         Args:
-            status: of HTTP.
-            message: one line for the client.
-            kind: the body's `type`.
-            param: the field that is wrong.
-            code: a word for programs.
-            headers: more headers of the response.
+            status: HTTP status.
+            message: one line for people.
+            kind: `type` in the body.
+            param: the invalid field.
+            code: identifies the error for programs.
+            headers: additional response headers.
         """
         super().__init__(status, message, dict(headers or {}))
         self.kind, self.param, self.code = kind, param, code
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
-        # Names of unknown fields are echoed and may hold halves of surrogate pairs, which UTF-8 cannot.
+        # Names of unknown fields are echoed. They may hold lone surrogates, which UTF-8 cannot encode.
         message, param = (text and text.encode(errors="replace").decode() for text in (self.detail, self.param))
         return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole response."""
+        """The HTTP response."""
         return JSONResponse(self.body(), self.status_code, self.headers)
 
 
 def timed_out(seconds: float) -> ApiError:
-    """What a request is told that has had all of its time. To clients that repeat a 408: it would take as long again."""
+    """The error of a request that ran out of time. Clients that retry a 408 are told not to: it would take as long again."""
     message = f"the request took longer than {seconds:g} s"
     return ApiError(408, message, "timeout_error", code="timeout", headers={"X-Should-Retry": "false"})
 
 
 def api_error(error: Exception) -> ApiError:
-    """What a client is told about an exception; what it cannot know of is logged here."""
+    """The client's view of an exception. Unexpected exceptions are logged here, and clients only learn that there was one."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
@@ -71,18 +71,18 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, BusyError):
-        busy = "too many requests wait; send it again later"
+        busy = "too many requests are waiting; retry later"
         return ApiError(429, busy, "rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
     if isinstance(error, DrainingError):
         return ApiError(503, "the server is shutting down", "server_error", code="shutting_down", headers={"Retry-After": "5"})
     if isinstance(error, EngineDiedError):
-        return ApiError(503, "the engine has stopped; the server must be restarted", "server_error", code="engine_stopped")
+        return ApiError(503, "the engine has stopped; restart the server", "server_error", code="engine_stopped")
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "the request failed in the server; its log says why", "server_error", code="internal_error")
 
 
-def install(app: FastAPI) -> None:
-    """Answer every exception with an `ApiError`."""
+def install_error_handlers(app: FastAPI) -> None:
+    """Register handlers that turn every exception into an `ApiError` response."""
 
     async def answer(_: Request, error: Exception) -> JSONResponse:
         return api_error(error).response()
@@ -92,19 +92,19 @@ def install(app: FastAPI) -> None:
 
 
 def _invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """All that is wrong with a body, in one line; the first field is the `param`."""
-    # The forms that a field may have give an error each.
-    said: dict[str, list[str]] = {}
+    """All validation errors of a body in one line; the first invalid field is the `param`."""
+    # A field with several allowed types gives one error per type.
+    reasons: dict[str, list[str]] = {}
     for error in errors:
-        said.setdefault(_field(error["loc"]), []).append(_reason(error))
-    lines = [": ".join(filter(None, (name, ", or ".join(dict.fromkeys(why))))) for name, why in said.items()]
-    more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+        reasons.setdefault(_field(error["loc"]), []).append(_reason(error))
+    lines = [": ".join(filter(None, (name, ", or ".join(dict.fromkeys(why))))) for name, why in reasons.items()]
+    more = f"; and {len(lines) - _MAX_NAMED} more" if len(lines) > _MAX_NAMED else ""
     code = "unknown_parameter" if errors[0]["type"] == "extra_forbidden" else None
-    return ApiError(400, "; ".join(lines[:_NAMED]) + more, param=next(iter(said)) or None, code=code)
+    return ApiError(400, "; ".join(lines[:_MAX_NAMED]) + more, param=next(iter(reasons)) or None, code=code)
 
 
 def _field(loc: Sequence[str | int]) -> str:
-    """`messages.0.content` of ("body", "messages", 0, "content", "str"); "" for the body, and for places in its text."""
+    """`messages.0.content` for ("body", "messages", 0, "content", "str"); "" for the body itself or an offset in its text."""
     if len(loc) == 2 and isinstance(loc[1], int):
         return ""
     return ".".join(str(part)[:80] for part in loc[1:] if isinstance(part, int) or (part != "str" and "[" not in part))
@@ -115,7 +115,7 @@ def _reason(error: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         return "unknown field"
     if kind == "json_invalid":
-        return f"the body is not JSON ({error['ctx']['error']})"
+        return f"the body is not valid JSON ({error['ctx']['error']})"
     if kind == "model_attributes_type" and len(error["loc"]) == 1:
         return "the body must be a JSON object, sent with Content-Type: application/json"
     return str(error["msg"]).removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""What the server hands to the engine's thread, what it gets back, and who may watch."""
+"""What the event loop and the engine's thread exchange: jobs, their outputs, refusals, and the observers' interface."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -11,59 +11,60 @@ from quantkit.runtime.engine.stats import EngineStats
 
 
 class Observer(Protocol):
-    """Sees everything that the engine is given and gives back. Its methods are quick: the event loop waits for them."""
+    """Sees every request and output of the engine. Its methods run in the event loop and must be quick."""
 
     def arrived(self, request_id: int, request: Request) -> None:
-        """The engine has accepted a request; its outputs carry the id."""
+        """The engine accepted a request; its outputs carry this id."""
 
     def refused(self, reason: str) -> None:
-        """Requests were turned away: "busy" (too many wait), "draining" or "invalid"."""
+        """A job was refused: "busy" (the queue is full), "draining" or "invalid"."""
 
     def stepped(self, outputs: Sequence[Output], stats: EngineStats, at: float) -> None:
         """A step ended.
 
         Args:
-            outputs: what came out; a sample's last output has a finish reason, and every accepted request's samples get one.
-            stats: where the engine stands now.
-            at: when, in seconds of `time.monotonic()`, the clock of the outputs' timing.
+            outputs: what the step produced. A sample's last output has a finish reason; every sample of an accepted request
+                gets one.
+            stats: the engine's state after the step.
+            at: when the step ended, seconds of `time.monotonic()`, which is the clock of the outputs' timing.
         """
 
 
 class BusyError(Exception):
-    """As many sequences wait as may."""
+    """The queue is full."""
 
 
 class DrainingError(Exception):
-    """No new requests are taken."""
+    """The server is shutting down and accepts no new requests."""
 
 
 class EngineDiedError(Exception):
-    """The engine's thread has ended with an error; nothing will run again."""
+    """The engine's thread ended with an error; no request will run again."""
 
 
 class Job:
-    """The engine requests of one call, on their way. Comes from `Runner.open`.
+    """The engine requests of one API call while they run. Created by `EngineThread.open`.
 
     Attributes:
         requests: as given.
-        size: samples of all of them.
-        accepted: done when the engine has taken all requests; a `RequestError` when it refuses one, and none runs.
+        size: number of samples of all requests together.
+        accepted: done when the engine has accepted all requests. Where it refuses one, none runs, and this holds the error.
     """
 
     def __init__(self, requests: Sequence[Request], accepted: "asyncio.Future[None]") -> None:
         self.requests, self.accepted = requests, accepted
         self.size = sum(request.params.n for request in requests)
-        #: Samples that have not ended.
+        #: Number of samples that have not ended.
         self.left = self.size
-        #: Ids of the requests in the engine; the engine's thread writes them.
+        #: Ids of the requests in the engine. Only the engine's thread writes this.
         self.ids: list[int] = []
         self.queue: asyncio.Queue[tuple[int, Output] | Exception] = asyncio.Queue()
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
-        """Outputs as they come, each with the number of its sample, counted over all requests.
+        """Yields outputs as they arrive, each with the number of its sample, counted over all requests.
 
         Raises:
-            EngineDiedError: nothing will come any more.
+            EngineDiedError: the engine's thread ended with an error.
         """
         while self.left:
             item = await self.queue.get()
@@ -74,8 +75,8 @@ class Job:
 
 
 @dataclass
-class Entry:
-    """A request in the engine: its job, the number of its first sample there, and its samples that have not ended."""
+class ActiveRequest:
+    """A request in the engine: its job, the number of its first sample in the job, and how many samples have not ended."""
 
     job: Job
     first: int

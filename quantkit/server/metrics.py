@@ -1,8 +1,8 @@
-"""`/metrics`: what a Prometheus server reads, under vLLM's names and with its buckets, so that its dashboards fit.
+"""`/metrics` for Prometheus, with vLLM's names and buckets, so that dashboards made for vLLM work.
 
-Of vLLM's metrics those are here whose meaning is the same; left out is what quantkit has not (adapters, images, sleep, KV
-transfer) and what adds nothing to others. A sample counts as a request, as there. What drafts are made of and how many tokens
-wait is read when it is asked for; what happens to requests is counted as it happens.
+Only metrics with the same meaning as in vLLM are exported. Left out are those of features that quantkit lacks (adapters,
+images, sleep, KV transfer) and those that follow from others. As in vLLM, each sample counts as a request. Gauges of the
+engine's state are read when Prometheus asks; events of requests are counted when they happen.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ from quantkit.runtime.core.model import Model
 from quantkit.runtime.core.output import FinishReason, Output
 from quantkit.runtime.core.request import Request
 from quantkit.runtime.engine.stats import EngineStats
-from quantkit.server.histograms import MEASURES, N_BUCKETS, STEP_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, length_buckets
+from quantkit.server.histograms import N_BUCKETS, SAMPLE_HISTOGRAMS, STEP_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, length_buckets
 
-#: vLLM's words for why a request ended.
+#: Finish reason -> vLLM's name for it.
 _REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
@@ -28,43 +28,45 @@ _REASONS = {
 _LABELS = ("model_name", "engine")
 
 
-class Metrics:
-    """Implements `Observer`."""
+class PrometheusMetrics:
+    """Collects the metrics. Implements `Observer`."""
 
     def __init__(self, model_name: str, model: Model, stats: EngineStats) -> None:
         """
         Args:
             model_name: a label of every metric.
-            model: what runs.
-            stats: where the engine stands before its first step.
+            model: the served model.
+            stats: the engine's state before its first step.
         """
         self._values = (model_name, "0")
         self._model, self._stats = model, stats
         self._registry = CollectorRegistry()
-        self._registry.register(_Standing(self))
+        self._registry.register(_StateCollector(self))
         ProcessCollector(registry=self._registry)
         self._prompt_tokens = self._counter("prompt_tokens", "Number of prefill tokens processed.")
-        self._cached_tokens = self._counter("prompt_tokens_cached", "Those of them that the prefix cache had.")
+        self._cached_tokens = self._counter("prompt_tokens_cached", "Prompt tokens that were in the prefix cache.")
         self._generated = self._counter("generation_tokens", "Number of generation tokens processed.")
         self._ended = Counter(
             "vllm:request_success", "Requests that ended, by reason.", (*_LABELS, "finished_reason"), registry=self._registry
         )
         for reason in _REASONS.values():
             self._ended.labels(*self._values, reason)
-        self._refused = Counter("quantkit:requests_refused", "Requests turned away.", ("reason",), registry=self._registry)
+        self._refused = Counter("quantkit:requests_refused", "Requests refused.", ("reason",), registry=self._registry)
         self._ttft = self._histogram("time_to_first_token_seconds", "First token - arrival.", TTFT_BUCKETS)
-        self._itl = self._histogram("inter_token_latency_seconds", "Time between two chunks of a text.", TOKEN_BUCKETS)
+        self._itl = self._histogram("inter_token_latency_seconds", "Time between two chunks of an output.", TOKEN_BUCKETS)
         self._step_tokens = self._histogram(
-            "iteration_tokens_total", "Tokens of a step; a prompt's are those of the step that ends it.", STEP_BUCKETS
+            "iteration_tokens_total", "Tokens per step; a prompt counts in the step that completes it.", STEP_BUCKETS
         )
         lengths = tuple(length_buckets(model.max_model_len))
-        self._measures = [(self._histogram(each.name, each.text, each.buckets or lengths), each.of) for each in MEASURES]
-        self._n = self._histogram("request_params_n", "Samples that a request asks for.", N_BUCKETS)
-        self._max_tokens = self._histogram("request_params_max_tokens", "Tokens that it allows each of them.", lengths)
-        self._longest = self._histogram("request_max_num_generation_tokens", "Tokens of its longest sample.", lengths)
-        #: When each sample that runs had its last token.
+        self._measures = [
+            (self._histogram(each.name, each.text, each.buckets or lengths), each.of) for each in SAMPLE_HISTOGRAMS
+        ]
+        self._n = self._histogram("request_params_n", "Samples per request.", N_BUCKETS)
+        self._max_tokens = self._histogram("request_params_max_tokens", "Largest tokens per sample allowed.", lengths)
+        self._longest = self._histogram("request_max_num_generation_tokens", "Tokens in a request's longest sample.", lengths)
+        #: (request id, sample) -> when the running sample got its latest token.
         self._last: dict[tuple[int, int], float] = {}
-        #: Requests that run: how many samples they have, and the lengths of those that have ended.
+        #: Running request -> its number of samples, and the lengths of those that have ended.
         self._lengths: dict[int, tuple[int, list[int]]] = {}
 
     def render(self) -> bytes:
@@ -91,11 +93,11 @@ class Metrics:
             if output.finish_reason is not None:
                 self._end(output)
 
-    def standing(self) -> Iterator[Metric]:
-        """What is read off the engine's state."""
+    def state_metrics(self) -> Iterator[Metric]:
+        """Metrics of the engine's current state."""
         stats = self._stats
         info = {"block_size": str(self._model.block_size), "num_gpu_blocks": str(stats.num_blocks), "engine": "0"}
-        family = GaugeMetricFamily("vllm:cache_config_info", "Tokens in a KV block, and blocks.", labels=tuple(info))
+        family = GaugeMetricFamily("vllm:cache_config_info", "Tokens per KV block, and number of blocks.", labels=tuple(info))
         family.add_metric(tuple(info.values()), 1)
         yield family
         yield self._gauge("num_requests_running", "Number of requests in model execution batches.", stats.running)
@@ -104,7 +106,7 @@ class Metrics:
         yield self._gauge("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", usage)
         yield self._total("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries)
         yield self._total("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits)
-        yield self._total("num_preemptions", "Requests that gave their KV blocks to older ones.", stats.preemptions)
+        yield self._total("num_preemptions", "Requests that lost their KV blocks to older ones.", stats.preemptions)
         drafts = stats.speculation
         if drafts is None:
             return
@@ -118,12 +120,12 @@ class Metrics:
         yield by_position
 
     def _count_tokens(self, output: Output, at: float) -> int:
-        """Note new tokens; how many were computed for them, those of the prompt among them."""
+        """Count an output's new tokens; returns how many tokens were computed for it, including those of the prompt."""
         count, key = len(output.token_ids), (output.request_id, output.index)
         self._generated.inc(count)
         if latency.is_first(output):
             self._ttft.observe(latency.ttft(output))
-            if output.index == 0:  # the samples of a request share its prompt
+            if output.index == 0:  # samples of a request share its prompt
                 self._prompt_tokens.inc(output.usage.prompt)
                 self._cached_tokens.inc(output.usage.cached)
                 count += output.usage.prompt - output.usage.cached
@@ -133,7 +135,7 @@ class Metrics:
         return count
 
     def _end(self, output: Output) -> None:
-        """A sample's last output."""
+        """Count a sample's last output."""
         assert output.finish_reason is not None
         self._last.pop((output.request_id, output.index), None)
         self._ended.labels(*self._values, _REASONS[output.finish_reason]).inc()
@@ -165,11 +167,11 @@ class Metrics:
         return family
 
 
-class _Standing:
-    """A collector, as prometheus_client wants one."""
+class _StateCollector:
+    """Adapts `PrometheusMetrics.state_metrics` to the collector interface of prometheus_client."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: PrometheusMetrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        return self._metrics.standing()
+        return self._metrics.state_metrics()

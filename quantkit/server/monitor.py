@@ -1,4 +1,4 @@
-"""Routes for people and their tools: `/`, a page that is one file; `/state`, which feeds it; and `/metrics`."""
+"""Monitoring routes: `/`, a page in one file; `/state`, the numbers on it; and `/metrics` for Prometheus."""
 
 from importlib import resources
 from typing import Any
@@ -7,15 +7,15 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from quantkit.server.live import Live
-from quantkit.server.metrics import Metrics
+from quantkit.server.dashboard import Dashboard
+from quantkit.server.metrics import PrometheusMetrics
 
-#: The page loads nothing from anywhere and talks to its own server only.
+#: The page loads nothing from other origins and calls only its own server.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
-def monitor_routes(metrics: Metrics, live: Live) -> APIRouter:
-    """The three routes."""
+def monitor_routes(metrics: PrometheusMetrics, dashboard: Dashboard) -> APIRouter:
+    """The router with the three routes."""
     router = APIRouter()
     page = resources.files("quantkit.server").joinpath("page.html").read_text(encoding="utf-8")
 
@@ -26,12 +26,12 @@ def monitor_routes(metrics: Metrics, live: Live) -> APIRouter:
 
     @router.get("/state")
     async def state() -> dict[str, Any]:
-        """See `Live.snapshot`."""
-        return live.snapshot()
+        """See `Dashboard.snapshot`."""
+        return dashboard.snapshot()
 
     @router.get("/metrics")
     async def exposition() -> Response:
-        """In Prometheus' text format."""
+        """Metrics in Prometheus' text format."""
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return router

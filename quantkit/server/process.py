@@ -1,7 +1,7 @@
-"""The process that serves: uvicorn, and what signals do to it.
+"""The serving process: uvicorn, and its reaction to signals.
 
-The first SIGTERM or SIGINT drains: new requests get 503, and when the last one running has been sent the process ends with 0.
-The second cuts: the process ends at once with 128 + the signal's number.
+The first SIGTERM or SIGINT drains: new requests get 503, and the process exits with 0 once the last running request has been
+answered. The second one aborts: the process exits at once with 128 + the signal's number.
 """
 
 import os
@@ -12,46 +12,46 @@ import uvicorn
 from fastapi import FastAPI
 
 from quantkit.errors import ResourceError
-from quantkit.server.app import Served
+from quantkit.server.app import ModelEndpoints
 
-#: Seconds for connections that are still open when all requests have ended.
-_CLOSING = 5
+#: Seconds that open connections get to close after all requests have ended.
+_CLOSE_SECONDS = 5
 
 
 class _Server(uvicorn.Server):
-    """Goes on listening while it drains, so that clients hear why they are turned away."""
+    """Keeps listening while it drains, so that clients get a 503 with the reason."""
 
-    def __init__(self, config: uvicorn.Config, served: Served) -> None:
+    def __init__(self, config: uvicorn.Config, endpoints: ModelEndpoints) -> None:
         super().__init__(config)
-        self._runner = served.runner
+        self._engine_thread = endpoints.engine_thread
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """See the module."""
-        if self._runner.draining:
+        """Drain, or abort; see the module."""
+        if self._engine_thread.draining:
             sys.stderr.flush()
-            # Not sys.exit: neither a step nor a client that does not read may hold it up.
+            # Not sys.exit: neither a running step nor a client that does not read may delay the exit.
             os._exit(128 + sig)
-        self._runner.draining = True
+        self._engine_thread.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to end."""
-        drained = self._runner.draining and self._runner.idle
+        """Called ten times per second: whether to exit."""
+        drained = self._engine_thread.draining and self._engine_thread.idle
         return await super().on_tick(counter) or drained
 
 
 def run(app: FastAPI, host: str, port: int, *, quiet: bool) -> None:
-    """Serve until a signal ends it.
+    """Serve until a signal ends the process.
 
     Args:
-        app: of `create_app`.
-        host, port: where to listen; port 0: any that is free.
+        app: from `create_app`.
+        host, port: where to listen; port 0: any free port.
         quiet: log errors only.
 
     Raises:
-        ResourceError: it cannot listen there.
+        ResourceError: the address cannot be listened on.
     """
     level = "error" if quiet else "info"
-    # The address of a client is what its connection says; headers that claim another are not believed.
+    # A client's address is that of its connection; headers that claim another one are not trusted.
     config = uvicorn.Config(
         app,
         host=host,
@@ -61,9 +61,9 @@ def run(app: FastAPI, host: str, port: int, *, quiet: bool) -> None:
         proxy_headers=False,
         server_header=False,
         ws="none",
-        timeout_graceful_shutdown=_CLOSING,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
     )
-    server = _Server(config, app.state.served)
+    server = _Server(config, app.state.endpoints)
     server.run()
     if not server.started:
         raise ResourceError(f"cannot listen on {host}:{port}; choose another --port or --host")

@@ -1,10 +1,11 @@
-"""Bodies of requests. A field that is not listed is refused by name, and so is one of a wrong type: nothing is ignored.
+"""Bodies of requests. An unknown field, or a value of a wrong type, is refused by name: nothing is ignored silently.
 
-`null` stands for a field that is left out. Fields of OpenAI's API that are not supported may be sent with the value that asks
-for nothing, because client libraries do. `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are accepted: they are
-labels for the operator of an API, and asking for nothing they change nothing.
+`null` means that the field is left out. Unsupported fields of OpenAI's API are accepted with the value that has no effect,
+because client libraries send it. `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are accepted with any value:
+they are labels for the operator of an API and have no effect here.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, cast
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quantkit.runtime.core.request import MAX_LOGPROBS, MAX_TEMPERATURE, SamplingParams
 
-#: Fields of OpenAI's API that are not supported -> what asks for nothing, beside null.
+#: Fields of OpenAI's API that are not supported -> the values, besides null, that have no effect.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -40,6 +41,20 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "annotations": ([],),
 }
 
+#: Fields that go to `SamplingParams` under their own names.
+_SAMPLING_FIELDS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "ignore_eos",
+)
+
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -47,7 +62,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Body(BaseModel):
-    """An object of a request: JSON's own types, and no field that is not listed."""
+    """A JSON object in a request: strict types, no unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -60,7 +75,7 @@ class Body(BaseModel):
         kept = {}
         for name, value in data.items():
             if name in UNSUPPORTED and name not in listed:
-                # `1 == True`, and asking for one is not asking for the other.
+                # `1 == True` in Python, so types are compared too.
                 neutral = any(type(value) is type(each) and value == each for each in UNSUPPORTED[name])
                 if value is not None and not neutral:
                     raise ValueError(f"{name} is not supported by this server; leave it out")
@@ -70,7 +85,7 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """What a stream has beside its text: `include_usage` adds a last chunk with the numbers of tokens."""
+    """Options of a stream: `include_usage` adds a last chunk with the token counts."""
 
     include_usage: bool | None = None
 
@@ -107,7 +122,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 
 class Sampling(Body):
-    """What completions and chat completions have in common, in the terms of `SamplingParams`."""
+    """The fields that completions and chat completions share; most become `SamplingParams`."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -117,7 +132,7 @@ class Sampling(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1, description="0: all tokens.")] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    # Far beyond this, penalised logits overflow float32.
+    # Far outside this range, penalised logits overflow float32.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -140,18 +155,23 @@ class Sampling(Body):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """Whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def json_schema(self) -> Mapping[str, Any] | None:
+        """The JSON schema that outputs must match; None: any text. `strict` has no effect: a schema is always enforced."""
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.schema_
+        return {"type": "object"} if isinstance(self.response_format, JsonObjectFormat) else None
+
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """As the engine has it.
+        """The engine's sampling parameters.
 
         Raises:
-            RequestError: a value that cannot be sampled with.
+            RequestError: a value is out of range.
         """
-        names: tuple[str, ...] = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
-        names += ("frequency_penalty", "seed", "ignore_eos")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         ids = tuple(self.stop_token_ids or ())
         return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, stop=stop, stop_token_ids=ids)
@@ -166,32 +186,32 @@ class CompletionBody(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Every prompt on its own."""
+        """The prompts as a list."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(cast(list[str | list[int]], self.prompt))
 
     def params(self) -> SamplingParams:
-        """As the engine has it; OpenAI's default of 16 tokens."""
+        """The engine's sampling parameters; `max_tokens` defaults to 16, as in OpenAI's API."""
         params = self.sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
         return replace(params, prompt_logprobs=self.logprobs if self.echo else None)
 
 
 class TextPart(Body):
-    """A part of a message. Only text is understood."""
+    """A part of a message. Only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(Body):
-    """A message. Parts of text are joined by line breaks; `developer` is what used to be called `system`."""
+    """A message. Text parts are joined by line breaks. The role `developer` is OpenAI's newer name for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
 
     def plain(self) -> dict[str, str]:
-        """As chat templates have it."""
+        """The message as chat templates expect it: role and text."""
         parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": parts}
 
@@ -213,13 +233,13 @@ class ChatBody(Sampling):
         return self
 
     def params(self) -> SamplingParams:
-        """As the engine has it; by default as many tokens as context and KV memory hold."""
+        """The engine's sampling parameters; by default as many tokens as the context and KV memory hold."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self.sampling(most, (self.top_logprobs or 0) if self.logprobs else None)
 
 
 class TokenizeBody(Body):
-    """`POST /tokenize`: a text, or messages in the chat template."""
+    """`POST /tokenize`: a text, or messages that go through the chat template."""
 
     model: str | None = None
     prompt: str | None = None

@@ -20,7 +20,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, str, int
     found = []
 
     def run(app: FastAPI, host: str, port: int, *, quiet: bool) -> None:
-        found.append((app.state.served.config, host, port))
+        found.append((app.state.endpoints.config, host, port))
 
     monkeypatch.setattr(process, "run", run)
     monkeypatch.delenv("QUANTKIT_API_KEY", raising=False)

@@ -15,7 +15,7 @@ from helpers.tiny import make_model
 from quantkit.runtime.engine.engine import EngineConfig
 from quantkit.runtime.kv_cache.options import CacheOptions
 from quantkit.runtime.session import Session
-from quantkit.server.app import Served, ServerConfig, create_app
+from quantkit.server.app import ModelEndpoints, ServerConfig, create_app
 
 
 def tiny_folder(folder: Path) -> Path:
@@ -45,15 +45,15 @@ def listening(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def serving(folder: Path, config: ServerConfig, spec: str = "off") -> Iterator[tuple[str, Served]]:
+def serving(folder: Path, config: ServerConfig, spec: str = "off") -> Iterator[tuple[str, ModelEndpoints]]:
     """Its address and what it serves; at the end nothing may be left of any request."""
     cache = CacheOptions(memory=2**22, max_batch=config.max_batch, step_tokens=64)
     session = Session(folder, torch.device("cpu"), cache, EngineConfig(config.max_batch, token_budget=64), None, spec)
     app = create_app(session, config)
-    served: Served = app.state.served
+    endpoints: ModelEndpoints = app.state.endpoints
     with listening(app) as url:
-        yield url, served
-        wait(lambda: served.runner.idle and not session.engine.has_work)
+        yield url, endpoints
+        wait(lambda: endpoints.engine_thread.idle and not session.engine.has_work)
     session.engine.check()
     stats = session.engine.stats
     assert stats.running == stats.waiting == stats.used_blocks == 0

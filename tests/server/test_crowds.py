@@ -61,16 +61,16 @@ def test_a_reader_who_stops_holds_nobody_up(tmp_path: Path) -> None:
     body = json.dumps({**ASKED, "prompt": "x", "logprobs": 20, "n": 8, "temperature": 1, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with (
-        serving(tiny_folder(tmp_path), ServerConfig("tiny", 16, request_timeout=3)) as (url, served),
+        serving(tiny_folder(tmp_path), ServerConfig("tiny", 16, request_timeout=3)) as (url, endpoints),
         socket.socket() as unread,
     ):
         unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         unread.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
         unread.sendall(head.encode() + body)
-        wait(lambda: not served.runner.idle)
+        wait(lambda: not endpoints.engine_thread.idle)
         for number in range(3):
             reply = httpx.post(url + "/v1/completions", json={**ASKED, "prompt": f"{number}"}, timeout=60)
             assert len(reply.json()["choices"][0]["logprobs"]["tokens"]) == 24
-        wait(lambda: not served.session.engine.has_work)
-        assert not served.runner.idle  # all is generated, and not all is sent
-        wait(lambda: served.runner.idle)  # because its time is up
+        wait(lambda: not endpoints.session.engine.has_work)
+        assert not endpoints.engine_thread.idle  # all is generated, and not all is sent
+        wait(lambda: endpoints.engine_thread.idle)  # because its time is up

@@ -13,15 +13,15 @@ from quantkit.runtime.core.sequence import Draft, Sequence
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.engine.stats import EngineStats
 from quantkit.runtime.speculative.ngram import NgramProposer
+from quantkit.server.dashboard import WINDOW, Dashboard, percentiles
 from quantkit.server.histograms import N_BUCKETS, REQUEST_BUCKETS, STEP_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS
-from quantkit.server.live import WINDOW, Live, percentiles
-from quantkit.server.metrics import Metrics
+from quantkit.server.metrics import PrometheusMetrics
 
 LABELS = {"model_name": "tiny", "engine": "0"}
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
-def parsed(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+def parsed(metrics: PrometheusMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Value of every sample by its name and its labels beside the model's."""
     found = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
@@ -38,17 +38,17 @@ class Watched:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.metrics, self.live = Metrics("tiny", engine.model, engine.stats), Live("tiny", engine.stats)
+        self.metrics, self.dashboard = PrometheusMetrics("tiny", engine.model, engine.stats), Dashboard("tiny", engine.stats)
 
     def add(self, request: Request) -> int:
         request_id = self.engine.add(request)
-        for observer in (self.metrics, self.live):
+        for observer in (self.metrics, self.dashboard):
             observer.arrived(request_id, request)
         return request_id
 
     def step(self) -> list[Output]:
         outputs = self.engine.step()
-        for observer in (self.metrics, self.live):
+        for observer in (self.metrics, self.dashboard):
             observer.stepped(outputs, self.engine.stats, time.monotonic())
         return outputs
 
@@ -61,7 +61,7 @@ class Watched:
 
 def test_counts_are_those_of_the_requests() -> None:
     watched = Watched(Engine(FakeModel(), EngineConfig(max_batch=2, token_budget=32)))
-    metrics, live = watched.metrics, watched.live
+    metrics, dashboard = watched.metrics, watched.dashboard
     assert parsed(metrics)["vllm:num_requests_running", ()] == 0
     for start in (0, 20, 40, 60):
         watched.add(Request(range(start, start + 9), GREEDY))
@@ -73,7 +73,7 @@ def test_counts_are_those_of_the_requests() -> None:
     assert now["vllm:cache_config_info", (("block_size", "4"), ("num_gpu_blocks", "64"))] == 1
     # Two prompts, and the token behind each.
     assert now["vllm:iteration_tokens_total_sum", ()] == 2 * 10
-    state = live.snapshot()
+    state = dashboard.snapshot()
     assert (state["running"], state["waiting"], state["kv_usage"], state["served"]) == (2, 2, 6 / 64, 0)
     watched.engine.cancel(3)
     watched.finish()
@@ -121,7 +121,7 @@ def test_counts_are_those_of_the_requests() -> None:
     assert queued + ran == pytest.approx(whole)
     assert prefill + decode == pytest.approx(ran)
     assert min(queued, prefill, decode) > 0
-    state = live.snapshot()
+    state = dashboard.snapshot()
     assert (state["served"], state["running"], state["acceptance_rate"]) == (4, 0, None)
     assert state["prefix_hit_rate"] == 8 / 36
 
@@ -129,7 +129,7 @@ def test_counts_are_those_of_the_requests() -> None:
 def test_buckets_are_vllms() -> None:
     model = FakeModel()
     model.max_model_len = 1000
-    metrics = Metrics("tiny", model, Engine(model).stats)
+    metrics = PrometheusMetrics("tiny", model, Engine(model).stats)
     buckets: dict[str, list[float]] = {}
     for name, labels in parsed(metrics):
         if name.endswith("_bucket"):
@@ -158,7 +158,7 @@ def test_buckets_are_vllms() -> None:
 def test_samples_share_a_prompt_and_failures_count_as_such() -> None:
     model = FakeModel()
     watched = Watched(Engine(model))
-    metrics, live = watched.metrics, watched.live
+    metrics, dashboard = watched.metrics, watched.dashboard
     watched.add(Request([1, 2, 3], SamplingParams(n=3, seed=1, max_tokens=5)))
     watched.finish()
     model.fail = 50
@@ -175,7 +175,7 @@ def test_samples_share_a_prompt_and_failures_count_as_such() -> None:
     assert now["vllm:request_success_total", (("finished_reason", "error"),)] == 1
     assert now["vllm:e2e_request_latency_seconds_count", ()] == 3
     assert now["quantkit:requests_refused_total", (("reason", "busy"),)] == 1
-    assert live.snapshot()["served"] == 3
+    assert dashboard.snapshot()["served"] == 3
 
 
 class HalfRight(NgramProposer):
@@ -202,7 +202,7 @@ def test_preemptions_and_drafts() -> None:
     name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     by_position = [now[name, (("position", str(i)),)] for i in range(len(stats.speculation.accepted_by_position))]
     assert sum(by_position) == stats.speculation.accepted
-    assert watched.live.snapshot()["acceptance_rate"] == stats.speculation.acceptance_rate
+    assert watched.dashboard.snapshot()["acceptance_rate"] == stats.speculation.acceptance_rate
     # A preempted request's prompt is computed twice and counts once.
     assert now["vllm:prompt_tokens_total", ()] == 30
 
@@ -210,11 +210,11 @@ def test_preemptions_and_drafts() -> None:
 def test_times_are_what_the_formulas_say() -> None:
     model = FakeModel()
     stats: EngineStats = Engine(model).stats
-    metrics, live = Metrics("tiny", model, stats), Live("tiny", stats)
+    metrics, dashboard = PrometheusMetrics("tiny", model, stats), Dashboard("tiny", stats)
     first = Output(0, 0, Usage(4, 0, 1), Timing(10.0, 10.125, 10.5), token_ids=[1])
     middle = Output(0, 0, Usage(4, 0, 3), Timing(10.0, 10.125, 10.5), token_ids=[2, 3])
     last = Output(0, 0, Usage(4, 0, 5), Timing(10.0, 10.125, 10.5, 12.5), token_ids=[4, 5], finish_reason=End.STOP)
-    for observer in (metrics, live):
+    for observer in (metrics, dashboard):
         observer.arrived(0, Request(range(4)))
         for output, at in ((first, 10.5), (middle, 11.5), (last, 12.5)):
             observer.stepped([output], stats, at)
@@ -226,11 +226,11 @@ def test_times_are_what_the_formulas_say() -> None:
     assert now["vllm:e2e_request_latency_seconds_sum", ()] == 2.5
     parts = {"queue": 0.125, "inference": 2.375, "prefill": 0.375, "decode": 2.0}
     assert {part: now[f"vllm:request_{part}_time_seconds_sum", ()] for part in parts} == parts
-    state = live.snapshot(12.5)
+    state = dashboard.snapshot(12.5)
     assert state["tokens_per_second"] == 5 / WINDOW
     assert state["ttft_seconds"] == {"p50": 0.5, "p90": 0.5, "p99": 0.5}
-    assert live.snapshot(11.0 + WINDOW)["tokens_per_second"] == 4 / WINDOW
-    assert live.snapshot(13.0 + WINDOW)["tokens_per_second"] == 0
+    assert dashboard.snapshot(11.0 + WINDOW)["tokens_per_second"] == 4 / WINDOW
+    assert dashboard.snapshot(13.0 + WINDOW)["tokens_per_second"] == 0
 
 
 def test_percentiles() -> None:

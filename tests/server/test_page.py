@@ -21,9 +21,9 @@ from helpers.fake_model import FakeModel
 from helpers.live_server import listening
 from quantkit.runtime.core.output import FinishReason, Output, Timing, Usage
 from quantkit.runtime.engine.engine import Engine
-from quantkit.server.guards import KeyGuard
-from quantkit.server.live import Live
-from quantkit.server.metrics import Metrics
+from quantkit.server.dashboard import Dashboard
+from quantkit.server.metrics import PrometheusMetrics
+from quantkit.server.middleware import ApiKeyMiddleware
 from quantkit.server.monitor import monitor_routes
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -45,12 +45,12 @@ class Talker:
         self.pause, self.closed = 0.0, 0
         model = FakeModel()
         stats = Engine(model).stats
-        self.live = Live("tiny", stats)
+        self.dashboard = Dashboard("tiny", stats)
         self.app = FastAPI()
-        self.app.include_router(monitor_routes(Metrics("tiny", model, stats), self.live))
+        self.app.include_router(monitor_routes(PrometheusMetrics("tiny", model, stats), self.dashboard))
         self.app.post("/v1/chat/completions", response_model=None)(self.chat)
         if key is not None:
-            self.app.add_middleware(KeyGuard, key=key)
+            self.app.add_middleware(ApiKeyMiddleware, key=key)
 
     async def chat(self, request: Request) -> Response:
         """Say the last message again, a letter at a time, or refuse it."""
@@ -128,7 +128,7 @@ def test_the_state_is_shown_and_stays_fresh(address: tuple[Talker, str], page: P
     expect(page.locator("#ttft_seconds")).to_have_text("–")
     timing = Timing(1.0, 1.125, 1.25, 3.25)
     output = Output(0, 0, Usage(4, 0, 5), timing, token_ids=[1, 2, 3, 4, 5], finish_reason=FinishReason.STOP)
-    talker.live.stepped([output], Engine(FakeModel()).stats, time.monotonic())
+    talker.dashboard.stepped([output], Engine(FakeModel()).stats, time.monotonic())
     expect(page.locator("#served")).to_have_text("1")
     expect(page.locator("#ttft_seconds")).to_have_text("250, 250, 250")
     expect(page.locator("#tpot_seconds")).to_have_text("500, 500, 500")

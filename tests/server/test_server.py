@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from helpers.live_server import serving, tiny_folder, wait
-from quantkit.server.app import Served, ServerConfig
+from quantkit.server.app import ModelEndpoints, ServerConfig
 
 LONG = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
 #: Half of a surrogate pair as a text and as a name, and a number that Python refuses to read.
@@ -159,7 +159,7 @@ def test_keys(folder: Path) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
-    with serving(folder, ServerConfig("tiny", 2, max_waiting=1)) as (url, served), httpx.Client(timeout=60) as client:
+    with serving(folder, ServerConfig("tiny", 2, max_waiting=1)) as (url, endpoints), httpx.Client(timeout=60) as client:
         with client.stream("POST", url + "/v1/completions", json={**LONG, "n": 2, "temperature": 1, "stream": True}) as first:
             assert first.status_code == 200
             refused = client.post(url + "/v1/completions", json={**LONG, "n": 2})
@@ -167,12 +167,12 @@ def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
             assert int(refused.headers["Retry-After"]) >= 1
             assert refused.json()["error"]["code"] == "queue_full"
         # Whoever leaves in mid-stream leaves nothing behind.
-        wait(lambda: served.runner.idle and served.session.engine.stats.used_blocks == 0)
+        wait(lambda: endpoints.engine_thread.idle and endpoints.session.engine.stats.used_blocks == 0)
         assert client.post(url + "/v1/completions", json={"prompt": "x", "n": 2, "max_tokens": 2}).status_code == 200
 
 
 def test_time_is_limited(folder: Path) -> None:
-    with serving(folder, ServerConfig("tiny", 2, request_timeout=0.02)) as (url, served):
+    with serving(folder, ServerConfig("tiny", 2, request_timeout=0.02)) as (url, endpoints):
         client = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=3)
         with pytest.raises(openai.APIStatusError) as caught:
             client.completions.create(model="tiny", prompt="Hello", max_tokens=200, extra_body={"ignore_eos": True})
@@ -189,16 +189,16 @@ def test_time_is_limited(folder: Path) -> None:
 
         assert httpx.post(url + "/v1/completions", content=drops()).status_code == 408
         # OpenAI's client repeats a 408 unless it is told not to, because the same request would take as long again.
-        wait(lambda: served.runner.idle)
+        wait(lambda: endpoints.engine_thread.idle)
         arrived = re.search(r"vllm:request_params_n_count\S* (\S+)", httpx.get(url + "/metrics").text)
         assert arrived is not None
         assert float(arrived[1]) <= 2  # Fewer where so short a time is over before a body has come.
 
 
 def test_a_server_that_drains_says_so(folder: Path) -> None:
-    with serving(folder, ServerConfig("tiny", 2)) as (url, served):
+    with serving(folder, ServerConfig("tiny", 2)) as (url, endpoints):
         assert httpx.get(url + "/ready").status_code == 200
-        served.runner.draining = True
+        endpoints.engine_thread.draining = True
         assert (httpx.get(url + "/health").status_code, httpx.get(url + "/ready").status_code) == (200, 503)
         refused = httpx.post(url + "/v1/completions", json=LONG)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
@@ -226,8 +226,8 @@ def test_curl(url: str) -> None:
 
 
 def test_a_failing_step_fails_its_requests_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(folder, ServerConfig("tiny", 2, request_timeout=60)) as (url, served):
-        model = served.session.engine.model
+    with serving(folder, ServerConfig("tiny", 2, request_timeout=60)) as (url, endpoints):
+        model = endpoints.session.engine.model
         broken = RuntimeError("secret detail of /some/path")
 
         def fail(_: object) -> None:
@@ -240,4 +240,4 @@ def test_a_failing_step_fails_its_requests_only(folder: Path, monkeypatch: pytes
         assert "secret" not in failed.text
         assert httpx.get(url + "/health").status_code == 200
         assert httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
-        assert isinstance(served, Served)
+        assert isinstance(endpoints, ModelEndpoints)

@@ -1,4 +1,4 @@
-"""Outputs of the engine in OpenAI's shapes: one class for completions, one for chat completions."""
+"""OpenAI response objects from engine outputs: one builder for completions, one for chat completions."""
 
 import time
 import uuid
@@ -7,35 +7,35 @@ from typing import Any, NamedTuple, Protocol
 
 from quantkit.runtime.core.output import Output, TokenLogprobs
 
-#: The text of tokens.
+#: Decodes token ids to text.
 Text = Callable[[Sequence[int]], str]
 
 
 class Echo(NamedTuple):
-    """A prompt that stands before its output: as it was sent, None where that was tokens; and its tokens."""
+    """A prompt that is repeated before its output: its text (None if it was sent as tokens) and its tokens."""
 
     text: str | None
     tokens: Sequence[int]
 
 
-class Form(Protocol):
-    """How one reply is written. A choice is a sample of the call, counted over all of its prompts."""
+class ResponseBuilder(Protocol):
+    """Builds the JSON of one response. A choice is one sample; choices are numbered over all prompts of the call."""
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """What a stream says of a choice before its first token."""
+        """The chunk that opens a choice in a stream, before its first token; None: no such chunk."""
 
     def delta(self, index: int, output: Output) -> dict[str, Any]:
-        """A part of a choice in a stream."""
+        """One chunk of a choice in a stream."""
 
     def whole(self, index: int, output: Output) -> dict[str, Any]:
-        """A choice that is complete."""
+        """A complete choice."""
 
     def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
-        """Choices, or parts of them, as an object."""
+        """The response object around choices, or around their chunks."""
 
 
 class _Envelope:
-    """Names and times of a reply's objects."""
+    """Id, type and creation time of a response's objects."""
 
     prefix, name, chunk_name = "", "", ""
 
@@ -44,7 +44,7 @@ class _Envelope:
         self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
-        """See `Form`."""
+        """See `ResponseBuilder`."""
         name = self.chunk_name if chunk else self.name
         return {"id": self._id, "object": name, "created": self._created, "model": self._model, "choices": list(choices)}
 
@@ -52,7 +52,7 @@ class _Envelope:
         return self._text([token])
 
 
-class CompletionForm(_Envelope):
+class CompletionResponseBuilder(_Envelope):
     """`text_completion` objects."""
 
     prefix, name, chunk_name = "cmpl", "text_completion", "text_completion"
@@ -60,22 +60,22 @@ class CompletionForm(_Envelope):
     def __init__(self, model: str, text: Text, echoes: Sequence[Echo] = ()) -> None:
         """
         Args:
-            model: its name.
-            text: of tokens.
-            echoes: the prompt of each choice, if it is to stand before the output.
+            model: the model's name.
+            text: decodes token ids.
+            echoes: the prompt of each choice, where prompts are to be repeated before outputs.
         """
         super().__init__(model, text)
-        #: What is still to be echoed, by choice.
+        #: Choice -> prompt that has not been echoed yet.
         self._echoes = dict(enumerate(echoes))
-        #: Characters of each choice's tokens so far.
+        #: Choice -> characters of its tokens so far.
         self._offsets: dict[int, int] = {}
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """See `Form`: nothing."""
+        """See `ResponseBuilder`: there is none."""
         return None
 
     def delta(self, index: int, output: Output) -> dict[str, Any]:
-        """See `Form`."""
+        """See `ResponseBuilder`."""
         text, logprobs = output.text, None
         if (echo := self._echoes.pop(index, None)) is not None:
             text = (self._text(echo.tokens) if echo.text is None else echo.text) + text
@@ -85,13 +85,13 @@ class CompletionForm(_Envelope):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": _reason(output)}
 
     def whole(self, index: int, output: Output) -> dict[str, Any]:
-        """See `Form`."""
+        """See `ResponseBuilder`."""
         return self.delta(index, output)
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprobs], first: int | None) -> dict[str, Any]:
-        """Parallel lists; of several tokens with the same text, `top_logprobs` has the likeliest.
+        """OpenAI's parallel lists. Where several tokens have the same text, `top_logprobs` keeps the likeliest.
 
-        `first` is a prompt's first token, which follows nothing and has no log probability.
+        `first` is the prompt's first token, which has no log probability because nothing precedes it.
         """
         offsets, end = [], self._offsets.get(index, 0)
         head = [] if first is None else [first]
@@ -112,22 +112,22 @@ class CompletionForm(_Envelope):
         return {"tokens": pieces, "token_logprobs": chosen, "top_logprobs": [*unscored, *tops], "text_offset": offsets}
 
 
-class ChatForm(_Envelope):
+class ChatResponseBuilder(_Envelope):
     """`chat.completion` objects and their chunks."""
 
     prefix, name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """See `Form`: who speaks."""
+        """See `ResponseBuilder`: the role."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def delta(self, index: int, output: Output) -> dict[str, Any]:
-        """See `Form`."""
+        """See `ResponseBuilder`."""
         delta = {"content": output.text} if output.text else {}
         return {"index": index, "delta": delta, "logprobs": self._logprobs(output), "finish_reason": _reason(output)}
 
     def whole(self, index: int, output: Output) -> dict[str, Any]:
-        """See `Form`."""
+        """See `ResponseBuilder`."""
         message = {"role": "assistant", "content": output.text, "refusal": None}
         return {"index": index, "message": message, "logprobs": self._logprobs(output), "finish_reason": _reason(output)}
 
@@ -141,7 +141,7 @@ class ChatForm(_Envelope):
         return {"content": content, "refusal": None}
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        """A token; of a part of a character the bytes are not known."""
+        """A token with its log probability. `bytes` is None for a token that holds only part of a character."""
         piece = self._piece(token)
         return {"token": piece, "logprob": logprob, "bytes": None if "\ufffd" in piece else list(piece.encode())}
 

@@ -1,8 +1,8 @@
-"""One thread owns the engine; requests reach it from an event loop, and outputs come back to that loop.
+"""One thread owns the engine. Requests come to it from an event loop, and outputs go back to that loop.
 
-Commands go to the thread through a queue and are carried out between steps, so whatever is cancelled has freed its blocks
-before the next step. Everything that comes back is posted to the loop in order: one call a step. All methods but those that
-say otherwise, and all observers, run in the loop's thread, so none of them needs a lock.
+Commands go to the thread through a queue and run between steps, so a cancelled request has freed its blocks before the next
+step. Results are posted to the loop in order, with one call per step. All methods except those that say otherwise, and all
+observers, run in the loop's thread, so nothing here needs a lock.
 """
 
 import asyncio
@@ -19,26 +19,26 @@ from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request
 from quantkit.runtime.engine.engine import Engine
 from quantkit.runtime.engine.stats import EngineStats
-from quantkit.server.job import BusyError, DrainingError, EngineDiedError, Entry, Job, Observer
+from quantkit.server.job import ActiveRequest, BusyError, DrainingError, EngineDiedError, Job, Observer
 
 logger = logging.getLogger("quantkit.server")
 
 
-class Runner:
+class EngineThread:
     """Runs an engine in a thread of its own.
 
     Attributes:
-        observers: see `Observer`; add to it before `start`.
-        capacity: sequences that are taken at most, running and waiting.
-        draining: whether new requests are turned away.
+        observers: see `Observer`; add to them before `start`.
+        capacity: most sequences that are accepted at a time, running and waiting.
+        draining: whether new requests are refused.
     """
 
     def __init__(self, engine: Engine, capacity: int, *, stalled_after: float = 60.0) -> None:
         """
         Args:
-            engine: no other thread uses it from `start` to `stop`.
-            capacity: sequences that are taken at most, running and waiting.
-            stalled_after: seconds without a step, with work to do, after which the engine counts as stuck.
+            engine: used by no other thread between `start` and `stop`.
+            capacity: most sequences that are accepted at a time, running and waiting.
+            stalled_after: an engine that has work but has not ended a step for this many seconds is not healthy.
         """
         self.observers: list[Observer] = []
         self.capacity, self.draining = capacity, False
@@ -47,10 +47,10 @@ class Runner:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[Job] = set()
-        #: Requests in the engine that have samples left, by id.
-        self._entries: dict[int, Entry] = {}
+        #: Request id -> request in the engine that has unfinished samples.
+        self._active: dict[int, ActiveRequest] = {}
         self._died = False
-        #: When the engine's thread last had nothing to do or ended a step.
+        #: When the engine's thread last was idle or ended a step.
         self._beat = time.monotonic()
         self._working = False
 
@@ -61,33 +61,37 @@ class Runner:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine's thread is there and, with work to do, steps. From any thread."""
+        """Whether the engine's thread runs and, if there is work, makes steps. Callable from any thread."""
         stalled = self._working and time.monotonic() - self._beat > self._stalled_after
         return self._thread.is_alive() and not self._died and not stalled
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken now, if there is room. From any thread."""
+        """Whether requests are accepted now, as far as there is room. Callable from any thread."""
         return self.healthy and not self.draining
 
     def start(self) -> None:
-        """Start the thread; what it gives back goes to the running event loop."""
+        """Start the thread; its results go to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End the thread after the step that it is in, from any thread; False where `timeout` seconds are too few for that."""
+        """End the thread after its current step. Callable from any thread.
+
+        Returns:
+            False if the step did not end within `timeout` seconds.
+        """
         self._commands.put(None)
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
     @contextmanager
     def open(self, requests: Sequence[Request]) -> Iterator[Job]:
-        """Queue requests that belong together. What of them still runs at the end of the block is cancelled.
+        """Queue requests that belong together. Those that still run at the end of the `with` block are cancelled.
 
         Raises:
-            BusyError, DrainingError, EngineDiedError: they cannot be taken now.
-            RequestError: they are more than can ever be taken at a time.
+            BusyError, DrainingError, EngineDiedError: they cannot be accepted now.
+            RequestError: they have more samples than can ever be queued at a time.
         """
         assert self._loop is not None, "the runner was not started"
         job = Job(requests, self._loop.create_future())
@@ -119,21 +123,21 @@ class Runner:
         for observer in self.observers:
             observer.refused(reason)
 
-    # From here on: the engine's thread.
+    # The methods from here on run in the engine's thread.
 
     def _run(self) -> None:
         try:
-            while self._obey():
+            while self._drain_commands():
                 if self._engine.has_work:
                     outputs = self._engine.step()
                     self._beat = time.monotonic()
                     self._post(self._deliver, outputs, self._engine.stats, self._beat)
         except Exception as error:
-            logger.exception("the engine failed outside of a step's requests; restart the server")
-            self._post(self._bury, error)
+            logger.exception("the engine failed outside the requests of a step; restart the server")
+            self._post(self._fail_all, error)
 
-    def _obey(self) -> bool:
-        """Carry out all commands, and wait for one where there is no other work; False at the end."""
+    def _drain_commands(self) -> bool:
+        """Run all queued commands; wait for one if the engine has no work. False once the thread is to end."""
         while True:
             self._working = self._engine.has_work
             try:
@@ -149,7 +153,7 @@ class Runner:
         try:
             for request in job.requests:
                 job.ids.append(self._engine.add(request))
-        except Exception as error:  # noqa: BLE001 (whatever a request does to the engine is for its sender to know)
+        except Exception as error:  # noqa: BLE001 (whatever adding a request raises is reported to its sender)
             self._cancel(job)
             self._post(self._reject, job, error)
         else:
@@ -164,14 +168,14 @@ class Runner:
         try:
             self._loop.call_soon_threadsafe(call, *args)
         except RuntimeError:
-            logger.debug("the event loop has ended; outputs are dropped")
+            logger.debug("the event loop has ended; its outputs are dropped")
 
-    # From here on: the event loop's thread.
+    # The methods from here on run in the event loop's thread.
 
     def _accept(self, job: Job, ids: list[int]) -> None:
         first = 0
         for request_id, request in zip(ids, job.requests, strict=True):
-            self._entries[request_id] = Entry(job, first, request.params.n)
+            self._active[request_id] = ActiveRequest(job, first, request.params.n)
             first += request.params.n
             for observer in self.observers:
                 observer.arrived(request_id, request)
@@ -185,18 +189,18 @@ class Runner:
             job.accepted.set_exception(error)
 
     def _deliver(self, outputs: Sequence[Output], stats: EngineStats, at: float) -> None:
-        # Those of a job that was refused as a whole are nobody's.
-        known = [output for output in outputs if output.request_id in self._entries]
+        # Drop outputs of a rejected job: no client waits for them.
+        known = [output for output in outputs if output.request_id in self._active]
         for output in known:
-            entry = self._entries[output.request_id]
+            entry = self._active[output.request_id]
             entry.job.queue.put_nowait((entry.first + output.index, output))
             entry.left -= output.finish_reason is not None
             if not entry.left:
-                del self._entries[output.request_id]
+                del self._active[output.request_id]
         for observer in self.observers:
             observer.stepped(known, stats, at)
 
-    def _bury(self, error: Exception) -> None:
+    def _fail_all(self, error: Exception) -> None:
         self._died = True
         for job in self._open:
             if not job.accepted.done():

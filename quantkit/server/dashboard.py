@@ -1,4 +1,4 @@
-"""What the page at `/` shows: where the engine stands, and how fast requests were served lately."""
+"""The numbers on the page at `/`: the engine's state and recent throughput and latencies."""
 
 import statistics
 import time
@@ -11,17 +11,17 @@ from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request
 from quantkit.runtime.engine.stats import EngineStats
 
-#: Seconds over which tokens are counted, and samples over which times are ranked.
+#: Window of the throughput, seconds; and how many recent samples the latency percentiles cover.
 WINDOW, SAMPLES = 10.0, 512
 
 
-class Live:
-    """Implements `Observer`."""
+class Dashboard:
+    """Collects the numbers. Implements `Observer`."""
 
     def __init__(self, model_name: str, stats: EngineStats) -> None:
-        """`stats`: where the engine stands before its first step."""
+        """`stats` is the engine's state before its first step."""
         self._model_name, self._stats = model_name, stats
-        #: When steps ended, and how many tokens they gave.
+        #: (when a step ended, how many tokens it produced), within the window.
         self._steps: deque[tuple[float, int]] = deque()
         self._ttft: deque[float] = deque(maxlen=SAMPLES)
         self._tpot: deque[float] = deque(maxlen=SAMPLES)
@@ -39,15 +39,15 @@ class Live:
         self._steps.append((at, sum(len(output.token_ids) for output in outputs)))
         self._forget(at)
         self._ttft.extend(latency.ttft(output) for output in outputs if latency.is_first(output))
-        served = [output for output in outputs if latency.is_completed(output)]
-        self._served += len(served)
-        self._tpot.extend(time for output in served if (time := latency.tpot(output)) is not None)
+        completed = [output for output in outputs if latency.is_completed(output)]
+        self._served += len(completed)
+        self._tpot.extend(time for output in completed if (time := latency.tpot(output)) is not None)
 
     def snapshot(self, now: float | None = None) -> dict[str, Any]:
-        """Plain data for JSON: counts of samples and tokens, shares from 0 to 1, seconds; None where nothing is known.
+        """The numbers as plain data for JSON: counts, shares from 0 to 1, seconds; None where there is no value yet.
 
         Args:
-            now: in seconds of `time.monotonic()`, where it is not this moment.
+            now: seconds of `time.monotonic()`; None: the current time.
         """
         self._forget(time.monotonic() if now is None else now)
         stats = self._stats
@@ -71,9 +71,9 @@ class Live:
 
 
 def percentiles(values: Collection[float]) -> dict[str, float] | None:
-    """50th, 90th and 99th, interpolated; None of nothing."""
+    """The 50th, 90th and 99th percentile, interpolated; None without values."""
     if not values:
         return None
-    # Of a single value there are no quantiles, of the same one twice there are.
+    # `quantiles` needs at least two values.
     cuts = statistics.quantiles(list(values) * (2 if len(values) == 1 else 1), n=100, method="inclusive")
     return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98]}

@@ -1,4 +1,4 @@
-"""What stands before the routes: the API key and the limit on bodies. Plain ASGI, so that streams pass untouched."""
+"""ASGI middleware: API key and body limits. Plain ASGI, so that streams pass through untouched."""
 
 import asyncio
 import hmac
@@ -9,21 +9,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantkit.server.errors import ApiError, timed_out
 
-#: Open to everybody: probes have no key.
+#: Needs no key: health probes have none.
 _OPEN = "/health"
-#: What makes a browser ask for the key, and then send it with everything that the page calls.
+#: The page, and the challenge that makes a browser ask for the key and then send it with every call of the page.
 _PAGE, _BROWSER = "/", 'Basic realm="quantkit", charset="UTF-8"'
 
 
-class KeyGuard:
-    """Lets requests through that carry `Authorization: Bearer KEY`, or the key as a browser's password (RFC 7617).
+class ApiKeyMiddleware:
+    """Requires `Authorization: Bearer KEY`, or the key as the password of basic authentication (RFC 7617).
 
-    A browser sends its password with calls that pages from elsewhere make, too. They do no harm: GET changes nothing, and
-    bodies must come as JSON, for which a browser asks the server first.
+    A browser also sends the password with requests that other sites' pages make. They are harmless: GET changes nothing, and
+    bodies must be JSON, for which a browser first asks the server's permission (CORS preflight), which is never given.
     """
 
     def __init__(self, app: ASGIApp, key: str) -> None:
-        assert key, "anybody has an empty key"
+        assert key, "an empty key protects nothing"
         self._app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,21 +38,23 @@ class KeyGuard:
     def _holds(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         key = _password(given) if scheme.lower() == "basic" else given.encode("latin-1")
-        # In a time that does not depend on where the keys differ.
+        # Constant time: how long it takes does not tell where the keys differ.
         return hmac.compare_digest(key, self._key) and scheme.lower() in ("bearer", "basic")
 
 
 def _password(credentials: str) -> bytes:
-    """What is behind the first colon of base64's `user:password`; whoever the user is."""
+    """The password in base64-encoded `user:password`; the user does not matter."""
     try:
         return b64decode(credentials, validate=True).partition(b":")[2]
     except ValueError:
         return b""
 
 
-class BodyLimit:
-    """Refuses bodies of more than so many bytes, before they are read where their length is stated, and those that take
-    longer than so many seconds to come."""
+class BodyLimitMiddleware:
+    """Refuses bodies that are larger than `limit` bytes or take longer than `timeout` seconds to arrive.
+
+    A body whose Content-Length is too large is refused before it is read.
+    """
 
     def __init__(self, app: ASGIApp, limit: int, timeout: float) -> None:
         self._app, self._limit, self._timeout = app, limit, timeout

@@ -1,4 +1,4 @@
-"""One call that generates: queue its requests, write what comes, and end them when the client goes or time is up."""
+"""The response of one generating call: runs its requests, and cancels them when the client disconnects or time is up."""
 
 import asyncio
 import contextlib
@@ -11,24 +11,34 @@ from starlette.types import Receive, Scope, Send
 
 from quantkit.runtime.core.output import Output, merge_outputs
 from quantkit.runtime.core.request import Request
+from quantkit.server.engine_thread import EngineThread
 from quantkit.server.errors import ApiError, api_error, timed_out
-from quantkit.server.forms import Form
 from quantkit.server.job import Job
-from quantkit.server.runner import Runner
+from quantkit.server.response_builder import ResponseBuilder
 
-#: Seconds in which a client takes a stream's last words after its time was up.
-_LAST_WORDS = 1.0
+#: Seconds for sending the error that ends a stream.
+_ERROR_SECONDS = 1.0
 
 
 class ClientGoneError(Exception):
-    """Nobody waits for the reply any more."""
+    """The client disconnected before the response was complete."""
 
 
-class Reply(Response):
-    """A whole JSON object, or a stream of events. It runs when it is sent, so that it sees the client go."""
+class GenerationResponse(Response):
+    """One JSON object, or a stream of server-sent events.
+
+    The requests run while the response is sent, so that they end when the client disconnects.
+    """
 
     def __init__(
-        self, runner: Runner, requests: Sequence[Request], form: Form, timeout: float, *, stream: bool, include_usage: bool
+        self,
+        engine_thread: EngineThread,
+        requests: Sequence[Request],
+        builder: ResponseBuilder,
+        timeout: float,
+        *,
+        stream: bool,
+        include_usage: bool,
     ) -> None:
         """
         Args:
@@ -39,7 +49,7 @@ class Reply(Response):
             stream: events as they come instead of one object.
             include_usage: whether a stream ends with the numbers of tokens.
         """
-        self._runner, self._requests, self._form, self._timeout = runner, requests, form, timeout
+        self._engine_thread, self._requests, self._builder, self._timeout = engine_thread, requests, builder, timeout
         self._stream, self._include_usage = stream, include_usage
         self._last: dict[int, Output] = {}
         self._started = False
@@ -48,7 +58,7 @@ class Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         try:
-            with self._runner.open(self._requests) as job:
+            with self._engine_thread.open(self._requests) as job:
                 work = self._send_stream(job, send) if self._stream else self._send_whole(job, scope, receive, send)
                 await _while_connected(receive, work, self._timeout)
         except ClientGoneError:
@@ -56,9 +66,9 @@ class Reply(Response):
         except Exception as error:
             if not self._started:
                 raise api_error(error) from error
-            # The status is out already; an event says it instead, as OpenAI's clients understand.
+            # The status line has been sent already, so the error goes into an event, which OpenAI's clients understand.
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._break_off(send, api_error(error)), _LAST_WORDS)
+                await asyncio.wait_for(self._send_error(send, api_error(error)), _ERROR_SECONDS)
 
     async def _send_whole(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
         await job.accepted
@@ -66,8 +76,8 @@ class Reply(Response):
         async for index, output in job.outputs():
             self._note(index, output)
             parts[index].append(output)
-        choices = [self._form.whole(index, merge_outputs(outputs)) for index, outputs in enumerate(parts)]
-        body = self._form.envelope(choices, chunk=False) | {"usage": self._usage(job)}
+        choices = [self._builder.whole(index, merge_outputs(outputs)) for index, outputs in enumerate(parts)]
+        body = self._builder.envelope(choices, chunk=False) | {"usage": self._usage(job)}
         self._started = True
         await JSONResponse(body)(scope, receive, send)
 
@@ -77,33 +87,33 @@ class Reply(Response):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for index in range(job.size):
-            if (choice := self._form.opening(index)) is not None:
+            if (choice := self._builder.opening(index)) is not None:
                 await self._send_choices(send, [choice])
         async for index, output in job.outputs():
             self._note(index, output)
             if output.text or output.logprobs or output.prompt_logprobs or output.finish_reason is not None:
-                await self._send_choices(send, [self._form.delta(index, output)])
+                await self._send_choices(send, [self._builder.delta(index, output)])
         if self._include_usage:
-            await _event(send, json.dumps(self._form.envelope([], chunk=True) | {"usage": self._usage(job)}))
+            await _event(send, json.dumps(self._builder.envelope([], chunk=True) | {"usage": self._usage(job)}))
         await _event(send, "[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_choices(self, send: Send, choices: list[dict[str, Any]]) -> None:
         usage = {"usage": None} if self._include_usage else {}
-        await _event(send, json.dumps(self._form.envelope(choices, chunk=True) | usage))
+        await _event(send, json.dumps(self._builder.envelope(choices, chunk=True) | usage))
 
-    async def _break_off(self, send: Send, error: ApiError) -> None:
+    async def _send_error(self, send: Send, error: ApiError) -> None:
         await _event(send, json.dumps(error.body()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _note(self, index: int, output: Output) -> None:
-        """Remember where a sample stands, unless the engine failed it."""
+        """Keep a sample's latest output; raise the error of a sample that failed."""
         if output.error is not None:
             raise output.error
         self._last[index] = output
 
     def _usage(self, job: Job) -> dict[str, Any]:
-        """Numbers of tokens; a prompt counts once, however many samples it has."""
+        """Token counts. A prompt counts once, however many samples it has."""
         firsts, first = [], 0
         for request in job.requests:
             firsts.append(self._last[first].usage)
@@ -124,14 +134,14 @@ async def _event(send: Send, data: str) -> None:
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None], timeout: float) -> None:
-    """Run `work` until it ends, the client goes, or time is up.
+    """Run `work` until it ends, the client disconnects, or time is up.
 
     Raises:
-        ClientGoneError: the client went first.
+        ClientGoneError: the client disconnected first.
         ApiError: time was up first.
         Exception: whatever `work` raises.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({task, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -145,7 +155,7 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None], ti
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
-    """Come back when the client has gone."""
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -15,8 +15,8 @@ from quantkit.runtime.core.output import FinishReason, Output
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.engine.stats import EngineStats
+from quantkit.server.engine_thread import EngineThread
 from quantkit.server.job import BusyError, DrainingError, EngineDiedError, Job
-from quantkit.server.runner import Runner
 
 PROMPT = list(range(9))
 
@@ -59,19 +59,19 @@ class Watcher:
 
 
 def run(
-    test: Callable[[Runner, Watcher], Coroutine[Any, Any, None]], model: FakeModel, max_batch: int = 4, capacity: int = 8
+    test: Callable[[EngineThread, Watcher], Coroutine[Any, Any, None]], model: FakeModel, max_batch: int = 4, capacity: int = 8
 ) -> Engine:
     """Run a test beside a runner; the engine, which must have nothing left."""
     engine = Engine(model, EngineConfig(max_batch=max_batch, token_budget=32))
-    runner, watcher = Runner(engine, capacity, stalled_after=0.05), Watcher()
-    runner.observers.append(watcher)
+    thread, watcher = EngineThread(engine, capacity, stalled_after=0.05), Watcher()
+    thread.observers.append(watcher)
 
     async def started() -> None:
-        runner.start()
+        thread.start()
         try:
-            await asyncio.wait_for(test(runner, watcher), 30)
+            await asyncio.wait_for(test(thread, watcher), 30)
         finally:
-            assert await asyncio.to_thread(runner.stop, 30)
+            assert await asyncio.to_thread(thread.stop, 30)
 
     asyncio.run(started())
     engine.check()
@@ -92,13 +92,13 @@ async def tokens(job: Job) -> list[int]:
 def test_who_goes_frees_its_blocks_within_a_step(n: int) -> None:
     model = Gated(steps=2)
 
-    async def test(runner: Runner, watcher: Watcher) -> None:
-        with runner.open([request(n=n)]) as job:
+    async def test(thread: EngineThread, watcher: Watcher) -> None:
+        with thread.open([request(n=n)]) as job:
             outputs = job.outputs()
             await anext(outputs)
             await until(lambda: model.begun == 3)
-            assert runner._engine.stats.used_blocks > 0
-        assert runner.idle
+            assert thread._engine.stats.used_blocks > 0
+        assert thread.idle
         model.gate.release()
         await until(lambda: watcher.stats is not None and watcher.stats.used_blocks == watcher.stats.running == 0)
         assert model.begun == 3
@@ -109,10 +109,10 @@ def test_who_goes_frees_its_blocks_within_a_step(n: int) -> None:
 def test_who_goes_before_it_ran_leaves_nothing() -> None:
     model = Gated(steps=0)
 
-    async def test(runner: Runner, _: Watcher) -> None:
-        with runner.open([request(count=3)]) as first:
+    async def test(thread: EngineThread, _: Watcher) -> None:
+        with thread.open([request(count=3)]) as first:
             await until(lambda: model.begun == 1)
-            with runner.open([request([50, 51])]):
+            with thread.open([request([50, 51])]):
                 pass
             model.gate.release(3)
             assert await tokens(first) == expected(PROMPT, 3)
@@ -124,17 +124,17 @@ def test_who_goes_before_it_ran_leaves_nothing() -> None:
 def test_health_is_that_of_the_steps() -> None:
     model = Gated(steps=1)
 
-    async def test(runner: Runner, _: Watcher) -> None:
-        assert runner.healthy
-        assert runner.ready
+    async def test(thread: EngineThread, _: Watcher) -> None:
+        assert thread.healthy
+        assert thread.ready
         await asyncio.sleep(0.1)  # without work no step is missed
-        assert runner.healthy
-        with runner.open([request(count=2)]) as job:
-            await until(lambda: not runner.healthy)
-            assert not runner.ready
+        assert thread.healthy
+        with thread.open([request(count=2)]) as job:
+            await until(lambda: not thread.healthy)
+            assert not thread.ready
             model.gate.release()
             await tokens(job)
-        await until(lambda: runner.healthy)
+        await until(lambda: thread.healthy)
 
     run(test, model)
 
@@ -143,13 +143,13 @@ def test_a_failing_step_fails_the_requests_in_it_and_no_others() -> None:
     model = FakeModel()
     model.fail = 50
 
-    async def test(runner: Runner, _: Watcher) -> None:
-        with runner.open([request([50])]) as bad, runner.open([request(count=5)]) as good:
+    async def test(thread: EngineThread, _: Watcher) -> None:
+        with thread.open([request([50])]) as bad, thread.open([request(count=5)]) as good:
             (failed,) = [output async for _, output in bad.outputs()]
             assert failed.finish_reason is FinishReason.ERROR
             assert failed.error is not None
             assert await tokens(good) == expected(PROMPT, 5)
-            assert runner.healthy
+            assert thread.healthy
 
     run(test, model, max_batch=1)
 
@@ -157,17 +157,17 @@ def test_a_failing_step_fails_the_requests_in_it_and_no_others() -> None:
 def test_an_engine_that_dies_tells_everybody() -> None:
     model = Gated(steps=1)
 
-    async def test(runner: Runner, _: Watcher) -> None:
-        with runner.open([request()]) as job, runner.open([request([5])]) as other:
+    async def test(thread: EngineThread, _: Watcher) -> None:
+        with thread.open([request()]) as job, thread.open([request([5])]) as other:
             outputs = job.outputs()
             await anext(outputs)
-            runner._engine.step = die  # type: ignore[method-assign]
+            thread._engine.step = die  # type: ignore[method-assign]
             model.gate.release(100)
             for each in (outputs, other.outputs()):
                 with pytest.raises(EngineDiedError):
                     [output async for output in each]
-        assert not runner.healthy
-        with pytest.raises(EngineDiedError), runner.open([request()]):
+        assert not thread.healthy
+        with pytest.raises(EngineDiedError), thread.open([request()]):
             pass
 
     def die() -> list[Output]:
@@ -177,11 +177,11 @@ def test_an_engine_that_dies_tells_everybody() -> None:
 
 
 def test_all_requests_of_a_call_are_taken_or_none() -> None:
-    async def test(runner: Runner, watcher: Watcher) -> None:
-        with runner.open([request(), request([]), request()]) as job, pytest.raises(RequestError, match="no tokens"):
+    async def test(thread: EngineThread, watcher: Watcher) -> None:
+        with thread.open([request(), request([]), request()]) as job, pytest.raises(RequestError, match="no tokens"):
             await job.accepted
         assert watcher.refusals == ["invalid"]
-        with runner.open([request(count=2), request([7], count=3)]) as job:
+        with thread.open([request(count=2), request([7], count=3)]) as job:
             await job.accepted
             found: dict[int, list[int]] = {}
             async for number, output in job.outputs():
@@ -192,16 +192,19 @@ def test_all_requests_of_a_call_are_taken_or_none() -> None:
 
 
 def test_places_are_limited() -> None:
-    async def test(runner: Runner, watcher: Watcher) -> None:
-        with pytest.raises(RequestError, match="9 samples are asked for and 8 can be queued"), runner.open([request(n=9)]):
+    async def test(thread: EngineThread, watcher: Watcher) -> None:
+        with (
+            pytest.raises(RequestError, match="9 samples are asked for and 8 can be queued"),
+            thread.open([request(n=9)]),
+        ):
             pass
-        with runner.open([request(n=4, count=2), request(n=2, count=2)]) as job:
-            with pytest.raises(BusyError), runner.open([request(n=3)]):
+        with thread.open([request(n=4, count=2), request(n=2, count=2)]) as job:
+            with pytest.raises(BusyError), thread.open([request(n=3)]):
                 pass
-            runner.draining = True
-            with pytest.raises(DrainingError), runner.open([request()]):
+            thread.draining = True
+            with pytest.raises(DrainingError), thread.open([request()]):
                 pass
-            assert (runner.healthy, runner.ready) == (True, False)
+            assert (thread.healthy, thread.ready) == (True, False)
             assert len(await tokens(job)) == 6 * 2
         assert watcher.refusals == ["invalid", "busy", "draining"]
 
