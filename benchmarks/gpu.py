@@ -91,7 +91,7 @@ def measure_speed(model: str | None, out: Path) -> None:
     from benchmarks.memory import MODELS, make_checkpoint
     from benchmarks.quality import run
     from quantkit.checkpoint.locate import locate
-    from quantkit.evaluation.speed import measure_apart
+    from quantkit.evaluation.speed import measure_in_subprocess
 
     with tempfile.TemporaryDirectory() as scratch:
         dense, packed = Path(scratch) / "model", Path(scratch) / "packed"
@@ -102,7 +102,7 @@ def measure_speed(model: str | None, out: Path) -> None:
             dense = locate(model)
         run(["quantize", str(dense), "-o", str(packed), "--method", "rtn", "--bits", "4"])
         folders = {"16 bit": dense, "4 bit": packed}
-        found = {name: asdict(measure_apart(folder, torch.device("cuda"))) for name, folder in folders.items()}
+        found = {name: asdict(measure_in_subprocess(folder, torch.device("cuda"))) for name, folder in folders.items()}
     result = json.dumps(found, indent=1)
     print(result)
     (out / "speed.json").write_text(result + "\n", encoding="utf-8")

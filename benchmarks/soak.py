@@ -1,8 +1,8 @@
-"""Memory of a server over time, under streams of random lengths of which a third is left in the middle.
+"""Memory of a server over time, under streams of random lengths, a third of which the client abandons in the middle.
 
-Every line: minutes since the start, requests ended and left so far, resident memory of the server (MB), share of the KV
-cache in use. Memory grows until every block of the KV cache was used once; if it goes on growing then, it leaks. The last line
-is that of the idle server, which has no block in use.
+Every line: minutes since the start, requests completed and abandoned so far, resident memory of the server (MB), share of the
+KV cache in use. Memory grows until every block of the KV cache was used once; if it keeps growing, there is a leak. The last
+line is for the idle server, which has no block in use.
 
 usage: python -m benchmarks.soak [--model demo] [--minutes 2] [--concurrency 8] [--every 10] [--json FILE]
 """
@@ -24,14 +24,14 @@ from quantkit.bench.child import serving
 TEXT = " ".join(topics[name] for name in sorted(topics))
 
 
-class Tally:
-    """What became of the requests."""
+class Counts:
+    """Requests that completed (ended) and that were abandoned (left)."""
 
     ended = left = 0
 
 
-async def client(http: httpx.AsyncClient, chance: random.Random, tally: Tally, until: float) -> None:
-    """One request after another."""
+async def client(http: httpx.AsyncClient, chance: random.Random, counts: Counts, until: float) -> None:
+    """Send one request after another until the time is up."""
     while time.monotonic() < until:
         start, length = chance.randrange(len(TEXT) - 2000), chance.randrange(20, 1500)
         body = {"prompt": TEXT[start : start + length], "max_tokens": chance.randrange(1, 100), "stream": True}
@@ -44,35 +44,35 @@ async def client(http: httpx.AsyncClient, chance: random.Random, tally: Tally, u
                 if events == leaves:
                     break
             done = events != leaves
-        tally.ended += done
-        tally.left += not done
+        counts.ended += done
+        counts.left += not done
 
 
-async def row(http: httpx.AsyncClient, pid: int, tally: Tally, started: float) -> dict[str, float]:
-    """Where the server stands, printed too."""
+async def row(http: httpx.AsyncClient, pid: int, counts: Counts, started: float) -> dict[str, float]:
+    """The server's state now; also printed."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     usage = re.search(r"^vllm:kv_cache_usage_perc\S* (\S+)", (await http.get("/metrics")).text, re.MULTILINE)
     assert found is not None
     assert usage is not None
     minutes, megabytes = (time.monotonic() - started) / 60, int(found[1]) * 1024 / 1e6
-    numbers = round(minutes, 2), tally.ended, tally.left, round(megabytes, 1), round(float(usage[1]), 3)
+    numbers = round(minutes, 2), counts.ended, counts.left, round(megabytes, 1), round(float(usage[1]), 3)
     print(" | ".join(map(str, numbers)), flush=True)
     return dict(zip(("minutes", "ended", "left", "MB", "kv use"), numbers, strict=True))
 
 
 async def soak(url: str, pid: int, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Load the server and watch it; the last row is that of an idle one."""
-    started, tally = time.monotonic(), Tally()
+    """Load the server and watch it; the last row is for the idle server."""
+    started, counts = time.monotonic(), Counts()
     until, rows = started + 60 * options.minutes, []
     async with httpx.AsyncClient(base_url=url, timeout=300) as http:
-        crowd = [client(http, random.Random(number), tally, until) for number in range(options.concurrency)]
+        crowd = [client(http, random.Random(number), counts, until) for number in range(options.concurrency)]
         load = asyncio.gather(*crowd)
         while not load.done():
             await asyncio.wait({load}, timeout=options.every)
-            rows.append(await row(http, pid, tally, started))
+            rows.append(await row(http, pid, counts, started))
         await load
         await asyncio.sleep(1)
-        rows.append(await row(http, pid, tally, started))
+        rows.append(await row(http, pid, counts, started))
     return rows
 
 

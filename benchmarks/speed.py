@@ -1,13 +1,13 @@
-"""Speed on one machine, one process after another: transformers, quantkit in 16 and in 4 bits, llama.cpp Q4_0.
+"""Speed on one machine, one process after another: quantkit in 16 and in 4 bits, llama.cpp Q4_0, transformers.
 
-Terms: see quantkit.evaluation.speed. Every engine runs the demo model with all threads that torch would use. The 4-bit
-artifacts are made here by rounding to nearest (how codes are chosen does not change speed), with the output head in 16 bit,
-and in 8 bit, which is what llama.cpp's Q4_0 comes closest to. llama.cpp is measured where `llama-cpp-python` is installed and
+quantkit.evaluation.speed defines the terms. Every engine runs the demo model with as many threads as torch would use. The
+4-bit artifacts are made here by rounding to nearest (the choice of codes does not change the speed), once with the output head
+in 16 bit and once in 8 bit, which is closest to llama.cpp's Q4_0. llama.cpp is measured if `llama-cpp-python` is installed and
 `--gguf` names a Q4_0 file of the model.
 
-Last come ratios against llama.cpp Q4_0 (1.3 in tg128 is the bar) and against transformers, which comes last because in
-bfloat16 it takes minutes where the processor has no instructions for that type. With `--turns` the two engines of that bar run
-once more in turn, so many times: a machine whose speed changes from minute to minute changes it for both.
+At the end come ratios against llama.cpp Q4_0 (the goal is 1.3 in tg128) and against transformers. transformers runs last,
+because in bfloat16 it takes minutes on processors without instructions for that type. `--turns N` runs quantkit and llama.cpp
+N more times alternately, so that a change of the machine's speed affects both.
 
 usage: python -m benchmarks.speed [--model demo] [--gguf FILE] [--turns 0] [--json FILE]
 """
@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.quality import QUANTKIT
 from quantkit.checkpoint.locate import locate
-from quantkit.evaluation.speed import measure_apart
+from quantkit.evaluation.speed import measure_in_subprocess
 
 COLUMNS = ("engine", "pp128", "pp512", "tg128", "TTFT ms", "TPOT ms", "16 concurrent", "load s", "peak MB")
 RECIPES = {
@@ -36,7 +36,7 @@ RECIPES = {
 
 
 def quantized(model: Path, recipe: str, out: Path) -> Path:
-    """An artifact by rounding to nearest."""
+    """Make an artifact by rounding to nearest."""
     file = out.with_suffix(".yaml")
     file.write_text(recipe)
     subprocess.run([*QUANTKIT, "quantize", str(model), "-o", str(out), "-q", "--recipe", str(file)], check=True)
@@ -59,7 +59,7 @@ def row(name: str, r: dict[str, Any]) -> str:
 
 
 def ratios(results: dict[str, dict[str, Any]], base: str) -> dict[str, dict[str, float]]:
-    """Every engine's rates over those of `base`."""
+    """Every engine's rates divided by those of `base`."""
 
     def numbers(r: dict[str, Any]) -> dict[str, float]:
         return {k: v["mean"] for k, v in r["rates"].items()} | {"16 concurrent": r["system_tps"]["16"]}
@@ -69,8 +69,8 @@ def ratios(results: dict[str, dict[str, Any]], base: str) -> dict[str, dict[str,
 
 
 def take_turn(artifact: Path, gguf: str) -> dict[str, float]:
-    """quantkit's rates over llama.cpp's, measured one behind the other."""
-    pair = {"quantkit": asdict(measure_apart(artifact, torch.device("cpu"))), "llama.cpp": peer("llama.cpp", gguf)}
+    """quantkit's rates divided by llama.cpp's, measured one after the other."""
+    pair = {"quantkit": asdict(measure_in_subprocess(artifact, torch.device("cpu"))), "llama.cpp": peer("llama.cpp", gguf)}
     for name, result in pair.items():
         print(row(name, result), flush=True)
     return ratios(pair, "llama.cpp")["quantkit"]
@@ -85,7 +85,7 @@ def as_json(results: dict[str, dict[str, Any]], turns: list[dict[str, float]]) -
 
 
 def main() -> None:
-    """Print a row an engine as it is measured, then ratios, then everything as JSON."""
+    """Print one row per engine when it has been measured, then the ratios, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--gguf", help="Q4_0 file of the same model; without it llama.cpp is left out")
@@ -99,15 +99,15 @@ def main() -> None:
     def show(name: str, result: dict[str, Any]) -> None:
         results[name] = result
         print(row(name, result), flush=True)
-        if options.json:  # what was measured is kept even when a slow engine is cut off
+        if options.json:  # keeps what was measured even if a slow engine is interrupted
             options.json.write_text(as_json(results, turns) + "\n")
 
     print(" | ".join(COLUMNS))
     with tempfile.TemporaryDirectory() as scratch:
-        show("quantkit bf16", asdict(measure_apart(model, cpu)))
+        show("quantkit bf16", asdict(measure_in_subprocess(model, cpu)))
         for number, (name, recipe) in enumerate(RECIPES.items()):
             artifact = quantized(model, recipe, Path(scratch) / str(number))
-            show(name, asdict(measure_apart(artifact, cpu)))
+            show(name, asdict(measure_in_subprocess(artifact, cpu)))
         if options.gguf and not find_spec("llama_cpp"):
             print("llama.cpp is left out: llama-cpp-python is not installed", flush=True)
         elif options.gguf:

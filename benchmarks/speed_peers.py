@@ -1,6 +1,6 @@
-"""The other engines of `benchmarks.speed`, each in a process of its own: transformers, and llama.cpp where it is installed.
+"""The other engines of `benchmarks.speed`, each in its own process: transformers, and llama.cpp if it is installed.
 
-The same terms as quantkit.evaluation.speed: ppN and tg128 as llama-bench has them (mean and standard deviation of 5 after a
+The terms are those of quantkit.evaluation.speed: ppN and tg128 as in llama-bench (mean and standard deviation of 5 after a
 warm-up), TTFT of 128 prompt tokens and TPOT over 64 new ones, output tokens/s of 16 requests (128 prompt, 64 new tokens)
 decoded as one batch, load time without imports, largest resident set.
 
@@ -23,7 +23,7 @@ BATCH = 16
 
 
 class Peer(Protocol):
-    """What is asked of an engine: start over, and append the same number of tokens to each sequence, greedily."""
+    """Interface of an engine: start over, and append the same number of tokens to each sequence, greedily."""
 
     vocab: int
 
@@ -31,12 +31,12 @@ class Peer(Protocol):
         """Forget all sequences."""
 
     def step(self, rows: Sequence[Sequence[int]]) -> list[int]:
-        """Append a row of tokens to each sequence; the likeliest next token of each."""
+        """Append a row of tokens to each sequence; returns the likeliest next token of each."""
         ...
 
 
 class Transformers:
-    """The model as `from_pretrained` gives it, with its dynamic cache."""
+    """The model from `from_pretrained`, with its dynamic cache."""
 
     def __init__(self, folder: str, dtype: str) -> None:
         from transformers import AutoModelForCausalLM
@@ -53,20 +53,20 @@ class Transformers:
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Sequence[int]]) -> list[int]:
-        """Append and choose."""
+        """See `Peer`."""
         out = self._model(torch.tensor(rows), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         chosen: list[int] = out.logits[:, -1].argmax(-1).tolist()
         return chosen
 
 
 class LlamaCpp:
-    """llama.cpp through its C interface, its own defaults for everything but threads and context."""
+    """llama.cpp through its C interface, with its defaults except for threads and context length."""
 
     def __init__(self, path: str) -> None:
         import llama_cpp
 
         self._lib = llama_cpp
-        self._silent = llama_cpp.llama_log_callback(lambda *_: None)  # kept alive: it is called from C
+        self._silent = llama_cpp.llama_log_callback(lambda *_: None)  # must stay alive: C code calls it
         llama_cpp.llama_log_set(self._silent, None)
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
@@ -85,7 +85,7 @@ class LlamaCpp:
         self._length = 0
 
     def step(self, rows: Sequence[Sequence[int]]) -> list[int]:
-        """Append and choose."""
+        """See `Peer`."""
         import numpy as np
 
         lasts, index = [], 0
@@ -119,7 +119,7 @@ def rate(tokens: int, run: Callable[[], object]) -> dict[str, float]:
 
 
 def measure(peer: Peer) -> dict[str, object]:
-    """All numbers but the load time."""
+    """All numbers except the load time."""
 
     def prefill(count: int) -> list[int]:
         peer.clear()

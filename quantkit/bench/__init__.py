@@ -1,1 +1,4 @@
-"""Load on an OpenAI-compatible server, and what its clients see of it. Knows nothing of models: it could be any server."""
+"""Load tests of an OpenAI-compatible server, measured by its clients.
+
+Works with any such server, so it imports nothing of quantkit but errors.
+"""

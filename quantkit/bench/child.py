@@ -1,4 +1,4 @@
-"""A server of our own for as long as it is measured: `quantkit serve` as a child process on a free port."""
+"""Run `quantkit serve` as a child process on a free port while it is measured."""
 
 import os
 import socket
@@ -14,8 +14,8 @@ import httpx
 
 from quantkit.errors import QuantkitError
 
-#: Seconds between two looks at whether it is ready, and for it to end before it is killed.
-_LOOK, _GRACE = 0.1, 30.0
+#: Seconds between readiness checks, and for the server to exit before it is killed.
+_POLL_SECONDS, _EXIT_SECONDS = 0.1, 30.0
 
 
 @contextmanager
@@ -25,21 +25,21 @@ def serving(
     api_key: str | None = None,
     command: Sequence[str] = (sys.executable, "-m", "quantkit"),
 ) -> Iterator[str]:
-    """Serve a model; gives the server's URL once it takes requests.
+    """Serve a model; yields the server's URL once it accepts requests.
 
     Args:
-        model: as `quantkit serve` has it.
-        arguments: more of its arguments.
-        api_key: what it asks for; None: what its environment says.
-        command: what runs quantkit.
+        model: MODEL of `quantkit serve`.
+        arguments: further arguments of it.
+        api_key: the key that the server requires; None: the one in the environment, if any.
+        command: how to run quantkit.
 
     Raises:
-        QuantkitError: the server ended instead; the message is its last line.
+        QuantkitError: the server exited instead; the message is its last line of output.
     """
     port = _free_port()
-    # The last of two options of a name counts, and where it listens is decided here.
+    # Of an option that is given twice the last one counts, so --host and --port come last.
     line = [*command, "serve", model, *arguments, "--host", "127.0.0.1", "--port", str(port), "-q"]
-    key = {} if api_key is None else {"QUANTKIT_API_KEY": api_key}  # Not on the command line, which everybody sees.
+    key = {} if api_key is None else {"QUANTKIT_API_KEY": api_key}  # Not on the command line, which other users can see.
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=log, env=os.environ | key)
         try:
@@ -48,7 +48,7 @@ def serving(
         finally:
             child.terminate()
             try:
-                child.wait(_GRACE)
+                child.wait(_EXIT_SECONDS)
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
@@ -61,15 +61,15 @@ def _free_port() -> int:
 
 
 def _await_ready(child: "subprocess.Popen[bytes]", url: str, log: IO[str]) -> None:
-    """Come back when the server takes requests, however long its model takes to load."""
+    """Wait until the server accepts requests, however long its model takes to load."""
     with httpx.Client(base_url=url, trust_env=False) as http:
         while child.poll() is None:
             try:
                 if http.get("/health").is_success:
                     return
             except httpx.TransportError:
-                pass  # It does not listen yet.
-            time.sleep(_LOOK)
+                pass  # It is not listening yet.
+            time.sleep(_POLL_SECONDS)
     log.seek(0)
-    said = [line for line in log.read().splitlines() if line.strip()]
-    raise QuantkitError(f"quantkit serve ended with status {child.returncode}: {said[-1] if said else 'it said nothing'}")
+    lines = [line for line in log.read().splitlines() if line.strip()]
+    raise QuantkitError(f"quantkit serve exited with status {child.returncode}: {lines[-1] if lines else 'no output'}")

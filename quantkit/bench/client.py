@@ -1,7 +1,7 @@
-"""A client of an OpenAI-compatible server that notes when each piece of a stream came.
+"""A client of an OpenAI-compatible server that records when each chunk of a stream arrives.
 
-Prompts are token ids, so that they have exactly as many tokens as they should with any tokenizer. They are drawn from the
-first 256, which every vocabulary has, and differ from their first tokens on, so that no prefix cache helps.
+Prompts are token ids, so that they have the exact length with any tokenizer. The ids are below 256, which every vocabulary
+has. Prompts differ from their first tokens on, so that no prefix cache helps.
 """
 
 import asyncio
@@ -14,15 +14,15 @@ from typing import Any
 
 import httpx
 
-from quantkit.bench.measures import Record
+from quantkit.bench.measures import RequestRecord
 from quantkit.errors import QuantkitError
 
-#: Seconds to connect.
-_CONNECT = 10.0
+#: Timeout for connecting, seconds.
+_CONNECT_SECONDS = 10.0
 
 
 class BrokenReplyError(Exception):
-    """A reply that is not what OpenAI's protocol has, or that says that the request failed."""
+    """A reply that violates OpenAI's protocol, or that reports an error."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Workload:
     """What every request asks for.
 
     Attributes:
-        prompt_tokens: length of the prompt.
-        max_tokens: length of the output, at most.
-        ignore_eos: go on to `max_tokens` whatever the model would do; vLLM's and SGLang's servers know that, too.
-        seed: of the prompts.
-        timeout: seconds after which a request has failed.
+        prompt_tokens: tokens in the prompt.
+        max_tokens: most tokens in the output.
+        ignore_eos: generate `max_tokens` tokens even if the model would stop earlier; vLLM and SGLang support this too.
+        seed: determines the prompts.
+        timeout: seconds after which a request counts as failed.
     """
 
     prompt_tokens: int = 128
@@ -44,11 +44,11 @@ class Workload:
     timeout: float = 600.0
 
     def prompt(self, number: int) -> list[int]:
-        """Token ids of a request's prompt; the same for the same seed and number."""
+        """Token ids of the prompt of request `number`; determined by it and the seed."""
         return Random(f"{self.seed}:{number}").choices(range(3, 256), k=self.prompt_tokens)
 
     def body(self, model: str, number: int) -> dict[str, Any]:
-        """A request to `/v1/completions`. Greedy, so that two runs do the same work."""
+        """The body of a request to `/v1/completions`. Greedy, so that every run does the same work."""
         stream = {"stream": True, "stream_options": {"include_usage": True}}
         extra = {"ignore_eos": True} if self.ignore_eos else {}
         lengths = {"prompt": self.prompt(number), "max_tokens": self.max_tokens}
@@ -56,24 +56,24 @@ class Workload:
 
 
 class Client:
-    """Sends one workload's requests to one server. An async context manager."""
+    """Sends the requests of one workload to one server. An async context manager."""
 
     def __init__(
         self, url: str, workload: Workload, api_key: str | None = None, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         """
         Args:
-            url: of the server, with or without `/v1`.
-            workload: what to ask for.
-            api_key: sent as a bearer token.
-            transport: how to reach the server; None: by network.
+            url: the server's URL, with or without `/v1`.
+            workload: what each request asks for.
+            api_key: sent as a bearer token; None: no token is sent.
+            transport: how to reach the server; None: over the network.
         """
         self.url = url.rstrip("/").removesuffix("/v1")
         self._workload = workload
         self._http = httpx.AsyncClient(
             base_url=self.url,
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-            timeout=httpx.Timeout(None, connect=_CONNECT),
+            timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             transport=transport,
         )
@@ -85,16 +85,16 @@ class Client:
         await self._http.aclose()
 
     async def connect(self, model: str | None) -> str:
-        """Find the model, and see that one request of the workload, which is not measured, is answered as it should be.
+        """Find the model, and check with one unmeasured request that the server can run the workload.
 
         Args:
-            model: a name that the server knows; None: its first.
+            model: the model's name on the server; None: the first one that the server lists.
 
         Returns:
             The model's name.
 
         Raises:
-            QuantkitError: the server cannot be reached, or does not serve this.
+            QuantkitError: the server cannot be reached, or the request fails.
         """
         try:
             name = model or await self._first_model()
@@ -107,26 +107,26 @@ class Client:
             raise QuantkitError(f"{self.url}: a first request to {name} failed ({record.error}); no load was put on it")
         return name
 
-    async def send(self, model: str, number: int, arrival: float) -> Record:
-        """Run one request to its end, of whatever kind; nothing is raised.
+    async def send(self, model: str, number: int, arrival: float) -> RequestRecord:
+        """Run one request until it completes or fails. Failures are recorded, not raised.
 
         Args:
             model: the model's name.
-            number: which prompt.
-            arrival: when it was due, on the event loop's clock.
+            number: selects the prompt.
+            arrival: when the request was due, on the event loop's clock.
         """
         clock, chunks, usage = asyncio.get_running_loop().time, list[float](), dict[str, int]()
         try:
             end = await asyncio.wait_for(self._stream(model, number, chunks, usage), self._workload.timeout)
             prompt, output = usage["prompt_tokens"], usage["completion_tokens"]
         except asyncio.TimeoutError:
-            return Record(arrival, clock(), tuple(chunks), error=f"no end within {self._workload.timeout:g} s")
+            return RequestRecord(arrival, clock(), tuple(chunks), error=f"not complete within {self._workload.timeout:g} s")
         except (httpx.HTTPError, BrokenReplyError, ValueError, TypeError, LookupError, AttributeError) as error:
-            return Record(arrival, clock(), tuple(chunks), error=_reason(error))
-        return Record(arrival, end, tuple(chunks), prompt, output)
+            return RequestRecord(arrival, clock(), tuple(chunks), error=_reason(error))
+        return RequestRecord(arrival, end, tuple(chunks), prompt, output)
 
     async def _stream(self, model: str, number: int, chunks: list[float], usage: dict[str, int]) -> float:
-        """Note when text comes, and the numbers of tokens; when the text ended."""
+        """Record in `chunks` when text arrives and in `usage` the token counts; returns when the text ended."""
         clock, end = asyncio.get_running_loop().time, None
         async with self._http.stream("POST", "/v1/completions", json=self._workload.body(model, number)) as response:
             await _require_success(response)
@@ -141,9 +141,9 @@ class Client:
                             end = clock()
                     usage.update(event.get("usage") or {})
         if end is None:
-            raise BrokenReplyError("the stream broke off")
+            raise BrokenReplyError("the stream ended early")
         if not usage:
-            raise BrokenReplyError("the stream does not say how many tokens it had (stream_options.include_usage)")
+            raise BrokenReplyError("the stream reports no token counts (stream_options.include_usage)")
         return end
 
     async def _first_model(self) -> str:
@@ -152,7 +152,7 @@ class Client:
         try:
             return str(response.json()["data"][0]["id"])
         except (ValueError, LookupError, TypeError):
-            raise BrokenReplyError("/v1/models is no list of models") from None
+            raise BrokenReplyError("/v1/models returned no list of models") from None
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
@@ -176,12 +176,12 @@ async def _require_success(response: httpx.Response) -> None:
 
 
 def _message(body: dict[str, Any]) -> str:
-    """What an error's body says, in any of the shapes that servers give it."""
+    """The message in an error body, in any of the shapes that servers use."""
     error = body.get("error") or body.get("detail") or body.get("message")
     return str(error.get("message") if isinstance(error, dict) else error)
 
 
 def _reason(error: Exception) -> str:
-    """One short line, the same for errors of the same cause."""
+    """One short line that is equal for errors with the same cause."""
     text = " ".join(str(error).split())[:160]
     return text if isinstance(error, BrokenReplyError) else f"{type(error).__name__}{text and ': ' + text}"

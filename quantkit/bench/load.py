@@ -1,19 +1,19 @@
-"""When requests are sent: by clients that each wait for their answer, or at random times that wait for nobody."""
+"""Arrival patterns: closed-loop clients that each wait for their answer, or Poisson arrivals that wait for nothing."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from random import Random
 
-from quantkit.bench.measures import Record
+from quantkit.bench.measures import RequestRecord
 
-#: Sends the request of a number, which is due at a time of the event loop's clock, and comes back when it is over.
-Send = Callable[[int, float], Awaitable[Record]]
+#: (request number, due time on the event loop's clock) -> record, once the request is over.
+Send = Callable[[int, float], Awaitable[RequestRecord]]
 
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """So many clients, each of which sends its next request when its last one is over."""
+    """`concurrency` clients, each of which sends its next request when its previous one is over."""
 
     concurrency: int
 
@@ -25,9 +25,9 @@ class ClosedLoop:
         """The load as a number."""
         return self.concurrency
 
-    async def run(self, send: Send, count: int) -> list[Record]:
-        """Send `count` requests; what became of them, in the order of their numbers."""
-        loop, numbers, records = asyncio.get_running_loop(), iter(range(count)), dict[int, Record]()
+    async def run(self, send: Send, count: int) -> list[RequestRecord]:
+        """Send `count` requests; returns their records in the order of their numbers."""
+        loop, numbers, records = asyncio.get_running_loop(), iter(range(count)), dict[int, RequestRecord]()
 
         async def client() -> None:
             for number in numbers:
@@ -39,9 +39,9 @@ class ClosedLoop:
 
 @dataclass(frozen=True)
 class Poisson:
-    """Requests that arrive independently of each other and of the server, `rate` a second on average.
+    """Requests that arrive independently of each other and of the server, on average `rate` per second.
 
-    The times between arrivals are exponentially distributed; a seed gives the same ones again.
+    The times between arrivals are exponentially distributed and determined by the seed.
     """
 
     rate: float
@@ -56,18 +56,18 @@ class Poisson:
         return self.rate
 
     def arrivals(self, count: int) -> list[float]:
-        """When each of `count` requests arrives, seconds after the start. The first one does not wait."""
+        """Arrival times of `count` requests, seconds after the start. The first request arrives at 0."""
         random, times = Random(f"{self.seed}:{self.rate}"), [0.0]
         while len(times) < count:
             times.append(times[-1] + random.expovariate(self.rate))
         return times[:count]
 
-    async def run(self, send: Send, count: int) -> list[Record]:
+    async def run(self, send: Send, count: int) -> list[RequestRecord]:
         """See `ClosedLoop`."""
         loop = asyncio.get_running_loop()
         start = loop.time()
 
-        async def one(number: int, due: float) -> Record:
+        async def one(number: int, due: float) -> RequestRecord:
             await asyncio.sleep(due - loop.time())
             return await send(number, due)
 

@@ -1,20 +1,20 @@
-"""From when text came to the field's numbers; seconds throughout.
+"""Latency and throughput from the times at which text arrived. All times are in seconds.
 
-Of one request, with n output tokens:
+Per request, with n output tokens:
 
     TTFT = first chunk that holds text - arrival
     ITL  = gap between consecutive chunks that hold text
-    E2E  = chunk that says why the text ended - arrival
-    TPOT = (E2E - TTFT) / (n - 1), so not for one token
+    E2E  = chunk with the finish reason - arrival
+    TPOT = (E2E - TTFT) / (n - 1), undefined for n = 1
 
-Of a run, whose wall time goes from the first arrival to the end of the last request, failed ones included:
+Per run, whose wall time goes from the first arrival to the end of the last request, failed ones included:
 
     system TPS = output tokens of all completed requests / wall
     user TPS   = 1 / TPOT, for its mean, median and 99th percentile alike: 99% of the requests are at least that fast
     RPS        = completed requests / wall
-    goodput    = completed requests that are within the limits / wall
+    goodput    = completed requests within the latency limits / wall
 
-A request arrives when it is due, not when the client gets round to sending it: a client that falls behind is no excuse.
+A request arrives when it is due, not when the client sends it, so a slow client does not make the server look faster.
 """
 
 from collections import Counter
@@ -26,15 +26,15 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a client saw of one request. All times are of one clock.
+class RequestRecord:
+    """What a client observed of one request. All times are on the same clock.
 
     Attributes:
-        arrival: when it was due.
-        end: when it was over, for better or worse.
-        chunks: when each chunk that held text came.
-        prompt_tokens, output_tokens: as the server counts them.
-        error: why it failed; None: it was completed.
+        arrival: when the request was due.
+        end: when it completed or failed.
+        chunks: when each chunk with text arrived.
+        prompt_tokens, output_tokens: as counted by the server.
+        error: why the request failed; None: it completed.
     """
 
     arrival: float
@@ -46,22 +46,22 @@ class Record:
 
     @property
     def e2e(self) -> float:
-        """See the module."""
+        """See the module's docstring."""
         return self.end - self.arrival
 
     @property
     def ttft(self) -> float:
-        """See the module; a text without any text ends with its first chunk."""
+        """See the module's docstring; for an output without text, the time to its end."""
         return (self.chunks[0] if self.chunks else self.end) - self.arrival
 
     @property
     def tpot(self) -> float | None:
-        """See the module; None for a single token."""
+        """See the module's docstring; None for a single token."""
         return (self.e2e - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     @property
     def itl(self) -> list[float]:
-        """See the module."""
+        """See the module's docstring."""
         return [after - before for before, after in pairwise(self.chunks)]
 
 
@@ -82,13 +82,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Limits:
-    """What counts for goodput: seconds that TTFT and TPOT may take; None: as long as they like."""
+    """Latency limits for goodput: largest TTFT and TPOT in seconds; None: no limit."""
 
     ttft: float | None = None
     tpot: float | None = None
 
-    def hold(self, record: Record) -> bool:
-        """Whether a request was completed within them."""
+    def hold(self, record: RequestRecord) -> bool:
+        """Whether a request completed within the limits."""
         slow = self.ttft is not None and record.ttft > self.ttft
         slow |= self.tpot is not None and record.tpot is not None and record.tpot > self.tpot
         return record.error is None and not slow
@@ -96,15 +96,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Figures:
-    """A run in numbers; see the module. Spreads are None where nothing was completed, or where no request has any.
+    """The numbers of a run; see the module's docstring. A spread is None if no completed request has such a value.
 
     Attributes:
-        requests, completed: how many.
-        errors: why requests failed, and how many did.
-        wall_seconds: of the whole run.
-        prompt_tokens, output_tokens: of completed requests.
-        system_tps, rps: rates.
-        goodput: None without limits.
+        requests, completed: number of requests.
+        errors: reason -> number of requests that failed for it.
+        wall_seconds: duration of the run.
+        prompt_tokens, output_tokens: total over completed requests.
+        system_tps, rps: output tokens and completed requests per second.
+        goodput: requests per second; None without limits.
         ttft, itl, tpot, e2e: seconds; user_tps: tokens/s.
     """
 
@@ -125,14 +125,14 @@ class Figures:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Of any numbers; None of none."""
+    """The spread of some numbers; None if there are none."""
     if not values:
         return None
     return Spread(float(np.mean(values)), float(np.median(values)), float(np.percentile(values, 99)))
 
 
-def figures(records: Sequence[Record], limits: Limits) -> Figures:
-    """The numbers of a run of at least one request."""
+def figures(records: Sequence[RequestRecord], limits: Limits) -> Figures:
+    """The figures of a run of at least one request."""
     done = [record for record in records if record.error is None]
     wall = max(record.end for record in records) - min(record.arrival for record in records)
     tokens = sum(record.output_tokens for record in done)

@@ -1,4 +1,4 @@
-"""Throughput against latency over a sweep, as a picture."""
+"""Plot latency against throughput over a sweep of loads."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from quantkit.errors import ResourceError
 
 
 def plot(report: BenchReport, path: Path) -> None:
-    """Write the picture as a PNG. No display is needed.
+    """Write the plot as a PNG. No display is needed.
 
     Raises:
         ResourceError: the file cannot be written.
@@ -24,7 +24,7 @@ def plot(report: BenchReport, path: Path) -> None:
 
 
 def draw(report: BenchReport) -> Figure:
-    """TTFT and TPOT over system TPS, a point a load, side by side."""
+    """TTFT and TPOT over system TPS in two panels, with one point per load."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     w = report.workload
     unit = report.points[0].load.split(" ", 1)[1]
@@ -38,7 +38,7 @@ def draw(report: BenchReport) -> Figure:
 def _panel(
     axes: Axes, name: str, points: Sequence[Point], latency: Callable[[Figures], Spread | None], limit: float | None
 ) -> None:
-    """Median and 99th percentile of a latency; loads under which nothing was completed are left out."""
+    """Median and 99th percentile of one latency. Loads without a completed request are left out."""
     found = [(point, spread) for point in points if (spread := latency(point.figures)) is not None]
     throughput = [point.figures.system_tps for point, _ in found]
     axes.plot(throughput, [1000 * spread.median for _, spread in found], marker="o", label="median")

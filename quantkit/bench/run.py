@@ -1,4 +1,4 @@
-"""`quantkit bench`: one load after another on one server."""
+"""`quantkit bench`: measure one server under a sequence of loads."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import httpx
 
 from quantkit.bench.client import Client, Workload
 from quantkit.bench.load import Load
-from quantkit.bench.measures import Figures, Limits, Record, figures
+from quantkit.bench.measures import Figures, Limits, RequestRecord, figures
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class BenchRequest:
     """What to measure.
 
     Attributes:
-        url: of the server.
-        model: its name there; None: the server's first.
-        api_key: what the server asks for; None: nothing.
-        loads: one after another.
-        requests: of each load.
+        url: the server's URL.
+        model: the model's name on the server; None: the first one that the server lists.
+        api_key: sent to the server; None: no key.
+        loads: applied one after another.
+        requests: number of requests per load.
         workload: what each request asks for.
-        limits: for goodput.
+        limits: latency limits for goodput.
     """
 
     url: str
@@ -37,7 +37,7 @@ class BenchRequest:
 
 @dataclass(frozen=True)
 class Point:
-    """A load, as text and as a number (requests/s or clients), and the figures under it."""
+    """One load, as text and as a number (requests/s or clients), and the figures measured under it."""
 
     load: str
     level: float
@@ -46,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Everything that `--json` holds."""
+    """The content of `--json`."""
 
     url: str
     model: str
@@ -62,33 +62,33 @@ class BenchReport:
 async def measure(
     request: BenchRequest, advance: Callable[[str, int, int], None], transport: httpx.AsyncBaseTransport | None = None
 ) -> BenchReport:
-    """Put the loads on the server, one after another.
+    """Apply the loads to the server, one after another.
 
     Args:
         request: what to measure.
-        advance: called with (load, requests that are over, requests).
+        advance: called with (load, finished requests, requests).
         transport: see `Client`.
 
     Raises:
-        QuantkitError: the server cannot be reached, or does not serve this at all. Requests that fail later are counted.
+        QuantkitError: the server cannot be reached, or fails the first request. Requests that fail later are counted.
     """
     points = []
     async with Client(request.url, request.workload, request.api_key, transport) as client:
         model = await client.connect(request.model)
         for number, load in enumerate(request.loads):
-            records = await _one(client, model, load, number * request.requests, request.requests, advance)
+            records = await _run_load(client, model, load, number * request.requests, request.requests, advance)
             points.append(Point(str(load), load.level, figures(records, request.limits)))
     return BenchReport(client.url, model, request.workload, request.limits, points)
 
 
-async def _one(
+async def _run_load(
     client: Client, model: str, load: Load, first: int, count: int, advance: Callable[[str, int, int], None]
-) -> list[Record]:
-    """The records of one load, whose prompts count from `first`."""
+) -> list[RequestRecord]:
+    """The records of one load, whose prompts are numbered from `first`."""
     over = 0
     advance(str(load), 0, count)
 
-    async def send(number: int, due: float) -> Record:
+    async def send(number: int, due: float) -> RequestRecord:
         nonlocal over
         record = await client.send(model, first + number, due)
         over += 1
@@ -99,5 +99,5 @@ async def _one(
 
 
 def run(request: BenchRequest, advance: Callable[[str, int, int], None]) -> BenchReport:
-    """`measure` in an event loop of its own."""
+    """Run `measure` in its own event loop."""
     return asyncio.run(measure(request, advance))

@@ -171,7 +171,7 @@ def _speed(model: str, baseline: str | None, device: str, json_file: Path | None
     from quantkit.checkpoint.locate import locate
     from quantkit.cli import tables
     from quantkit.cli.progress import Progress
-    from quantkit.evaluation.speed import measure_apart
+    from quantkit.evaluation.speed import measure_in_subprocess
     from quantkit.utils.device import resolve_device
 
     names = [name for name in (baseline, model) if name is not None]
@@ -179,7 +179,7 @@ def _speed(model: str, baseline: str | None, device: str, json_file: Path | None
     with Progress(quiet=quiet) as progress:
         for number, name in enumerate(names, start=1):
             progress.advance(f"measuring {name} (model {number} of {len(names)}, about a minute each)", 0, 0)
-            reports.append(measure_apart(locate(name), resolve_device(device)))
+            reports.append(measure_in_subprocess(locate(name), resolve_device(device)))
     options.console(json_file, quiet=quiet).print(tables.speed_table(reports))
     options.write_json(json_file, dict(zip(("baseline", "model")[-len(reports) :], map(asdict, reports), strict=True)))
 

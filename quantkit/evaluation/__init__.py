@@ -1,4 +1,4 @@
 """Measure a model: perplexity, KL divergence, speed, and the tasks of the lm-evaluation-harness.
 
-Never imports the quantization job.
+Imports checkpoint, data, formats, models and runtime; never quantization.
 """

@@ -27,7 +27,7 @@ def write_card(folder: Path, report: EvalReport, baseline: str) -> None:
 
 
 def measured(report: EvalReport, baseline: str) -> str:
-    """A report as Markdown: a table, and how it was measured.
+    """The report as Markdown: a table, and how it was measured.
 
     Args:
         report: with a baseline.

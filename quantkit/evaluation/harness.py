@@ -1,9 +1,9 @@
 """quantkit's engine as a model of EleutherAI's lm-evaluation-harness (`lm_eval`).
 
-Texts become tokens as the harness's own `hf` model has it, so that numbers can be compared. All requests of a kind go to the
-engine at once, those with the longest contexts first and those with the same context together: the prefix cache then computes
-a question once for all of its answers. One difference is left: the engine generates a token behind every text that it
-scores, so that a text that fills the model's context is cut two tokens earlier than by `hf`.
+Texts are tokenized like in the harness's own `hf` model, so that scores are comparable. All requests of a kind go to the
+engine at once, sorted by falling length of their contexts, with equal contexts next to each other: the prefix cache then
+computes a question once for all of its answers. One difference remains: the engine generates one token after every text that
+it scores, so a text that fills the model's context is truncated two tokens earlier than by `hf`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,25 +18,25 @@ from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.session import Session
 
-#: Names for the number of new tokens in tasks' `generation_kwargs`; the first one that is there counts.
+#: Names for the number of new tokens in tasks' `generation_kwargs`; the first one that is present counts.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-#: What else they may hold that goes to the sampler as it is.
+#: Other entries, which go to the sampler unchanged.
 _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class EngineLM(TemplateLM):
-    """A session as the harness's model.
+    """A session as a model of the harness.
 
     Attributes:
-        max_length: tokens at most that a continuation may follow.
-        truncated: texts that were cut at the front, because the model's context is shorter.
+        max_length: most tokens that may precede a continuation.
+        truncated: number of texts that were truncated at the front because they exceed the model's context.
     """
 
     def __init__(self, session: Session, advance: Callable[[str, int, int], None]) -> None:
         """
         Args:
             session: the model.
-            advance: called with (what is done, requests that are over, requests).
+            advance: called with (kind of request, finished requests, requests).
         """
         super().__init__()
         self.tokenizer = session.tokenizer
@@ -52,17 +52,17 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token in front of a text that follows nothing."""
+        """The token that precedes a text without a context."""
         begin = self.tokenizer.bos_token_id
         return begin if isinstance(begin, int) else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer, for the harness's caches."""
+        """The tokenizer's name, for the harness's caches."""
         return str(self.tokenizer.name_or_path)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages as text; without a prompt for the answer, the last message is to be continued."""
+        """Messages as text. Without a generation prompt, the text ends so that the model continues the last message."""
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -73,14 +73,14 @@ class EngineLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; by default with the tokenizer's special tokens, unless the text begins with the first of them."""
+        """Token ids; by default with the tokenizer's special tokens, unless the text already begins with the prefix token."""
         if add_special_tokens is None:
             begin = self.tokenizer.decode([self.prefix_token_id])
             add_special_tokens = not (begin and string.startswith(begin))
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """ln p of whole texts, in windows as long as the context; see the base class."""
+        """ln p of whole texts, in windows of the context's length; see the base class."""
         parts: list[tuple[None, list[int], list[int]]] = []
         counts = []
         for (text,) in (request.args for request in requests):
@@ -92,7 +92,7 @@ class EngineLM(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to a stop string; see the base class."""
+        """Generated continuation of each context, up to a stop string; see the base class."""
         wanted = []
         for number, (context, options) in enumerate(request.args for request in requests):
             params = self._sampling(options, seed=number)
@@ -103,16 +103,16 @@ class EngineLM(TemplateLM):
                 holds = "the context is" if model.max_model_len == model.context else "free memory holds"
                 found = f"the task asks for {params.max_tokens:,} new tokens and {holds} {model.max_model_len:,}"
                 raise RequestError(f"{found}; choose another task")
-            wanted.append(Request(self._cut(self.tok_encode(context), room), params))
+            wanted.append(Request(self._truncate(self.tok_encode(context), room), params))
         return [output.text for output in self._run("generate_until", wanted)]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """ln p(continuation | context), and whether greedy decoding would give it; of token ids."""
+        """ln p(continuation | context) of token ids, and whether greedy decoding would produce the continuation."""
         wanted = []
         for _, context, continuation in requests:
-            whole = self._cut([*context, *continuation], self.max_length + 1)
+            whole = self._truncate([*context, *continuation], self.max_length + 1)
             first = len(whole) - len(continuation)
             if first < 1:
                 raise RequestError(
@@ -123,16 +123,17 @@ class EngineLM(TemplateLM):
         found = [output.prompt_logprobs for output in self._run("loglikelihood", wanted)]
         return [(sum(e.logprob for e in entries), all(e.top[0][0] == e.token for e in entries)) for entries in found]
 
-    def _cut(self, tokens: list[int], room: int) -> list[int]:
-        """The last tokens for which there is room."""
+    def _truncate(self, tokens: list[int], room: int) -> list[int]:
+        """The last `room` tokens; counts truncations."""
         self.truncated += len(tokens) > room
         return tokens[-room:]
 
     def _sampling(self, options: Mapping[str, Any], seed: int) -> SamplingParams:
-        """A task's `generation_kwargs` for the engine. Stop strings that are special tokens stop as tokens: texts have none.
+        """A task's `generation_kwargs` as sampling parameters. Stop strings that are special tokens become stop tokens,
+        because the engine's texts do not contain special tokens.
 
         Raises:
-            RequestError: it asks for something that the engine does not do.
+            RequestError: an entry is not supported by the engine.
         """
         known = {*_LENGTHS, *_SAMPLING, "until", "do_sample", "temperature"}
         if unknown := sorted(set(options) - known):
@@ -151,7 +152,7 @@ class EngineLM(TemplateLM):
         )
 
     def _run(self, kind: str, requests: list[Request]) -> list[Output]:
-        """Outputs in the order of the requests, which are run in another one: see the module."""
+        """Run requests in the order that the module's docstring explains; returns outputs in the order of the requests."""
 
         def context(number: int) -> tuple[int, list[int]]:
             scored = requests[number].params

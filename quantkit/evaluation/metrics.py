@@ -1,11 +1,11 @@
-"""Perplexity, and how far a model's predictions are from a baseline's.
+"""Perplexity, and the distance of a model's predictions from a baseline's.
 
-With windows of T tokens that do not overlap, every token but a window's first is predicted from those before it in the
-window: n = windows * (T - 1) predictions.
+The text is cut into windows of T tokens that do not overlap. Every token except the first of a window is predicted from the
+tokens before it in the window: n = windows * (T - 1) predictions.
 
     perplexity = exp(-1/n * sum_i ln p(x_i))
     KL_i = sum_v p_base(v) * (ln p_base(v) - ln p(v)), in nats; mean and 99th percentile over the n predictions
-    top-1 agreement = share of predictions whose most likely token is the baseline's
+    top-1 agreement = share of predictions with the same most likely token as the baseline's
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from quantkit.models.streaming import StreamedModel
 
-#: Predictions whose logits are alive at once.
+#: Predictions whose logits are in memory at a time.
 _CHUNK = 512
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """A model's numbers over one set of windows; the last three are None without a baseline."""
+class QualityMetrics:
+    """A model's numbers over one set of windows. The last three are None without a baseline."""
 
     perplexity: float
     predictions: int
@@ -33,12 +33,12 @@ class Metrics:
 
 def measure(
     model: StreamedModel, hidden: Tensor, tokens: Tensor, baseline: tuple[StreamedModel, Tensor] | None = None
-) -> Metrics:
+) -> QualityMetrics:
     """Metrics from final hidden states.
 
     Args:
-        model: gives logits for `hidden`, [windows, T, D].
-        hidden: from `final_hidden`.
+        model: computes logits from `hidden`.
+        hidden: final hidden states [windows, T, D], from `final_hidden`.
         tokens: int64 [windows, T].
         baseline: the reference model and its own final hidden states for the same tokens.
     """
@@ -54,11 +54,11 @@ def measure(
 @torch.no_grad()
 def measure_logits(
     chunks: Callable[[int], Iterable[Tensor]], tokens: Tensor, baseline: tuple[StreamedModel, Tensor] | None = None
-) -> Metrics:
+) -> QualityMetrics:
     """Metrics from logits.
 
     Args:
-        chunks: from the number of a window to the logits behind all of its tokens but the last, some [n, V] at a time.
+        chunks: window number -> logits that follow each of its tokens except the last, in chunks of [n, V].
         tokens: int64 [windows, T].
         baseline: as for `measure`.
     """
@@ -81,11 +81,11 @@ def measure_logits(
     count = windows * (length - 1)
     perplexity = float(torch.tensor(nll / count, dtype=torch.float64).exp())
     if baseline is None:
-        return Metrics(perplexity, count)
+        return QualityMetrics(perplexity, count)
     kl = torch.cat(divergences).double()
-    return Metrics(perplexity, count, float(kl.mean()), float(kl.quantile(0.99)), agreed / count)
+    return QualityMetrics(perplexity, count, float(kl.mean()), float(kl.quantile(0.99)), agreed / count)
 
 
 def _logits(model: StreamedModel, hidden: Tensor, window: int, start: int, stop: int) -> Tensor:
-    """Behind some tokens of a window, [stop - start, V]."""
+    """Logits that follow tokens `start` to `stop` of a window, [stop - start, V]."""
     return model.logits(hidden[window : window + 1, start:stop].to(model.device, model.dtype))[0]

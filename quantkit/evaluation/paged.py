@@ -1,4 +1,4 @@
-"""Logits of a text as the engine computes them: through the paged cache, in chunks, with eviction."""
+"""Logits of a text as the engine computes them: through the paged KV cache, in chunks, with eviction."""
 
 from array import array
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from quantkit.runtime.model.model_runner import ModelRunner, open_model
 
 
 def scored_text(tokens: SequenceOf[int]) -> Sequence:
-    """A sequence that is all prompt, in no queue."""
+    """A sequence that consists of a prompt only and is in no queue."""
     return Sequence(
         request_id=0,
         index=0,
@@ -38,13 +38,13 @@ def scored_text(tokens: SequenceOf[int]) -> Sequence:
 
 
 def paged_logits(model: Model, sequence: Sequence, eviction: Eviction | None = None, *, chunk: int = 512) -> Iterator[Tensor]:
-    """The logits behind every token of a text.
+    """The logits that follow each token of a text.
 
     Args:
-        model: nobody else uses its cache meanwhile.
-        sequence: a fresh `scored_text`; while the caller looks at a chunk, it tells what is held.
-        eviction: what is dropped on the way; None: nothing, and KV memory must hold the text.
-        chunk: tokens a forward at most.
+        model: nothing else may use its cache meanwhile.
+        sequence: a fresh `scored_text`. While the caller handles a chunk, it tells which blocks are held.
+        eviction: which blocks are evicted on the way; None: none, so KV memory must hold the whole text.
+        chunk: most tokens per forward pass.
 
     Yields:
         float32 [n, V] for the next n tokens.
@@ -60,10 +60,10 @@ def paged_logits(model: Model, sequence: Sequence, eviction: Eviction | None = N
 
 
 def open_bounded(folder: Path, device: torch.device, kv_dtype: str, length: int, budget: Budget) -> ModelRunner:
-    """A model that computes windows of `length` tokens within a budget that drops some of them.
+    """Open a model that computes windows of `length` tokens while keeping only the tokens within a KV budget.
 
     Raises:
-        QuantkitError: it cannot be loaded, or cannot have such a cache or budget.
+        QuantkitError: the model cannot be loaded, or does not support such a cache or budget.
     """
     options = CacheOptions(max_model_len=length, max_batch=1, dtype=kv_dtype, budget=budget)
     model = open_model(folder, device, options)
@@ -76,11 +76,11 @@ def open_bounded(folder: Path, device: torch.device, kv_dtype: str, length: int,
 def bounded_logits(
     model: ModelRunner, budget: Budget, tokens: Tensor, advance: Callable[[int, int], None]
 ) -> Callable[[int], Iterator[Tensor]]:
-    """What `metrics.measure_logits` wants: from the number of a window to its logits, each window a sequence of its own.
+    """A function from window number to logits for `metrics.measure_logits`; each window is its own sequence.
 
     Args:
         model: from `open_bounded`.
-        budget: the same.
+        budget: the budget that the model was opened with.
         tokens: int64 [windows, T].
         advance: called with (windows done, windows) after each.
     """

@@ -1,4 +1,4 @@
-"""`quantkit eval`: a model's numbers, and a baseline's beside them."""
+"""`quantkit eval`: measure a model, and compare it with a baseline."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from quantkit.checkpoint.reader import Checkpoint, sha256
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.data.corpus import evaluation_rows, tokens_sha256
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.evaluation.metrics import Metrics, measure, measure_logits
+from quantkit.evaluation.metrics import QualityMetrics, measure, measure_logits
 from quantkit.evaluation.paged import bounded_logits, open_bounded
 from quantkit.evaluation.stream import CachedStreamedModel, PackedStreamedModel, final_hidden, open_cached, open_model
 from quantkit.formats.artifact import bits_per_weight
@@ -30,20 +30,21 @@ from quantkit.runtime.model.model_runner import ModelRunner
 from quantkit.utils.cache_dir import cache_dir
 from quantkit.utils.resources import cpu_seconds, peak_memory
 
-#: Tokens over which kernels are compared with dequantized weights: enough for a perplexity, a fraction of the whole.
+#: Tokens over which the kernels are compared with dequantized weights: enough for a perplexity, and much less than a whole
+#: evaluation.
 _CHECKED_TOKENS = 2048
 
-#: How far, relative, the engine's kernels may move a perplexity: more than their rounding does, so something is wrong.
+#: Largest relative change of the perplexity that the engine's kernels may cause. Rounding alone causes less; more is a defect.
 KERNEL_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to evaluate: folders, text (see `corpus`), windows of seq_len tokens, device.
+    """What to evaluate: folders, text (see `data.corpus`), windows of `seq_len` tokens, device.
 
-    With `kv_dtype` the model, not the baseline, runs through the engine's kernels and a paged KV cache of that type; what
-    this adds to the numbers without it is what the cache costs. With a `budget` that drops tokens it runs as the engine does,
-    in memory as a whole.
+    With `kv_dtype`, the model (not the baseline) runs through the engine's kernels and a paged KV cache of that type. The
+    difference from the numbers without it is the cost of that cache. With a `budget` that drops tokens, the whole model is
+    loaded and runs as in the engine.
     """
 
     model: Path
@@ -58,28 +59,30 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One model's line of the table.
+    """The numbers of one model.
 
     Attributes:
-        name: the folder.
+        name: its folder.
         metrics: perplexity and distances from the baseline.
-        bits_per_weight: stored bits, scales and zero points included, over the quantized matrices (all, if none is).
-        size_bytes: of its shards.
+        bits_per_weight: stored bits per weight of the quantized matrices, scales and zero points included; of all matrices if
+            none is quantized.
+        size_bytes: total size of its shards.
     """
 
     name: str
-    metrics: Metrics
+    metrics: QualityMetrics
     bits_per_weight: float
     size_bytes: int
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Everything that `--json` holds.
+    """The content of `--json`.
 
-    `kernel_difference` is how far the perplexity through the engine's kernels is from that of the dequantized weights in
-    float32, relative, over the first windows; None for a model that is not quantized, and where a cache has its share in it.
-    `kv_bytes_per_token` is what the KV cache of `kv_dtype` takes, tail pages not counted.
+    `kernel_difference` is the relative difference between the perplexity through the engine's kernels and that of the
+    dequantized weights in float32, over the first windows. It is None for a model that is not quantized, and for evaluations
+    with a KV cache, which would contribute to it. `kv_bytes_per_token` is the size of the KV cache of `kv_dtype`, tail pages
+    not included.
     """
 
     text: str
@@ -98,7 +101,7 @@ class EvalReport:
 
     @property
     def ppl_increase(self) -> float | None:
-        """Perplexity over the baseline's, minus one."""
+        """The model's perplexity divided by the baseline's, minus 1; None without a baseline."""
         if self.baseline is None:
             return None
         return self.model.metrics.perplexity / self.baseline.metrics.perplexity - 1
@@ -109,14 +112,14 @@ class EvalReport:
 
 
 def run_evaluation(request: EvalRequest, advance: Callable[[str, int, int], None]) -> EvalReport:
-    """Measure a model, and its distance from a baseline if one is named.
+    """Measure a model, and its distance from a baseline if one is given.
 
     Args:
         request: what to measure.
         advance: called with (model, blocks done, blocks).
 
     Raises:
-        QuantkitError: a model or the text cannot be read, or the two models do not fit together.
+        QuantkitError: a model or the text cannot be read, or the two models do not share a vocabulary.
     """
     checkpoint = Checkpoint(request.model)
     tokens = evaluation_rows(request.text, request.windows, request.seq_len, load_tokenizer(checkpoint))
@@ -160,7 +163,7 @@ def run_evaluation(request: EvalRequest, advance: Callable[[str, int, int], None
 
 
 def _open(request: EvalRequest, checkpoint: Checkpoint) -> StreamedModel | ModelRunner:
-    """The model as it is to be measured."""
+    """Open the model in the way that the request needs."""
     if request.budget.tokens is not None:
         return open_bounded(request.model, request.device, request.kv_dtype or "auto", request.seq_len, request.budget)
     if request.kv_dtype is not None:
@@ -171,10 +174,11 @@ def _open(request: EvalRequest, checkpoint: Checkpoint) -> StreamedModel | Model
 def _kernel_difference(
     model: StreamedModel, hidden: Tensor, tokens: Tensor, advance: Callable[[str, int, int], None]
 ) -> float:
-    """Relative difference of the packed model's perplexity from that of its dequantized weights, over the first windows.
+    """Relative difference between the packed model's perplexity and that of its dequantized weights, over the first windows.
 
     Args:
-        model: runs through the engine's kernels; hidden: its final hidden states.
+        model: the packed model, which runs through the engine's kernels.
+        hidden: its final hidden states, [windows, T, D].
         tokens: int64 [windows, T].
         advance: as for `run_evaluation`.
     """
@@ -184,16 +188,16 @@ def _kernel_difference(
     return measure(model, hidden[: len(few)], few).perplexity / measure(dense, reference, few).perplexity - 1
 
 
-def _row(checkpoint: Checkpoint, metrics: Metrics) -> EvalRow:
+def _row(checkpoint: Checkpoint, metrics: QualityMetrics) -> EvalRow:
     size = sum(path.stat().st_size for path in checkpoint.files)
     return EvalRow(str(checkpoint.folder), metrics, bits_per_weight(checkpoint), size)
 
 
 def _cached_hidden(model: StreamedModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
-    """The baseline's final hidden states, which every evaluation against it needs again, from the user's cache."""
+    """The baseline's final hidden states, from the user's cache if it has them: every evaluation against it needs them."""
     files = (model.checkpoint.folder / "config.json", *model.checkpoint.files)
     versions = torch.__version__, transformers.__version__, quantkit.__version__
-    # The same tokens in other windows are another evaluation.
+    # The shape is part of the key: the same tokens in windows of another length give other states.
     parts = [*versions, model.device.type, tokens_sha256(tokens), str(tuple(tokens.shape)), *map(sha256, files)]
     path = cache_dir() / "baselines" / (hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32] + ".safetensors")
     try:
@@ -202,16 +206,16 @@ def _cached_hidden(model: StreamedModel, tokens: Tensor, advance: Callable[[int,
         if torch.equal(stored["sha256"], _digest(cached)):
             return cached
     except (OSError, SafetensorError, KeyError):
-        pass  # No cache yet, or not a whole one.
+        pass  # Not cached, or damaged.
     hidden = final_hidden(model, tokens, advance)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"hidden": hidden, "sha256": _digest(hidden)})
     except (OSError, QuantkitError):
-        pass  # A cache that cannot be written costs time, not correctness.
+        pass  # Without the cache the next evaluation only takes longer.
     return hidden
 
 
 def _digest(hidden: Tensor) -> Tensor:
-    """SHA-256 as uint8 [32]: a cache may be read years after it was written, and a wrong number would never be noticed."""
+    """SHA-256 as uint8 [32]. It detects damage to a cache that is read long after it was written."""
     return torch.tensor(list(hashlib.sha256(hidden.numpy().data).digest()), dtype=torch.uint8)

@@ -1,17 +1,17 @@
-"""`quantkit eval --speed`: how fast a model generates, in the field's terms.
+"""`quantkit eval --speed`: prefill and decode speed, latency, throughput and memory of a model.
 
     ppN     tokens/s of one forward over N prompt tokens, nothing cached
     tgN     tokens/s of N greedy steps of one token each, starting from an empty context
-            (both: mean and standard deviation of 5 after a warm-up; no tokenization or sampling, as llama-bench has it)
+            (both: mean and standard deviation of 5 runs after a warm-up, without tokenization and sampling, like llama-bench)
     TTFT    first token - arrival, one request of 128 prompt tokens, through the whole engine
     TPOT    (end - first token) / (n - 1), the same request with 64 new tokens; median of 3 requests for both
-    weights bytes of weights that one decode step reads; GB/s = that times tg128, beside the read bandwidth of this machine
-            (256 MiB summed by all threads, best of 5)
+    weights bytes of weights that one decode step reads; GB/s = that times tg128, to be compared with the read bandwidth of
+            this machine (256 MiB summed by all threads, best of 5)
     system  output tokens of all requests / wall time, 128 prompt and 64 new tokens each, all arriving at once;
             the better of two runs
 
-Peak memory is the largest resident set of the process (`peak GPU memory` beside it on a GPU), which is why each model is
-measured in a process of its own.
+Peak memory is the largest resident set of the process, and on a GPU also its peak memory there. So each model is measured in
+its own process.
 """
 
 import json
@@ -52,17 +52,18 @@ class Rate:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """One model's speed; see the module's header for the terms.
+    """One model's speed; the module's docstring defines the terms.
 
     Attributes:
-        name: the folder.
-        device: where it ran; threads: of a CPU.
-        load_seconds: from the folder to a model that can run, imports excluded.
+        name: the model's folder.
+        device: where it ran; threads: number of CPU threads.
+        load_seconds: from the folder to a model that is ready to run, imports excluded.
         rates: pp128, pp512, tg128.
         ttft_seconds, tpot_seconds: of one request alone.
-        weight_bytes: read by one decode step; read_bandwidth: bytes/s of the machine; weight_bandwidth: bytes/s achieved.
-        system_tps: concurrent requests -> output tokens/s.
-        peak_memory_bytes, peak_device_bytes: host and device.
+        weight_bytes: bytes of weights that one decode step reads; read_bandwidth: of the machine, bytes/s; weight_bandwidth:
+            achieved, bytes/s.
+        system_tps: number of concurrent requests -> output tokens/s.
+        peak_memory_bytes, peak_device_bytes: of the host process and of the GPU.
     """
 
     name: str
@@ -85,11 +86,11 @@ class SpeedReport:
         return cls(**data | {"rates": {name: Rate(**rate) for name, rate in data["rates"].items()}})
 
 
-def measure_apart(folder: Path, device: torch.device) -> SpeedReport:
-    """`measure` in a process of its own, so that its peak memory is its own.
+def measure_in_subprocess(folder: Path, device: torch.device) -> SpeedReport:
+    """Run `measure` in its own process, so that the peak memory is that of this model alone.
 
     Raises:
-        QuantkitError: the model cannot be measured; the message is the child's.
+        QuantkitError: the model cannot be measured; the message is that of the child process.
     """
     command = [sys.executable, "-m", "quantkit.evaluation.speed", str(folder), str(device)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -114,7 +115,7 @@ def measure(folder: Path, device: torch.device) -> SpeedReport:
     engine, vocab = Engine(model, EngineConfig(max_batch=max(CONCURRENT), prefix_caching=False)), model.vocab_size
     single = [_request_times(engine, vocab) for _ in range(3)]
     system = {str(count): _system_tps(engine, vocab, count) for count in CONCURRENT}
-    weights, peak = model.definition.weight_bytes(), peak_memory()  # before memory is taken to measure its bandwidth
+    weights, peak = model.definition.weight_bytes(), peak_memory()  # before measuring the bandwidth allocates memory
     return SpeedReport(
         name=str(folder),
         device=str(device),
@@ -133,7 +134,7 @@ def measure(folder: Path, device: torch.device) -> SpeedReport:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s at which this machine reads memory."""
+    """Memory read bandwidth of this machine, bytes/s."""
     values = torch.ones(1 << 26, device=device)
     return values.nbytes / min(_seconds(lambda: values.sum().item()) for _ in range(REPEATS))
 
@@ -147,7 +148,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def prompt_tokens(count: int, vocab: int, number: int = 0) -> list[int]:
-    """Token ids that are no text; prompts of different numbers differ from their first token on."""
+    """Arbitrary token ids. Prompts with different numbers differ from their first token on."""
     return [(7919 * position + 31 * number) % vocab for position in range(1, count + 1)]
 
 
@@ -173,7 +174,7 @@ def _requests(count: int, vocab: int) -> list[Request]:
 
 
 def _request_times(engine: Engine, vocab: int) -> tuple[float, float]:
-    """TTFT and TPOT of one request alone, seconds."""
+    """TTFT and TPOT of a single request, seconds."""
     (output,) = engine.generate(_requests(1, vocab))
     per_token = latency.tpot(output)
     assert per_token is not None

@@ -1,4 +1,4 @@
-"""Final hidden states of a model that never is in memory as a whole: one block at a time over all windows."""
+"""Final hidden states of a model that is never in memory as a whole: one block at a time over all windows."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -21,21 +21,21 @@ from quantkit.runtime.model import attention
 from quantkit.runtime.model.loader import load_block, load_non_block_weights
 from quantkit.runtime.model.weights import WeightReader
 
-#: Tokens that run through a block at once.
+#: Tokens that run through a block at a time.
 _BATCH_TOKENS = 4096
 
 
 class PackedStreamedModel(StreamedModel):
-    """A block model whose matrices, the head's too, stay packed and run through the engine's kernels."""
+    """A streamed model whose quantized matrices (the head too) stay packed and run through the engine's kernels."""
 
     def load_non_block_weights(self) -> None:
-        """Read embeddings, final norm and head, as the engine does; nothing is widened. To be called once."""
+        """Read embeddings, final norm and head as the engine does, without widening dtypes. Call once."""
         load_non_block_weights(self._model, WeightReader(self.checkpoint), self.device, self.dtype)
         self._load(self._model, "", [name for name, _ in self._model.named_parameters() if name in self._non_block_names])
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with kernel-ready weights; they are released when the context ends."""
+        """Block `index` with weights prepared for the kernels; they are released when the context ends."""
         module = copy.deepcopy(self._blocks[index])
         materialize_buffers(self._model, module, self.device)
         load_block(module, self.prefix(index), self.family, WeightReader(self.checkpoint), self.device, self.dtype)
@@ -43,21 +43,21 @@ class PackedStreamedModel(StreamedModel):
 
 
 class CachedStreamedModel(PackedStreamedModel):
-    """A packed block model whose attention reads keys and values from the engine's paged cache, through its kernels.
+    """A packed streamed model whose attention reads keys and values from the engine's paged cache, through its kernels.
 
-    A window is one sequence, whose prompt is computed in one step. What a token sees depends on positions only, not on how a
-    text is cut into steps (see `kernels.layouts.quantized_kv`), so these are the numbers that the engine's tokens have when
-    they are generated one by one.
+    A window is one sequence that is computed in one step. What a token sees depends on its position only, not on how the text
+    is split into steps (see `kernels.layouts.quantized_kv`). So the numbers are the same as for tokens that are generated one
+    by one.
 
     Attributes:
-        cache: of one window, all layers; every window overwrites it.
+        cache: KV cache of one window, for all layers; every window overwrites it.
     """
 
     def use_cache(self, kv_dtype: str, length: int) -> None:
-        """Make the cache, for windows of `length` tokens. To be called once.
+        """Allocate the cache for windows of `length` tokens. Call once.
 
         Raises:
-            ResourceError: there is no such type, or not for this model or device.
+            ResourceError: the type does not exist, or this model or device does not support it.
         """
         self._model.set_attn_implementation(attention.register())
         heads = self.config.num_key_value_heads
@@ -67,24 +67,23 @@ class CachedStreamedModel(PackedStreamedModel):
         form = cache_format(kv_dtype, self.config.dtype or self.dtype, layers, self.device)
         count = -(-length // form.block_size)
         self.cache = KVCache(layers, count, form.block_size, form, self.device, tail_pages=count)
-        batch = single_sequence_batch(
-            torch.arange(length), 0, form.block_size
-        )  # The block walk brings the hidden states itself.
+        # The tokens do not matter: hidden states come from `embed`.
+        batch = single_sequence_batch(torch.arange(length), 0, form.block_size)
         self.cache.prepare(batch, draft=False)
         self._attention_context = attention.AttentionContext(batch.to(self.device), self.cache)
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """As the base class; blocks get the cache too. One window at a time."""
+        """Like the base class; blocks also get the cache. One window at a time."""
         assert len(tokens) == 1
         hidden, kwargs = super().embed(tokens)
         return hidden, [each | {"attention_context": self._attention_context} for each in kwargs]
 
 
 def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, length: int) -> CachedStreamedModel:
-    """A model to be evaluated with a KV cache of the type that `--kv-dtype` names, over windows of `length` tokens.
+    """Open a model for evaluation with a KV cache of type `kv_dtype`, over windows of `length` tokens.
 
     Raises:
-        QuantkitError: it cannot be read, or cannot have such a cache.
+        QuantkitError: the model cannot be read, or does not support such a cache.
     """
     dtype = torch.float32 if device.type == "cpu" else read_config(checkpoint).dtype or torch.bfloat16
     model = CachedStreamedModel(checkpoint, dense_reader(checkpoint), dtype, device, online_hadamard(checkpoint))
@@ -93,16 +92,16 @@ def open_cached(checkpoint: Checkpoint, device: torch.device, kv_dtype: str, len
 
 
 def open_model(checkpoint: Checkpoint, device: torch.device, *, packed: bool = False) -> StreamedModel:
-    """A model to be evaluated without a KV cache.
+    """Open a model for evaluation without a KV cache.
 
     Args:
         checkpoint: a checkpoint or an artifact.
         device: where it is computed.
-        packed: run packed matrices through the engine's kernels, with activations as the engine has them; otherwise all
-            is dequantized and in float32, so that what is measured is the weights and no rounding of activations.
+        packed: run packed matrices through the engine's kernels, with the engine's activation dtype. Otherwise everything is
+            dequantized to float32, so that only the weights are measured and not the rounding of activations.
 
     Raises:
-        CheckpointError, FormatError: it cannot be read.
+        CheckpointError, FormatError: the model cannot be read.
     """
     kind = PackedStreamedModel if packed else StreamedModel
     dtype = torch.bfloat16 if packed and device.type == "cuda" else torch.float32
@@ -111,15 +110,15 @@ def open_model(checkpoint: Checkpoint, device: torch.device, *, packed: bool = F
 
 @torch.no_grad()
 def final_hidden(model: StreamedModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
-    """Output of the last block, float32 [windows, T, D] on the CPU.
+    """The output of the last block, float32 [windows, T, D] on the CPU.
 
     Args:
         model: the model.
         tokens: int64 [windows, T].
-        advance: called with (blocks done, blocks) after each.
+        advance: called with (blocks done, blocks) after each block.
 
     Raises:
-        NumericsError: the model overflows.
+        NumericsError: a block's output holds NaN or Inf.
     """
     rows = 1 if isinstance(model, CachedStreamedModel) else max(1, _BATCH_TOKENS // tokens.shape[1])
     hidden = torch.empty(*tokens.shape, model.config.hidden_size)

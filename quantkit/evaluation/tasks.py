@@ -1,6 +1,6 @@
-"""`quantkit eval --tasks`: named tasks of the lm-evaluation-harness, as numbers.
+"""`quantkit eval --tasks`: run tasks of the lm-evaluation-harness and report their scores.
 
-The harness's own messages and bars are not shown; what matters of them is in the report.
+The harness's own messages and progress bars are hidden; the report has the relevant content.
 """
 
 import io
@@ -20,7 +20,7 @@ from quantkit.errors import CorpusError
 from quantkit.evaluation.harness import EngineLM
 from quantkit.runtime.session import Session
 
-#: The harness's default seeds: examples in prompts are then those of everybody else.
+#: The harness's default seeds, so that the few-shot examples are the usual ones.
 _SEED, _OTHER_SEED = 0, 1234
 
 
@@ -29,10 +29,10 @@ class TaskRequest:
     """What to run.
 
     Attributes:
-        names: of tasks, groups or tags; they may have wildcards.
-        limit: documents of each task at most, the first ones; None: all.
-        folder: more tasks than the harness has; None: no more.
-        num_fewshot: examples in each prompt; None: what the task says.
+        names: names of tasks, groups or tags; wildcards are allowed.
+        limit: use only the first `limit` documents of each task; None: all.
+        folder: a folder with additional tasks; None: only the harness's own.
+        num_fewshot: examples per prompt; None: the task's default.
         chat: put prompts into the model's chat template.
     """
 
@@ -49,12 +49,12 @@ class Score:
 
     Attributes:
         task: its name.
-        metric: with the filter behind a comma, where it has one, as in "exact_match,strict-match".
-        value: the number.
-        stderr: of the mean over documents; None where the harness gives none.
-        documents: how many were evaluated; None for a group.
+        metric: the metric, followed by a comma and the filter if there is one, as in "exact_match,strict-match".
+        value: the score.
+        stderr: standard error of the mean over documents; None where the harness gives none.
+        documents: number of evaluated documents; None for a group.
         higher_is_better: None where the task does not say.
-        num_fewshot: examples in each prompt.
+        num_fewshot: examples per prompt.
     """
 
     task: str
@@ -68,7 +68,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """A model's scores, and how many of its texts were cut at the front to fit the context."""
+    """A model's scores, and how many texts were truncated at the front to fit the context."""
 
     name: str
     scores: list[Score]
@@ -84,13 +84,13 @@ def run_tasks(session: Session, name: str, request: TaskRequest, advance: Callab
 
     Args:
         session: the model; see `EngineLM`.
-        name: of the model, for the report.
+        name: the model's name in the report.
         request: what to run.
-        advance: called with (what is done, requests that are over, requests).
+        advance: called with (kind of request, finished requests, requests).
 
     Raises:
-        CorpusError: a task is not known, or its files or data set cannot be read.
-        RequestError: a task asks for what the engine does not do.
+        CorpusError: a task is unknown, or its files or data set cannot be read.
+        RequestError: a task asks for something that the engine does not support.
     """
     model = EngineLM(session, advance)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -110,7 +110,7 @@ def run_tasks(session: Session, name: str, request: TaskRequest, advance: Callab
 
 
 def _load(request: TaskRequest) -> Any:
-    """The tasks, ready to run; the harness's own are only looked through where the folder's do not suffice."""
+    """Load the tasks. The harness's own tasks are searched only if the folder does not have all that are named."""
     named = f"--tasks {','.join(request.names)}"
     if request.folder is not None and not request.folder.is_dir():
         raise CorpusError(f"--task-dir {request.folder}: no such folder; name one that holds tasks as YAML")
@@ -123,12 +123,12 @@ def _load(request: TaskRequest) -> Any:
         loaded = manager.load(manager.match_tasks(list(request.names)))
     except CorpusError:
         raise
-    except Exception as error:  # Files and data sets of anybody's: yaml, jinja, datasets and Hub raise many types.
+    except Exception as error:  # Task files come from anyone: yaml, jinja, datasets and the Hub client raise many types.
         reason = " ".join(str(error).split())[:200]
         why = f"{type(error).__name__}: {reason}"
         raise CorpusError(f"{named}: cannot be loaded ({why}); check its files and the network") from error
     for task in loaded["tasks"].values():
-        # A task that says 0 itself means it.
+        # An explicit 0 in a task is not overridden.
         if task.get_config("num_fewshot") is None or (request.num_fewshot is not None and task.get_config("num_fewshot")):
             task.set_config("num_fewshot", request.num_fewshot or 0)
         task.set_fewshot_seed(_OTHER_SEED)
@@ -140,7 +140,7 @@ def _unknown(manager: Any, names: Sequence[str]) -> list[str]:
 
 
 def _scores(results: Any) -> list[Score]:
-    """The harness's results, a number at a time, groups behind tasks."""
+    """The harness's results as a list of scores, groups after tasks."""
     found = []
     for task, entries in (results["results"] | results.get("groups", {})).items():
         for metric, value in entries.items():

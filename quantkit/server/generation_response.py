@@ -42,12 +42,12 @@ class GenerationResponse(Response):
     ) -> None:
         """
         Args:
-            runner: of the engine.
+            engine_thread: runs the requests.
             requests: what to run.
-            form: how to write it.
-            timeout: seconds after which it is ended, the sending included.
-            stream: events as they come instead of one object.
-            include_usage: whether a stream ends with the numbers of tokens.
+            builder: builds the JSON.
+            timeout: seconds after which generating and sending are aborted.
+            stream: send events as outputs arrive instead of one object.
+            include_usage: whether a stream ends with the token counts.
         """
         self._engine_thread, self._requests, self._builder, self._timeout = engine_thread, requests, builder, timeout
         self._stream, self._include_usage = stream, include_usage

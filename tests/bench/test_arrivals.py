@@ -8,7 +8,7 @@ import pytest
 
 from helpers.clock import run
 from quantkit.bench.load import ClosedLoop, Load, Poisson
-from quantkit.bench.measures import Record
+from quantkit.bench.measures import RequestRecord
 
 
 class _Server:
@@ -18,7 +18,7 @@ class _Server:
         self.sent: list[tuple[int, float]] = []
         self.running = self.most = 0
 
-    async def __call__(self, number: int, due: float) -> Record:
+    async def __call__(self, number: int, due: float) -> RequestRecord:
         now = asyncio.get_running_loop().time()
         assert now == pytest.approx(due)
         self.sent.append((number, now))
@@ -26,10 +26,10 @@ class _Server:
         self.most = max(self.most, self.running)
         await asyncio.sleep(number + 1)
         self.running -= 1
-        return Record(due, asyncio.get_running_loop().time(), prompt_tokens=number)
+        return RequestRecord(due, asyncio.get_running_loop().time(), prompt_tokens=number)
 
 
-def _run(load: Load, count: int) -> tuple[_Server, list[Record]]:
+def _run(load: Load, count: int) -> tuple[_Server, list[RequestRecord]]:
     server = _Server()
     records = run(load.run(server, count))
     assert [record.prompt_tokens for record in records] == list(range(count))

@@ -57,14 +57,14 @@ def test_a_server_goes_with_an_error(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_listen_to_signals_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "_GRACE", 0.1)
+    monkeypatch.setattr(child, "_EXIT_SECONDS", 0.1)
     with _serving(tmp_path / "out", "--deaf") as url:
         pass
     with pytest.raises(httpx.ConnectError):
         httpx.get(url + "/health")
 
 
-@pytest.mark.parametrize(("program", "words"), [("print('no', file=sys.stderr)", "status 3: no"), ("", "3: it said nothing")])
+@pytest.mark.parametrize(("program", "words"), [("print('no', file=sys.stderr)", "status 3: no"), ("", "3: no output")])
 def test_last_words(program: str, words: str) -> None:
     command = (sys.executable, "-S", "-c", f"import sys; {program or 'pass'}; sys.exit(3)")
     with pytest.raises(QuantkitError, match=words), child.serving("model", (), command=command):

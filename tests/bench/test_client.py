@@ -10,15 +10,15 @@ from helpers.clock import run
 from helpers.stub import Stub
 from quantkit.bench.client import Client, Workload
 from quantkit.bench.load import ClosedLoop, Poisson
-from quantkit.bench.measures import Limits, Record
+from quantkit.bench.measures import Limits, RequestRecord
 from quantkit.bench.run import BenchReport, BenchRequest, measure
 from quantkit.errors import QuantkitError
 
 WORK = Workload(prompt_tokens=6, max_tokens=5)
 
 
-def _send(stub: Stub, workload: Workload = WORK, arrival: float = 0.0) -> Record:
-    async def work() -> Record:
+def _send(stub: Stub, workload: Workload = WORK, arrival: float = 0.0) -> RequestRecord:
+    async def work() -> RequestRecord:
         async with Client("http://stub/v1/", workload, transport=stub) as client:
             return await client.send("stub", 0, arrival)
 
@@ -83,7 +83,7 @@ def test_prompts() -> None:
         ('data: {"error": {"message": "it broke"}}\n\n', "in the stream: it broke"),
         ("data: {broken\n\n", "JSONDecodeError"),
         ("data: [1, 2]\n\n", "AttributeError"),
-        ("", "the stream broke off"),
+        ("", "the stream ended early"),
         ('data: {"choices": [{"text": "", "finish_reason": "stop"}], "usage": {"prompt_tokens": 1}}\n\n', "KeyError"),
     ],
 )
@@ -96,7 +96,7 @@ def test_failures_are_records(fault: httpx.Response | Exception | str, error: st
 
 def test_a_request_that_takes_too_long() -> None:
     record = _send(Stub(first=1.0, gap=4.0), Workload(max_tokens=5, timeout=10.0))
-    assert record.error == "no end within 10 s"
+    assert record.error == "not complete within 10 s"
     assert record.end == pytest.approx(10.0)
 
 
@@ -129,7 +129,7 @@ def test_failed_requests_are_counted_and_the_others_measured() -> None:
     report, _ = _bench(Stub(faults={1: busy, 3: "", 4: ""}), limits=Limits(ttft=1.5))
     found = report.points[0].figures
     assert (found.requests, found.completed) == (4, 1)
-    assert found.errors == {"status 429: busy": 1, "the stream broke off": 2}
+    assert found.errors == {"status 429: busy": 1, "the stream ended early": 2}
     assert found.output_tokens == 5
     assert found.goodput == pytest.approx(1 / found.wall_seconds)
 

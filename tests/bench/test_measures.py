@@ -6,20 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit.bench.measures import Limits, Record, Spread, figures, spread
+from quantkit.bench.measures import Limits, RequestRecord, Spread, figures, spread
 
 TIMES = st.floats(0, 1e4, allow_nan=False)
 
 
 @st.composite
-def records(draw: st.DrawFn) -> Record:
+def records(draw: st.DrawFn) -> RequestRecord:
     """Any request: failed or completed, with tokens that showed no text, or several of them in a chunk."""
     arrival = draw(TIMES)
     waits = draw(st.lists(st.floats(1e-3, 100), min_size=0, max_size=8))
     chunks = [arrival + sum(waits[: i + 1]) for i in range(len(waits))]
     end = (chunks[-1] if chunks else arrival) + draw(st.floats(1e-3, 10))
     error = draw(st.sampled_from([None, None, None, "status 429: busy", "ReadError"]))
-    return Record(arrival, end, tuple(chunks), draw(st.integers(1, 99)), draw(st.integers(1, 20)), error)
+    return RequestRecord(arrival, end, tuple(chunks), draw(st.integers(1, 99)), draw(st.integers(1, 20)), error)
 
 
 def _percentile(values: list[float], share: float) -> float:
@@ -55,7 +55,7 @@ def test_spread(values: list[float]) -> None:
             assert getattr(found, part) == pytest.approx(getattr(wanted, part), abs=1e-12 * scale)
 
 
-def _latencies(done: list[Record]) -> dict[str, list[float]]:
+def _latencies(done: list[RequestRecord]) -> dict[str, list[float]]:
     """TTFT, ITL, TPOT and E2E of completed requests, one after another."""
     found: dict[str, list[float]] = {"ttft": [], "itl": [], "tpot": [], "e2e": []}
     for record in done:
@@ -70,7 +70,7 @@ def _latencies(done: list[Record]) -> dict[str, list[float]]:
 
 
 @given(st.lists(records(), min_size=1, max_size=20), st.none() | st.floats(0, 200), st.none() | st.floats(0, 50))
-def test_figures(run: list[Record], ttft_limit: float | None, tpot_limit: float | None) -> None:
+def test_figures(run: list[RequestRecord], ttft_limit: float | None, tpot_limit: float | None) -> None:
     found = figures(run, Limits(ttft_limit, tpot_limit))
     done = [record for record in run if record.error is None]
     failed = [record for record in run if record.error is not None]
@@ -104,7 +104,7 @@ def test_figures(run: list[Record], ttft_limit: float | None, tpot_limit: float 
 
 def test_one_request_by_hand() -> None:
     """Five tokens in four chunks: two of them came together."""
-    record = Record(10.0, 12.0, (11.0, 11.2, 11.8, 12.0), 7, 5)
+    record = RequestRecord(10.0, 12.0, (11.0, 11.2, 11.8, 12.0), 7, 5)
     assert record.ttft == 1.0
     assert record.e2e == 2.0
     assert record.tpot == 0.25
@@ -117,13 +117,13 @@ def test_one_request_by_hand() -> None:
 
 def test_a_text_that_came_at_once_has_no_speed() -> None:
     """All tokens in the last chunk: the time a token is 0, and nothing is divided by it."""
-    found = figures([Record(0.0, 1.0, (1.0,), 1, 4)], Limits())
+    found = figures([RequestRecord(0.0, 1.0, (1.0,), 1, 4)], Limits())
     assert found.tpot == Spread(0, 0, 0)
     assert found.user_tps is None
 
 
 def test_nothing_was_completed() -> None:
-    found = figures([Record(0.0, 1.0, (), error="ConnectError")], Limits(ttft=1.0))
+    found = figures([RequestRecord(0.0, 1.0, (), error="ConnectError")], Limits(ttft=1.0))
     assert (found.completed, found.system_tps, found.rps, found.goodput) == (0, 0, 0, 0)
     assert found.ttft is found.itl is found.tpot is found.e2e is found.user_tps is None
     assert found.errors == {"ConnectError": 1}

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("matplotlib", reason='needs pip install "quantkit-llm[bench]"')
 
 from quantkit.bench.client import Workload
-from quantkit.bench.measures import Limits, Record, figures
+from quantkit.bench.measures import Limits, RequestRecord, figures
 from quantkit.bench.plot import draw, plot
 from quantkit.bench.run import BenchReport, Point
 from quantkit.errors import ResourceError
@@ -18,7 +18,7 @@ def _report() -> BenchReport:
     """Three loads, each slower than the one before; under the last nothing was completed."""
     points = []
     for level in (1, 2, 3):
-        records = [Record(0.0, 1.0 * level + i, (0.5 * level + i,), 4, 6) for i in range(level)]
+        records = [RequestRecord(0.0, 1.0 * level + i, (0.5 * level + i,), 4, 6) for i in range(level)]
         if level == 3:
             records = [replace(record, error="busy") for record in records]
         points.append(Point(f"{level} concurrent", level, figures(records, Limits())))

@@ -51,7 +51,7 @@ def test_goodput_and_failures(stub: Stub) -> None:
     done = quantkit("bench", URL, "--rate", "0.5", "--requests", 6, "--ttft-limit", 1000, "--tpot-limit", 250.01, "--seed", 4)
     assert done.status == 0, done.err
     assert "goodput" in done.out
-    assert "0.5 requests/s: 2 failed: the stream broke off" in done.out
+    assert "0.5 requests/s: 2 failed: the stream ended early" in done.out
 
 
 @contextmanager

@@ -93,7 +93,7 @@ class TestCommands:
             time.sleep(0.05)
             raise MemoryError
 
-        monkeypatch.setattr("quantkit.evaluation.speed.measure_apart", fails)
+        monkeypatch.setattr("quantkit.evaluation.speed.measure_in_subprocess", fails)
         done = quantkit("eval", llama, "--baseline", llama, "--speed", interval=0.001)
         assert f"measuring {llama} (model 1 of 2, about a minute each)  0m00s so far" in done.err
         assert done.err.splitlines()[-1].startswith("error: memory ran out")

@@ -245,7 +245,7 @@ def test_eval_writes_the_card(made: Make, tiny_model: Path, tmp_path: Path) -> N
 def test_eval_refuses_what_has_no_card(made: Make, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is computed."""
     out = made({})
-    monkeypatch.setattr("quantkit.cli.eval.run_evaluation", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("quantkit.evaluation.run.run_evaluation", Mock(side_effect=AssertionError))
     card_of = ("--baseline", tiny_model, "--write-card")
     assert "--write-card needs an artifact with quantkit's model card" in refused("eval", tiny_model, *card_of)
     assert "--write-card: owner/name is no local folder" in refused("eval", "owner/name", *card_of)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from helpers import tiny
 from helpers.quantized import Silent, loud_model
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.evaluation.metrics import Metrics, measure
+from quantkit.evaluation.metrics import QualityMetrics, measure
 from quantkit.evaluation.run import EvalReport, EvalRequest, run_evaluation
 from quantkit.evaluation.stream import final_hidden, open_model
 from quantkit.models.families import FAMILIES
@@ -58,7 +58,7 @@ def _ignored(_done: int, _total: int) -> None: ...
 
 
 @cache
-def _without_blocks(folder: Path) -> Metrics:
+def _without_blocks(folder: Path) -> QualityMetrics:
     """The distance from `folder` of the same model with every matrix of every block zeroed: as wrong as it can get."""
     checkpoint = Checkpoint(folder)
     dense = open_model(checkpoint, CPU)
