@@ -147,7 +147,7 @@ class FusedLinear:
     """Several matrices as one, and the slices of its product that were not asked for yet.
 
     Attributes:
-        linear: the merged matrix.
+        linear: the fused matrix.
         sizes: rows of each matrix, in the order in which the model calls them.
     """
 
