@@ -31,7 +31,7 @@ def test_changes_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_shows_everything_and_json_holds_it(llama: Path, tmp_path: Path) -> None:
     shown = quantkit("quantize", llama, "-o", tmp_path / "out", "--recipe", "mixed-w4", *FAST, "--plan").out
-    for words in ("host memory", "device memory", "disk", "time", "one block", "4-bit g64 sym", "8-bit g64 sym"):
+    for words in ("host memory", "device memory", "disk", "time", "s per block", "4-bit g64 sym", "8-bit g64 sym"):
         assert words in shown
     for words in ("16 bit: skipped by a rule", "16 bit: embeddings are looked up", "lm_head", "loads in vLLM", "SGLang"):
         assert words in shown
