@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.errors import DISTRIBUTION
+
 ROOT = Path(__file__).parents[2]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2])"
@@ -88,7 +90,8 @@ def test_what_users_are_told_to_install_exists() -> None:
         for extra in named.split(",")
     ]
     assert told
-    assert [each for each in told if each[1] != "quantkit-llm" or each[2] not in extras] == []
+    assert f'name = "{DISTRIBUTION}"' in PYPROJECT
+    assert [each for each in told if each[1] != DISTRIBUTION or each[2] not in extras] == []
 
 
 def test_the_license_is_the_published_text() -> None:
