@@ -12,8 +12,8 @@ from quantkit.checkpoint.locate import locate
 from quantkit.data.prompts import Prompt
 from quantkit.errors import RequestError
 from quantkit.evaluation.run import EvalReport, EvalRequest, run_evaluation
-from quantkit.quantization.pipeline import Progress
-from quantkit.quantization.report import MatrixReport, RunReport
+from quantkit.quantization.progress import NoProgress, Progress
+from quantkit.quantization.report import RunReport
 from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Recipe, load_recipe, recorded_computing
 from quantkit.runtime.core.output import Output
@@ -123,19 +123,6 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast(Sequence[Prompt], prompts))
 
 
-class _Silent:
-    """Progress that nobody watches."""
-
-    def matrix(self, report: MatrixReport) -> None:
-        pass
-
-    def block(self, done: int, total: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -182,7 +169,7 @@ def quantize(
         overwrite=overwrite,
         compute_settings={} if isinstance(recipe, Recipe) else recorded_computing(recipe),
     )
-    return quantize_model(request, progress or _Silent())
+    return quantize_model(request, progress or NoProgress())
 
 
 def evaluate(

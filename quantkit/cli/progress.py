@@ -194,6 +194,12 @@ class RunProgress(Progress):
             self._blocks.detail = self._detail()
             self.line(str(self._blocks))
 
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Within a block or the head, `done` of `total` parts of the stage `name` are finished."""
+        if self._blocks is not None:
+            detail = f"{name} {done}/{total}  {self._detail()}"
+            self.advance("blocks", self._blocks.done, self._blocks.total, detail)
+
     def note(self, text: str) -> None:
         """Something the user should know."""
         self.line(f"note: {text}")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,24 +23,26 @@ from quantkit.quantization.fold_scales import QuantizedBlock, effective_scale, f
 from quantkit.quantization.report import MatrixReport
 from quantkit.utils.resources import trim_memory
 
-#: Matrices are solved stacked on one another up to this many rows. On a CPU the loop over the columns costs as much as 560
-#: rows: what more than this would gain is less than sharing them out does. On a GPU the loop is nearly all that it takes.
+#: Matrices are stacked and solved together up to this many rows. On a CPU the overhead of the loop over columns equals the
+#: cost of 560 rows: taller stacks would save less than distributing them over processes does. On a GPU nearly all of the time
+#: is that overhead.
 _MAX_STACKED_ROWS = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass
 class BlockQuantizer:
-    """One block at work.
+    """Quantizes the matrices of one block.
 
     Attributes:
-        block: the decoder block, real.
-        prefix: start of its tensor names.
-        schemes: module name inside the block -> scheme, for the matrices to quantize.
+        block: the decoder block, its weights loaded.
+        prefix: the start of its tensor names.
+        schemes: the scheme of each matrix to quantize, by module name inside the block.
         config: the model's transformers config.
-        settings: how to solve.
-        announce: called with each matrix's report.
-        written: what the block will be written as, filled group by group; the same in every process.
-        team: who shares the work.
+        settings: how matrices are solved.
+        on_report: called with the report of each matrix.
+        on_stage: called with (name of the stage, micro-batches or matrices done, how many there are).
+        written: what the block will be written as. Filled group by group, with the same values in every process.
+        process_group: the processes that share the work.
     """
 
     block: nn.Module
@@ -49,11 +51,12 @@ class BlockQuantizer:
     config: PreTrainedConfig
     settings: SolverSettings
     on_report: Callable[[MatrixReport], None]
+    on_stage: Callable[[str, int, int], None] = lambda _name, _done, _total: None
     written: QuantizedBlock = field(default_factory=lambda: QuantizedBlock({}, {}))
     process_group: ProcessGroup = SINGLE_PROCESS
 
     def weight(self, name: str) -> Tensor:
-        """A matrix of the block, float32 [N, K]; not to be modified."""
+        """A matrix of the block, float32 [N, K]. Callers must not modify it."""
         return self._parameter(name).detach().float()
 
     def _parameter(self, name: str) -> Tensor:
@@ -62,11 +65,20 @@ class BlockQuantizer:
         return weight
 
     def groups_to_quantize(self, groups: tuple[MatrixGroup, ...]) -> tuple[MatrixGroup, ...]:
-        """The groups of which at least one matrix is quantized."""
+        """The groups with at least one matrix to quantize."""
         return tuple(group for group in groups if any(name in self.schemes for name in group.names))
 
-    def run(self, groups: tuple[MatrixGroup, ...], lockstep: LockstepForward | None, streams: list[ActivationStream]) -> None:
-        """Quantize `groups` (active ones); with a walk, from measured inputs, each group seeing the ones before quantized."""
+    def quantize(
+        self, groups: tuple[MatrixGroup, ...], lockstep: LockstepForward | None, streams: list[ActivationStream]
+    ) -> None:
+        """Quantize `groups`, which come from `groups_to_quantize`.
+
+        Args:
+            groups: in run order.
+            lockstep: the forward pass that stops before each group. Each group is solved for the inputs that it gets once
+                the groups before it are quantized. None: data-free rounding.
+            streams: the streams of `lockstep`; their weights are replaced on the way.
+        """
         for stream in streams:
             stream.weights |= {name: self._parameter(name).detach() for group in groups for name in group.names}
         for number, group in enumerate(groups):
@@ -82,35 +94,47 @@ class BlockQuantizer:
                 for stream in streams:
                     stream.weights |= {name: weight.to(self._parameter(name).dtype) for name, weight in weights.items()}
             self._solve(group, weights, stats, ratio, note, started)
-            # The first stream goes on with what was written; a second one stays with the (scaled) originals.
+            # The first stream continues with the quantized weights, a second one with the (scaled) originals.
             quantized = self.written.quantized
             streams[0].weights |= {
                 name: quantized[name].dequantize(self._parameter(name).dtype) for name in weights if name in quantized
             }
-            # Forward and solver take tensors of other sizes than one another.
+            # Forward pass and solver allocate tensors of different sizes, so freed memory of one does not fit the other.
             trim_memory()
 
     def _measure(self, lockstep: LockstepForward, number: int, columns: int) -> InputStats:
-        """The moments of group `number`'s inputs.
+        """Statistics of the inputs of group `number`.
 
         Raises:
             NumericsError: an activation is NaN or Inf.
         """
-        sums = accumulate_hessian(lockstep.inputs(number), columns, next(self.block.parameters()).device, self.process_group)
+        inputs = self._counted(lockstep.inputs(number), lockstep.groups[number], lockstep.micro_batches)
+        sums = accumulate_hessian(inputs, columns, next(self.block.parameters()).device, self.process_group)
         hessian, drift = sums.mean(), sums.drift()
-        # A NaN or Inf in either stream reaches these sums.
-        strayed = 0.0 if drift is None else float(drift.cross.sum())
-        if not math.isfinite(float(hessian.diagonal().sum()) + strayed):
+        # A NaN or Inf in either stream makes one of these sums NaN or Inf.
+        cross_sum = 0.0 if drift is None else float(drift.cross.sum())
+        if not math.isfinite(float(hessian.diagonal().sum()) + cross_sum):
             raise NumericsError(
                 f"{self.prefix}{lockstep.groups[number].names[0]}: its calibration inputs hold NaN or Inf; the model "
                 "overflows in its own dtype, or the checkpoint is damaged"
             )
         return InputStats(hessian, drift, self.settings)
 
+    def _counted(self, inputs: Iterator[tuple[Tensor, ...]], group: MatrixGroup, total: int) -> Iterator[tuple[Tensor, ...]]:
+        """`inputs`, each of which is reported as progress once it has been used."""
+        for done, values in enumerate(inputs, start=1):
+            yield values
+            self.on_stage(f"{self.prefix}{group.names[0]} calibration", done, total)
+
     def _scale(
         self, lockstep: LockstepForward, number: int, weights: dict[str, Tensor], stats: InputStats
     ) -> tuple[InputStats, float | None, str]:
-        """Search and fold AWQ's channel scale: multiplies `weights` in place, returns moments of the divided input."""
+        """Search AWQ's channel scale and fold it into the group's producer.
+
+        Returns:
+            The statistics of the divided input, the exponent of the scale, and a note for the reports. `weights` are replaced
+            by the multiplied ones.
+        """
         fold = lockstep.groups[number].fold
         if fold is None:
             return stats, None, "AWQ scale not folded: nothing before it can absorb one"
@@ -136,7 +160,7 @@ class BlockQuantizer:
         note: str,
         started: float,
     ) -> None:
-        """Solve a group's matrices, shared out in the team, and report each."""
+        """Solve the matrices of a group, distributed over the processes, and report each."""
         names = [name for name in group.names if name in self.schemes]
         rows = {name: weights[name].shape[0] for name in names}
         before, device = time.monotonic() - started, weights[names[0]].device
@@ -164,7 +188,7 @@ class BlockQuantizer:
     def _solve_stacked(
         self, target: Tensor, parts: Mapping[str, Tensor], stats: InputStats | None, ratio: float | None, note: str
     ) -> dict[str, tuple[QuantizedWeight, MatrixReport]]:
-        """Matrices of one scheme, solved stacked on one another in `target`, and the report of each."""
+        """Solve matrices of one scheme, which are stacked in `target`. Returns each one's quantized weight and report."""
         started = time.monotonic()
         stacked = solve(target, stats, self.schemes[next(iter(parts))], self.settings)
         seconds = time.monotonic() - started
@@ -178,9 +202,14 @@ class BlockQuantizer:
 
 
 def stack_matrices(schemes: Mapping[str, Scheme], rows: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Which matrices (name -> rows) are solved stacked: those of one scheme, up to `limit` rows or one that has more.
+    """The matrices to be solved together: of one scheme and up to `limit` rows, or a single larger one.
 
-    It decides the last bits, so it does not depend on how many processes share them out.
+    Stacking decides the last bits of the result, so it must not depend on the number of processes.
+
+    Args:
+        schemes: scheme per matrix.
+        rows: number of rows per matrix.
+        limit: most rows per stack.
     """
     found: list[list[str]] = []
     for scheme in dict.fromkeys(schemes[name] for name in rows):
@@ -197,7 +226,7 @@ def stack_matrices(schemes: Mapping[str, Scheme], rows: Mapping[str, int], limit
 def accumulate_hessian(
     inputs: Iterable[tuple[Tensor, ...]], columns: int, device: torch.device, process_group: ProcessGroup
 ) -> HessianAccumulator:
-    """The sums over all inputs: every process of the team sums its share of the columns, and all get all of them."""
+    """The sums over all inputs. Every process sums its share of the columns; then each receives the others' sums."""
     owners = process_group.assign_owners(PARTS)
     sums = HessianAccumulator(columns, device, [part for part, owner in enumerate(owners) if owner == process_group.rank])
     for values in inputs:
@@ -218,7 +247,7 @@ def matrix_report(
     note: str,
     seconds: float,
 ) -> MatrixReport:
-    """Measure one quantized matrix against the float32 target [N, K] that it was to match."""
+    """Compare a quantized matrix with the float32 target [N, K] that it should match."""
     change = target - quantized.dequantize()
     noise, signal = float(change.square().sum()), float(target.square().sum())
     lost, total = noise, signal

@@ -108,6 +108,11 @@ class LockstepForward:
                 yield values
             del mine, values  # no round outlives the next one's start
 
+    @property
+    def micro_batches(self) -> int:
+        """Number of micro-batches."""
+        return len(self._streams[0].hidden)
+
     def outputs(self) -> Iterator[tuple[Tensor, ...]]:
         """Per micro-batch, the block's output [B, T, D] in every stream that has it, after the last group."""
         return self.inputs(len(self.groups))

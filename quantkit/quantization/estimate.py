@@ -17,12 +17,11 @@ from quantkit.checkpoint.writer import Workspace
 from quantkit.formats import FORMATS, EngineSupport
 from quantkit.methods.scheme import Scheme
 from quantkit.models.matmul_dtype import fastest_matmul
-from quantkit.quantization.block import BlockQuantizer
-from quantkit.quantization.calibration import ActivationStream, LockstepForward
+from quantkit.quantization.block_step import quantize_block
 from quantkit.quantization.distributed import SINGLE_PROCESS
 from quantkit.quantization.memory import plan_memory
 from quantkit.quantization.prepare import QuantizationJob, prepare_job
-from quantkit.quantization.report import MatrixReport
+from quantkit.quantization.progress import NoProgress
 from quantkit.quantization.run import QuantizeRequest
 from quantkit.utils.resources import peak_memory
 
@@ -147,28 +146,13 @@ def _time_block(job: QuantizationJob) -> float:
 
 @torch.no_grad()
 def _seconds(job: QuantizationJob, rows: Tensor | None) -> float:
-    """Wall time of quantizing the first block that is quantized at all, from `rows` rows, nothing written."""
-
-    def ignore(_report: MatrixReport) -> None:
-        pass
-
+    """Wall time of quantizing the first block that has a matrix to quantize, from `rows` calibration rows."""
     timed = replace(job, tokens=rows)
     index = next((index for index in range(job.model.block_count) if job.block_schemes(index)), 0)
-    streams: list[ActivationStream] = []
+    streams: list[list[Tensor]] = []
     if rows is not None:
         hidden = [timed.model.embed(batch)[0] for batch in timed.token_batches()]
-        streams = [ActivationStream(hidden[: -(-count // timed.rows_per_batch)]) for count in timed.stream_rows]
+        streams = [hidden[: -(-count // timed.rows_per_batch)] for count in timed.stream_rows]
     started = time.monotonic()
-    with timed.model.block(index) as block:
-        quantizer = BlockQuantizer(
-            block, timed.model.prefix(index), timed.block_schemes(index), timed.model.config, timed.settings, ignore
-        )
-        groups = quantizer.groups_to_quantize(timed.model.family.groups)
-        if rows is None:
-            quantizer.run(groups, None, [])
-        else:
-            with LockstepForward(block, groups, streams, timed.block_kwargs(index), keep_paused=True) as lockstep:
-                quantizer.run(groups, lockstep, streams)
-                for _ in lockstep.outputs():
-                    pass
+    quantize_block(timed, index, streams, NoProgress(), lambda _number, _outputs: None)
     return time.monotonic() - started

@@ -1,16 +1,16 @@
-"""The loop over blocks: quantize one, write it, go on from there after a kill.
+"""The loop over blocks: quantize a block, write it, and continue after it if the run is killed.
 
-One block is in memory at a time. A block's step ends with a line in the journal, so a killed run goes on after the last
-finished block; equal recipe and source give equal bytes, interrupted or not, by one process or by several.
+Only one block is in memory at a time. Each step (the tensors outside the blocks, every block, the head) ends with a line in
+the journal, so a killed run continues after its last finished step. The same recipe and source give the same bytes, whether
+or not the run was interrupted, and by any number of processes.
 
-With several, all take every step together. The first writes; the others read the activations that it wrote, from the folder
-that all of them see, and a step is finished for them when its journal entry reaches them.
+With several processes, all of them take every step together. The first one writes. The others read the activations that it
+wrote, from a folder that all processes see; for them a step is finished when its journal entry reaches them.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,36 +20,24 @@ from quantkit.checkpoint.files import Json, write_tensors
 from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import ResourceError
 from quantkit.formats import encode
-from quantkit.quantization.block import BlockQuantizer
-from quantkit.quantization.calibration import MICRO_BATCH_TOKENS, ActivationStream, LockstepForward
+from quantkit.quantization.block_step import quantize_block
+from quantkit.quantization.calibration import MICRO_BATCH_TOKENS
 from quantkit.quantization.distributed import ProcessGroup
 from quantkit.quantization.fold_scales import QuantizedBlock
 from quantkit.quantization.lm_head import quantize_head
 from quantkit.quantization.memory import MemoryPlan
 from quantkit.quantization.prepare import QuantizationJob
+from quantkit.quantization.progress import Progress
 from quantkit.quantization.report import MatrixReport
 from quantkit.utils.resources import is_out_of_memory, keep_freed_memory, trim_memory
 
 
-class Progress(Protocol):
-    """What a run tells whoever watches."""
-
-    def matrix(self, report: MatrixReport) -> None:
-        """A matrix was quantized."""
-
-    def block(self, done: int, total: int) -> None:
-        """Blocks that are written, of all."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
-
-
 @dataclass
 class WorkerWorkspace:
-    """What the processes other than the first have in place of the workspace.
+    """What every process except the first has instead of a `Workspace`: it reads there and writes nothing.
 
     Attributes:
-        folder, finished: the workspace's.
+        folder, finished: as in `Workspace`.
     """
 
     folder: Path
@@ -63,65 +51,188 @@ def quantize_blocks(
     progress: Progress,
     process_group: ProcessGroup,
 ) -> list[MatrixReport]:
-    """Quantize every block into `workspace`, going on after its last finished one. Returns all matrices' reports.
+    """Quantize every block, and the head if a rule names it, into `workspace`; continue after its last finished step.
 
     Args:
-        job, memory, progress: see there.
-        workspace: a follower in all processes but the first.
-        team: who takes part.
+        job: the run.
+        workspace: a `WorkerWorkspace` in every process except the first.
+        memory: how activations are kept; less memory is used if this much turns out not to fit.
+        progress: told what happens.
+        process_group: the processes that share the work.
+
+    Returns:
+        The reports of all matrices, those of an interrupted run included.
 
     Raises:
-        QuantkitError: the source is damaged, numbers overflow, or memory or disk ran out.
+        QuantkitError: the source is damaged, numbers overflow, or memory or disk space ran out.
     """
-    model = job.model
-    with torch.no_grad():
-        if not workspace.finished:
-            _finish(workspace, process_group, lambda ours: _begin(job, ours, memory))
-        for entry in workspace.finished[1:]:
+    return _Pipeline(job, workspace, memory, progress, process_group).run()
+
+
+@dataclass
+class _Pipeline:
+    """The parts that every step needs; `memory` may shrink on the way."""
+
+    job: QuantizationJob
+    workspace: Workspace | WorkerWorkspace
+    memory: MemoryPlan
+    progress: Progress
+    process_group: ProcessGroup
+
+    @torch.no_grad()
+    def run(self) -> list[MatrixReport]:
+        """Take all steps that are left."""
+        model, finished = self.job.model, self.workspace.finished
+        if not finished:
+            self._finish_step(self._write_first_step)
+        for entry in finished[1:]:
             for report in entry["matrices"]:
-                progress.matrix(MatrixReport(**report))
-        _ = job.recorded_kwargs  # needs the embeddings
+                self.progress.matrix(MatrixReport(**report))
+        _ = self.job.recorded_kwargs  # Recorded now, because it needs the embeddings.
         model.release_non_block_weights()
         keep_freed_memory()
-        for index in range(len(workspace.finished) - 1, model.block_count):
-            progress.block(index, model.block_count)
-            memory = _step_with_less_memory(job, workspace, memory, index, progress, process_group)
+        for index in range(len(finished) - 1, model.block_count):
+            self.progress.block(index, model.block_count)
+            self._block_step_within_memory(index)
             trim_memory()
-        if job.schemes["lm_head"] is not None and len(workspace.finished) == model.block_count + 1:
-            _head_step(job, workspace, memory, progress, process_group)
-        progress.block(model.block_count, model.block_count)
-    return [MatrixReport(**report) for entry in workspace.finished for report in entry["matrices"]]
+        if self.job.schemes["lm_head"] is not None and len(finished) == model.block_count + 1:
+            self._head_step()
+        self.progress.block(model.block_count, model.block_count)
+        return [MatrixReport(**report) for entry in finished for report in entry["matrices"]]
 
+    @property
+    def _leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return isinstance(self.workspace, Workspace)
 
-def _finish(workspace: Workspace | WorkerWorkspace, process_group: ProcessGroup, write: Callable[[Workspace], Json]) -> None:
-    """End a step: the first process writes and commits the entry that `write` gives; the others come to know it."""
-    if isinstance(workspace, Workspace):
-        workspace.commit(write(workspace))
-        process_group.broadcast_object(workspace.finished[-1])
-    else:
-        workspace.finished.append(process_group.broadcast_object({}))
+    def _finish_step(self, write: Callable[[Workspace], Json]) -> None:
+        """End a step: the first process commits the journal entry that `write` returns, and the others receive it."""
+        if isinstance(self.workspace, Workspace):
+            self.workspace.commit(write(self.workspace))
+            self.process_group.broadcast_object(self.workspace.finished[-1])
+        else:
+            self.workspace.finished.append(self.process_group.broadcast_object({}))
 
+    def _write_first_step(self, workspace: Workspace) -> Json:
+        """Write all tensors outside the blocks, and the hidden states that enter the first block; return the entry."""
+        job = self.job
+        if job.online:
+            # Rotate again: the number of threads was not final before, and it may decide the last bits.
+            job.model.load_non_block_weights()
+        write_tensors(workspace.folder / "outside.safetensors", job.read(job.non_block_tensors))
+        if job.tokens is not None:
+            shape, dtype = _boundary(job)
+            states = Activations.reserve(workspace.folder / _state(0), shape, dtype, in_memory=self.memory.in_memory)
+            streams = _micro_batches(job, states)
+            for number, rows in enumerate(job.token_batches()):
+                hidden, _ = job.model.embed(rows)
+                for stream in streams:
+                    if number < len(stream):
+                        stream[number].copy_(hidden)
+                self.progress.stage("embedding", number + 1, len(streams[0]))
+            states.save()
+        return _entry(job, 0, "outside.safetensors", [])
 
-def _begin(job: QuantizationJob, workspace: Workspace, memory: MemoryPlan) -> Json:
-    """Step 0: everything outside the blocks, and the hidden states that enter the first one. Returns its journal entry."""
-    if job.online:
-        # Rotate again: the number of threads was not final before, and it may decide the last bits.
+    def _block_step_within_memory(self, index: int) -> None:
+        """Quantize, write and commit one block; if memory runs out, try again with a smaller memory plan.
+
+        A process with peers fails at once, because they are in the middle of the block.
+
+        Raises:
+            ResourceError: memory ran out, and nothing is left to try.
+        """
+        while True:
+            try:
+                self._block_step(index)
+                return
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                smaller = self.memory.smaller()
+                if smaller is None or self.process_group.size > 1:
+                    raise ResourceError(self._out_of_memory(index, smaller)) from error
+                self.memory = smaller
+            self.progress.note(f"out of memory in block {index}: trying again with less held at a time")
+
+    def _out_of_memory(self, index: int, smaller: MemoryPlan | None) -> str:
+        """What to tell the user when memory ran out in a block for good."""
+        device, group = self.job.model.device, self.process_group
+        if smaller is not None:
+            return (
+                f"{device} memory ran out in block {index}, in process {group.rank} of {group.size}; run the same command "
+                "again with a smaller --max-memory or fewer processes (finished blocks are kept)"
+            )
+        return (
+            f"{device} memory ran out in block {index}, even with micro-batches of {MICRO_BATCH_TOKENS} tokens one at a time; "
+            "free some or use another --device, and run the same command again (finished blocks are kept), or lower "
+            "--seq-len and pass --overwrite"
+        )
+
+    def _block_step(self, index: int) -> None:
+        """Quantize, write and commit one block."""
+        job, folder = self.job, self.workspace.folder
+        streams: list[list[Tensor]] = []
+        targets: list[list[Tensor]] = []
+        following: Activations | None = None
+        if job.tokens is not None:
+            states = self._load_states(index)
+            streams = _micro_batches(job, states)
+            if self._leads:
+                following = states.following(folder / _state(index + 1))
+                targets = _micro_batches(job, following)
+
+        def keep(number: int, outputs: tuple[Tensor, ...]) -> None:
+            for target, output in zip(targets, outputs, strict=False):
+                target[number].copy_(output)
+
+        def write(workspace: Workspace) -> Json:
+            shard = f"block-{index:05}.safetensors"
+            write_tensors(workspace.folder / shard, _encode(job, job.model.prefix(index), quantized))
+            return _entry(job, index + 1, shard, reports)
+
+        quantized, reports = quantize_block(
+            job,
+            index,
+            streams,
+            self.progress,
+            keep,
+            keep_paused=self.memory.keep_paused,
+            process_group=self.process_group,
+        )
+        if following:
+            following.save()
+        self._finish_step(write)
+        if self._leads:
+            (folder / _state(index)).unlink(missing_ok=True)
+
+    def _head_step(self) -> None:
+        """Quantize, write and commit the output head."""
+        job = self.job
         job.model.load_non_block_weights()
-    write_tensors(workspace.folder / "outside.safetensors", job.read(job.non_block_tensors))
-    if job.tokens is not None:
-        states = Activations.reserve(workspace.folder / _state(0), *_boundary(job), in_memory=memory.in_memory)
-        streams = _batches(job, states)
-        for index, rows in enumerate(job.token_batches()):
-            hidden, _ = job.model.embed(rows)
-            for stream in streams:
-                if index < len(stream):
-                    stream[index].copy_(hidden)
-        states.save()
-    return _entry(job, 0, "outside.safetensors", [])
+        streams: list[list[Tensor]] = []
+        if job.tokens is not None:
+            streams = _micro_batches(job, self._load_states(job.model.block_count))
+        weight, report = quantize_head(job, streams, self.progress, self.process_group)
+
+        def write(workspace: Workspace) -> Json:
+            head = QuantizedBlock(quantized={"lm_head": weight}, unquantized={})
+            write_tensors(workspace.folder / "head.safetensors", _encode(job, "", head))
+            return {"shard": "head.safetensors", "matrices": [asdict(report)]}
+
+        self._finish_step(write)
+
+    def _load_states(self, index: int) -> Activations:
+        """The hidden states that enter block `index`, or after the last block leave it.
+
+        The other processes map the file, of which they read only their own rows.
+        """
+        shape, dtype = _boundary(self.job)
+        in_memory = self.memory.in_memory and self._leads
+        return Activations.load(self.workspace.folder / _state(index), shape, dtype, in_memory=in_memory)
 
 
 def _entry(job: QuantizationJob, index: int, shard: str, reports: list[MatrixReport]) -> Json:
-    """Says that the step before block `index` is finished."""
+    """The journal entry of the step after which block `index` is next."""
     state = {} if job.tokens is None else {"state": _state(index)}
     return {"shard": shard, "matrices": [asdict(report) for report in reports]} | state
 
@@ -132,136 +243,24 @@ def _state(index: int) -> str:
 
 
 def _boundary(job: QuantizationJob) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and type of a boundary's activations."""
+    """Shape [rows of all streams, T, D] and dtype of the activations between two blocks."""
     assert job.tokens is not None
     return (sum(job.stream_rows), job.tokens.shape[1], job.model.config.hidden_size), job.model.dtype
 
 
-def _batches(job: QuantizationJob, states: Activations) -> list[list[Tensor]]:
-    """Every stream's micro-batches, as views of the boundary's rows."""
+def _micro_batches(job: QuantizationJob, states: Activations) -> list[list[Tensor]]:
+    """The micro-batches of every stream, as views into the activations."""
     return [list(rows.split(job.rows_per_batch)) for rows in states.tensor.split(job.stream_rows)]
 
 
-def _step_with_less_memory(
-    job: QuantizationJob,
-    workspace: Workspace | WorkerWorkspace,
-    memory: MemoryPlan,
-    index: int,
-    progress: Progress,
-    process_group: ProcessGroup,
-) -> MemoryPlan:
-    """One block; when memory runs out, again with less held. Returns what worked.
-
-    A process with peers gives up at once: they are in the middle of the block.
-    """
-    while True:
-        try:
-            _step(job, workspace, memory, index, progress, process_group)
-            return memory
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            less = memory.smaller()
-            if process_group.size > 1 and less is not None:
-                raise ResourceError(
-                    f"{job.model.device} memory ran out in block {index}, in process {process_group.rank} of "
-                    f"{process_group.size}; run the same command again with a smaller --max-memory "
-                    "or fewer processes (finished blocks are kept)"
-                ) from error
-            if less is None:
-                raise ResourceError(
-                    f"{job.model.device} memory ran out in block {index}, even with micro-batches of {MICRO_BATCH_TOKENS} "
-                    "tokens one at a time; free some or use another --device, and run the same command again (finished "
-                    "blocks are kept), or lower --seq-len and pass --overwrite"
-                ) from error
-            memory = less
-        progress.note(f"out of memory in block {index}: trying again with less held at a time")
-
-
-def _step(
-    job: QuantizationJob,
-    workspace: Workspace | WorkerWorkspace,
-    memory: MemoryPlan,
-    index: int,
-    progress: Progress,
-    process_group: ProcessGroup,
-) -> None:
-    """Quantize, write and commit one block."""
-    model, prefix = job.model, job.model.prefix(index)
-    reports: list[MatrixReport] = []
-    leads = isinstance(workspace, Workspace)
-
-    def on_report(report: MatrixReport) -> None:
-        reports.append(report)
-        progress.matrix(report)
-
-    def write(ours: Workspace) -> Json:
-        shard = f"block-{index:05}.safetensors"
-        write_tensors(ours.folder / shard, _encode(job, prefix, quantizer.written))
-        return _entry(job, index + 1, shard, reports)
-
-    with model.block(index) as block:
-        quantizer = BlockQuantizer(
-            block, prefix, job.block_schemes(index), model.config, job.settings, on_report, process_group=process_group
-        )
-        kept = [name for name in job.checkpoint.names_under(prefix) if job.schemes.get(name.removesuffix(".weight")) is None]
-        quantizer.written.unquantized |= {name.removeprefix(prefix): t for name, t in job.read(kept).items()}
-        groups = quantizer.groups_to_quantize(model.family.groups)
-        if job.tokens is None:
-            quantizer.run(groups, None, [])
-        else:
-            # In other processes a mapped file: they read their own rows of it only.
-            states = Activations.load(workspace.folder / _state(index), *_boundary(job), in_memory=memory.in_memory and leads)
-            streams = [ActivationStream(batches) for batches in _batches(job, states)]
-            with LockstepForward(
-                block, groups, streams, job.block_kwargs(index), keep_paused=memory.keep_paused, process_group=process_group
-            ) as lockstep:
-                quantizer.run(groups, lockstep, streams)
-                following = states.following(workspace.folder / _state(index + 1)) if leads else None
-                targets = _batches(job, following) if following else []
-                for number, outputs in enumerate(lockstep.outputs()):
-                    for target, output in zip(targets, outputs, strict=False):
-                        target[number].copy_(output)
-            if following:
-                following.save()
-        _finish(workspace, process_group, write)
-    if leads:
-        (workspace.folder / _state(index)).unlink(missing_ok=True)
-
-
-def _head_step(
-    job: QuantizationJob,
-    workspace: Workspace | WorkerWorkspace,
-    memory: MemoryPlan,
-    progress: Progress,
-    process_group: ProcessGroup,
-) -> None:
-    """Quantize, write and commit the output head."""
-    job.model.load_non_block_weights()
-    streams = []
-    if job.tokens is not None:
-        path = workspace.folder / _state(job.model.block_count)
-        streams = _batches(
-            job, Activations.load(path, *_boundary(job), in_memory=memory.in_memory and process_group.rank == 0)
-        )
-    weight, report = quantize_head(job, streams, process_group)
-    progress.matrix(report)
-
-    def write(ours: Workspace) -> Json:
-        write_tensors(ours.folder / "head.safetensors", _encode(job, "", QuantizedBlock({"lm_head": weight}, {})))
-        return {"shard": "head.safetensors", "matrices": [asdict(report)]}
-
-    _finish(workspace, process_group, write)
-
-
-def _encode(job: QuantizationJob, prefix: str, written: QuantizedBlock) -> dict[str, Tensor]:
-    """The block's tensors under their final names.
+def _encode(job: QuantizationJob, prefix: str, block: QuantizedBlock) -> dict[str, Tensor]:
+    """The tensors of a quantized block under the names that the artifact's format gives them.
 
     Raises:
         FormatError: the format cannot hold a matrix's scales.
     """
-    tensors = {prefix + name: tensor for name, tensor in written.unquantized.items()}
-    for name, weight in written.quantized.items():
+    tensors = {prefix + name: tensor for name, tensor in block.unquantized.items()}
+    for name, weight in block.quantized.items():
         encoded = encode(job.recipe.format, weight, job.model.dtype, prefix + name)
         tensors |= {f"{prefix}{name}.{suffix}": tensor.cpu() for suffix, tensor in encoded.items()}
     return tensors

@@ -17,8 +17,9 @@ from quantkit.formats.model_card import write_model_card
 from quantkit.models.matmul_dtype import fastest_matmul
 from quantkit.quantization.distributed import SINGLE_PROCESS, ProcessGroup
 from quantkit.quantization.memory import plan_memory
-from quantkit.quantization.pipeline import Progress, WorkerWorkspace, quantize_blocks
+from quantkit.quantization.pipeline import WorkerWorkspace, quantize_blocks
 from quantkit.quantization.prepare import QuantizationJob, prepare_job
+from quantkit.quantization.progress import Progress
 from quantkit.quantization.report import MatrixReport, RunReport, Totals, worst_five
 from quantkit.recipe import Recipe
 from quantkit.utils.renamed_keys import with_current_keys

@@ -7,17 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import tiny
-from quantkit.quantization.report import MatrixReport
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def matrix(self, report: MatrixReport) -> None: ...
-
-    def block(self, done: int, total: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def loud_model(folder: Path, family: str, **options: Any) -> Path:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.quantized import Silent, loud_model
+from helpers.quantized import loud_model
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.evaluation.stream import final_hidden, open_model
+from quantkit.quantization.progress import NoProgress
 from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Calibration, Recipe, Rule
 
@@ -21,7 +22,7 @@ HEAD = (Rule(match="^lm_head$", bits=8),)
 
 def quantized(folder: Path, out: Path, **recipe: Any) -> Path:
     chosen = Recipe(**{"rotate": True, "calibration": Calibration(samples=8, seq_len=64), **recipe})
-    quantize_model(QuantizeRequest(folder, out, chosen, CPU, max_memory=1 << 30, overwrite=False), Silent())
+    quantize_model(QuantizeRequest(folder, out, chosen, CPU, max_memory=1 << 30, overwrite=False), NoProgress())
     return out
 
 

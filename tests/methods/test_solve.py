@@ -148,7 +148,7 @@ def _run_job(method: str, hidden: Tensor) -> tuple[BlockQuantizer, list[MatrixRe
     job.written.unquantized["norm.weight"] = block.norm.weight.detach()
     streams = [ActivationStream([hidden])]
     with torch.no_grad(), LockstepForward(block, GROUPS, streams, lambda _rows: {}, keep_paused=True) as lockstep:
-        job.run(GROUPS, lockstep, streams)
+        job.quantize(GROUPS, lockstep, streams)
         list(lockstep.outputs())
     return job, reports
 

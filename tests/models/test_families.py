@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers import tiny
-from helpers.quantized import Silent, loud_model
+from helpers.quantized import loud_model
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.evaluation.metrics import QualityMetrics, measure
 from quantkit.evaluation.run import EvalReport, EvalRequest, run_evaluation
 from quantkit.evaluation.stream import final_hidden, open_model
 from quantkit.models.families import FAMILIES
 from quantkit.models.streaming import StreamedModel
+from quantkit.quantization.progress import NoProgress
 from quantkit.quantization.report import RunReport
 from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Calibration, Recipe, Rule
@@ -46,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def quantize(source: Path, out: Path, **recipe: Any) -> RunReport:
     """Quantize with 8 rows of 64 tokens."""
     chosen = Recipe(calibration=Calibration(samples=8, seq_len=64), **recipe)
-    return quantize_model(QuantizeRequest(source, out, chosen, CPU, max_memory=1 << 30, overwrite=False), Silent())
+    return quantize_model(QuantizeRequest(source, out, chosen, CPU, max_memory=1 << 30, overwrite=False), NoProgress())
 
 
 def compare(model: Path, baseline: Path) -> EvalReport:

@@ -265,7 +265,7 @@ def _job(scene: Scene, method: str, bits: int, keep_paused: bool) -> tuple[Block
     loud = torch.randn(64, generator=torch.Generator().manual_seed(0)).exp()
     streams = [ActivationStream([hidden * loud for hidden in scene.hidden])]
     with scene.lockstep(*streams, keep_paused=keep_paused) as lockstep:
-        job.run(scene.groups, lockstep, streams)
+        job.quantize(scene.groups, lockstep, streams)
         outputs = [output for (output,) in lockstep.outputs()]
     scene.hidden = list(streams[0].hidden)
     return job, outputs, reports

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from helpers import tiny
-from helpers.quantized import Silent
 from helpers.rotated import HEAD, quantized, reference_logits
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import FormatError, RecipeError
@@ -22,6 +21,7 @@ from quantkit.formats.convert import convert
 from quantkit.formats.rotated import OnlineHadamard, add_transform, split_transform
 from quantkit.kernels import reference
 from quantkit.models.families import FAMILIES, family_of
+from quantkit.quantization.progress import NoProgress
 from quantkit.quantization.rotation import Rotation, rotate
 from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import Calibration, Recipe
@@ -128,7 +128,7 @@ class KilledError(Exception):
     """In the middle of a run."""
 
 
-class Killer(Silent):
+class Killer(NoProgress):
     def block(self, done: int, total: int) -> None:
         if done == 2:
             raise KilledError
@@ -138,10 +138,10 @@ def test_an_interrupted_run_gives_the_same_bytes(llama_bf16: Path, tmp_path: Pat
     recipe = Recipe(rotate=True, rules=HEAD, calibration=Calibration(samples=8, seq_len=64))
     whole, again = ((tmp_path / name) for name in ("whole", "again"))
     requests = [QuantizeRequest(llama_bf16, out, recipe, CPU, max_memory=1 << 30, overwrite=False) for out in (whole, again)]
-    quantize_model(requests[0], Silent())
+    quantize_model(requests[0], NoProgress())
     with pytest.raises(KilledError):
         quantize_model(requests[1], Killer())
-    assert quantize_model(requests[1], Silent()).totals.resumed_blocks == 2
+    assert quantize_model(requests[1], NoProgress()).totals.resumed_blocks == 2
     assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     assert (whole / "config.json").read_bytes() == (again / "config.json").read_bytes()
 
