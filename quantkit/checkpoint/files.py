@@ -1,4 +1,4 @@
-"""Write single files so that each is complete and flushed, or not there at all."""
+"""Write single files so that each is either complete and flushed to disk, or does not exist."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or an unwritable path into one clear line."""
+    """Within the context, a full disk becomes a `ResourceError` and any other failure to write an `ArtifactError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -54,7 +54,7 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Write indented JSON, complete and flushed, or not at all."""
+    """Write indented JSON: complete and flushed, or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -1,10 +1,10 @@
-"""Write an artifact so that it appears at once or not at all, and a killed run goes on where it stopped.
+"""Write an artifact so that it appears complete or not at all, and a killed run can continue where it stopped.
 
-Everything is written in OUT.partial beside OUT. A block is finished when its line stands in the journal: its shard and the
-activations for the next block were flushed to disk before. At the end the shards are joined into a folder of their own,
-which is renamed to OUT.
+Everything is written to OUT.partial, next to OUT. A block is finished when the journal has a line for it; its shard and the
+activations for the next block are flushed to disk before. At the end, the shards are merged into a new folder, which is
+renamed to OUT.
 
-OUT.partial is ours if it holds our lock file: the first thing that is made there and, after the journal, the last that goes.
+A lock file marks OUT.partial as ours: it is created first, and deleted last.
 """
 
 import fcntl
@@ -21,21 +21,21 @@ from safetensors import safe_open
 from quantkit.checkpoint.files import Json, disk_errors, sync, write_json, write_tensors
 from quantkit.errors import ArtifactError, QuantkitError, ResourceError
 
-#: Shards of the finished artifact are joined up to this many bytes: all the memory that joining takes, whatever the model.
+#: Shards of the finished artifact have at most this many bytes, which bounds the memory that merging needs.
 SHARD_BYTES = 200_000_000
 
 
 def _looks_like_a_model(folder: Path) -> bool:
-    """Whether replacing `folder` replaces a model, not somebody's home."""
+    """Whether `folder` is a model or empty, so that --overwrite may replace it (and not somebody's home)."""
     whole = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
     return whole or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _take_lock(folder: Path) -> IO[str]:
-    """Make `folder` ours and lock it against a second run.
+    """Create or take over `folder`, and lock it against a second run.
 
     Raises:
-        ArtifactError: another run holds it, or it holds what we did not write.
+        ArtifactError: another run has locked it, or quantkit did not create it.
     """
     path = folder / "lock"
     while True:
@@ -46,7 +46,7 @@ def _take_lock(folder: Path) -> IO[str]:
             lock = path.open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that ended between our open and our lock has deleted the file that we hold.
+            # If a run ended between our `open` and our lock, it has deleted the file that we locked.
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 return lock
         except BlockingIOError:
@@ -58,7 +58,7 @@ def _take_lock(folder: Path) -> IO[str]:
 
 
 def _clear(folder: Path) -> None:
-    """Delete all but the lock, the journal first: what is left after a kill never looks like finished work."""
+    """Delete everything except the lock. The journal goes first, so that a kill never leaves what looks like finished work."""
     (folder / "journal.jsonl").unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.name != "lock":
@@ -89,10 +89,10 @@ class Workspace:
 
         Args:
             out: the artifact's final path.
-            identity: must be equal for the run to go on.
-            source: the model folder that is read, which OUT never replaces.
+            identity: an unfinished run is continued only if its identity is equal.
+            source: the model folder that is read; it is never overwritten.
             overwrite: replace OUT, or an unfinished run with another identity.
-            settings: kept from the run's first start, not compared.
+            settings: settings of the run. An unfinished run keeps those of its first start; they are not compared.
             upgrade: brings an identity that an earlier version stored up to date before it is compared.
 
         Raises:
@@ -113,13 +113,13 @@ class Workspace:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Let another run in. After an error that the same command will meet again, nothing half-written is left behind."""
+        """Release the lock. Discard the workspace after an error that the same command would meet again."""
         if isinstance(error, QuantkitError) and not isinstance(error, ResourceError | ArtifactError):
             self.discard()
         self._lock.close()
 
     def _open(self, identity: Json, settings: Json, upgrade: Callable[[Json], Json]) -> Json:
-        """Go on with the run that is here, or start one; its settings."""
+        """Continue the run of this workspace, or start a new one. Returns its settings."""
         stored = self._stored()
         if stored is not None:
             stored["identity"] = upgrade(stored["identity"])
@@ -158,10 +158,10 @@ class Workspace:
 
     @staticmethod
     def require_free(out: Path, source: Path, *, overwrite: bool) -> None:
-        """Refuse an OUT that is in the way, or that is the model which is read.
+        """Refuse to write to an existing OUT, unless it may be overwritten.
 
         Raises:
-            ArtifactError: OUT exists and may not, or must not, be replaced.
+            ArtifactError: OUT exists, and it must not be replaced without --overwrite, is not a model, or is the source.
         """
         if not out.exists() and not out.is_symlink():
             return
@@ -181,7 +181,7 @@ class Workspace:
         return stored if whole else None
 
     def _journal(self) -> list[Json]:
-        """The entries from which the run can go on; a torn line, and all behind it, does not count."""
+        """The journal entries from which the run can continue. A damaged line and all lines after it are ignored."""
         path = self.folder / "journal.jsonl"
         entries: list[Json] = []
         for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -213,8 +213,8 @@ class Workspace:
             scratch.replace(path)
             sync(self.folder)
 
-    def join(self) -> tuple[Path, list[Path]]:
-        """Join the journal's shards into the folder that will become OUT; returns it and its shards."""
+    def merge_shards(self) -> tuple[Path, list[Path]]:
+        """Merge the shards of all steps into the folder that will become OUT. Returns the folder and its shards."""
         artifact = self.folder / "artifact"
         with disk_errors(artifact):
             shutil.rmtree(artifact, ignore_errors=True)
@@ -242,7 +242,7 @@ class Workspace:
         return artifact, paths
 
     def publish(self) -> None:
-        """Let the joined artifact appear as OUT, replacing an old one only now, and delete the workspace."""
+        """Rename the merged artifact to OUT, which replaces an old OUT only now, and delete the workspace."""
         artifact, old = self.folder / "artifact", self.folder / "replaced"
         with disk_errors(self.out):
             for path in artifact.iterdir():

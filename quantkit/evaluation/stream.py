@@ -30,14 +30,14 @@ class PackedStreamedModel(StreamedModel):
 
     def load_non_block_weights(self) -> None:
         """Read embeddings, final norm and head as the engine does, without widening dtypes. Call once."""
-        load_non_block_weights(self._model, WeightReader(self.checkpoint), self.device, self.dtype)
-        self._load(self._model, "", [name for name, _ in self._model.named_parameters() if name in self._non_block_names])
+        load_non_block_weights(self.module, WeightReader(self.checkpoint), self.device, self.dtype)
+        self.load_tensors(self.module, "", [name for name, _ in self.module.named_parameters() if name in self.non_block_names])
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with weights prepared for the kernels; they are released when the context ends."""
-        module = copy.deepcopy(self._blocks[index])
-        materialize_buffers(self._model, module, self.device)
+        module = copy.deepcopy(self.blocks[index])
+        materialize_buffers(self.module, module, self.device)
         load_block(module, self.prefix(index), self.family, WeightReader(self.checkpoint), self.device, self.dtype)
         yield module
 
@@ -59,9 +59,9 @@ class CachedStreamedModel(PackedStreamedModel):
         Raises:
             ResourceError: the type does not exist, or this model or device does not support it.
         """
-        self._model.set_attn_implementation(attention.register())
+        self.module.set_attn_implementation(attention.register())
         heads = self.config.num_key_value_heads
-        blocks: Any = self._blocks
+        blocks: Any = self.blocks
         widths = [block.self_attn.head_dim for block in blocks]
         layers = [LayerShape(heads, width, width) for width in widths]
         form = cache_format(kv_dtype, self.config.dtype or self.dtype, layers, self.device)

@@ -86,7 +86,7 @@ def _make(
         write_tensors(workspace.folder / shard, _converted(checkpoint, packed, file, format_name))
         workspace.commit({"shard": shard})
         advance("shards", number + 1, len(checkpoint.files))
-    folder, shards = workspace.join()
+    folder, shards = workspace.merge_shards()
     write_metadata(checkpoint, folder, format_name, plan, packed.online)
     made = checkpoint.folder / "quantkit.json"
     if made.is_file():

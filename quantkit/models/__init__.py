@@ -1,3 +1,4 @@
-"""Models as transformers defines them: families as data, a skeleton without weights, and a decoder that streams its blocks
-from disk. Knows nothing of quantization methods or of the engine.
+"""Models as transformers defines them: families as data, a model without weights, and one that streams its blocks from disk.
+
+This room knows nothing about quantization methods or the engine.
 """

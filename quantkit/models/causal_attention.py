@@ -1,7 +1,7 @@
 """Causal attention over whole windows, as an attention implementation of transformers.
 
-torch's CPU kernel multiplies each query with the keys behind it, too, and masks the products afterwards. Cut into slices
-of queries, each against the keys up to its end, a window of 512 tokens takes 5/8 of those products.
+torch's CPU kernel also multiplies each query with the keys after it, and masks those products. Here queries are cut into
+slices, and each slice is multiplied with the keys up to its own end only: for a window of 512 tokens that is 5/8 of the work.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-#: The implementation's name.
-KEY = "quantkit_causal"
+#: The name under which transformers knows the implementation.
+NAME = "quantkit_causal"
 
 _SLICE = 128
 
@@ -29,13 +29,13 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(scaling * Q K^T) V, where token t sees tokens 0..t, or what the mask says.
+    """softmax(scaling * Q K^T) V, where token t sees tokens 0..t, or the tokens that the mask allows.
 
     Args:
         module: the attention layer.
         query: [B, Hq, T, D].
         key, value: [B, Hkv, T, D].
-        attention_mask: None: causal. Else as for `sdpa`, which then does all the work.
+        attention_mask: None: causal. Otherwise as for `sdpa`, which is then called instead.
         scaling: None: D ** -0.5.
         kwargs: passed on to `sdpa`.
 
@@ -56,7 +56,7 @@ def attend(
 
 
 def register() -> str:
-    """Make the implementation known to transformers, masks as for `sdpa`; returns its name."""
-    AttentionInterface.register(KEY, attend)
-    AttentionMaskInterface.register(KEY, sdpa_mask)
-    return KEY
+    """Register the implementation with transformers, with the same masks as `sdpa`. Returns its name."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME

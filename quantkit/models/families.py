@@ -1,7 +1,7 @@
-"""Model families as data: where the decoder blocks are, which matrices read which input, and what can absorb a scale.
+"""Model families as data: where the decoder blocks are, which matrices share an input, and what can absorb a scale.
 
-A `MatrixGroup` is the unit of work: matrices that read one input. The groups of a block are listed in the order in which the
-block runs them. Adding a family is adding a row to FAMILIES.
+The unit of work is a `MatrixGroup`: matrices that read the same input. A family lists the groups of a block in the order in
+which the block runs them. To add a family, add a row to FAMILIES.
 """
 
 from dataclasses import dataclass, replace
@@ -12,14 +12,14 @@ from quantkit.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Fold:
-    """What can be divided by a per-channel scale so that a group's input is.
+    """What produces a group's input, so that dividing it by a per-channel scale divides the input.
 
-    Where a fused matrix produces more than the group's input (qkv, gate_up), its last rows are the ones that do.
+    A fused matrix (qkv, gate_up) produces more than the group's input: then its last rows produce the input.
 
     Attributes:
-        producer: module inside the block whose output channels become the group's input channels.
-        offset: 1.0 where a norm multiplies by (1 + weight), as Gemma's does.
-        heads: the input is one value row per query head, repeated from the KV heads.
+        producer: the module inside the block whose output channels become the group's input channels.
+        offset: 1.0 if the norm multiplies by (1 + weight), as Gemma's does.
+        heads: the input has the values of one KV head per query head, repeated for every query head that shares it.
     """
 
     producer: str
@@ -32,8 +32,8 @@ class MatrixGroup:
     """Matrices inside a block that read the same input.
 
     Attributes:
-        names: modules with a `weight` [N, K], first the one that runs first.
-        fold: what a scale of the input can be folded into, or None.
+        names: modules with a `weight` [N, K], in the order in which they run.
+        fold: what absorbs a scale of the input; None if nothing can.
     """
 
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ class MatrixGroup:
 
 
 class Norms(NamedTuple):
-    """A block's norms over the hidden size, by place; None where the family has none there."""
+    """A block's norms over the hidden size, by position; None where the family has no norm."""
 
     pre_attention_norm: str | None = "input_layernorm"
     post_attention_norm: str | None = None
@@ -57,10 +57,10 @@ class Family:
     """A model family of transformers.
 
     Attributes:
-        groups: one block's groups in run order.
-        soft_cap: whether attention logits are capped, which fast attention does not do.
+        groups: the groups of a block, in run order.
+        soft_cap: whether attention logits are capped, which fast attention implementations do not support.
         blocks_path: path of the list of decoder blocks.
-        norms: of a block.
+        norms: the norms of a block.
         value_proj: the matrix whose last rows are attention's values.
         out_proj, down_proj: the last matrices of attention and of the MLP.
     """
@@ -75,32 +75,32 @@ class Family:
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """All quantizable modules of a block in run order."""
+        """All quantizable modules of a block, in run order."""
         return tuple(name for group in self.groups for name in group.names)
 
     @property
     def rotatable(self) -> bool:
-        """Whether the residual stream may be rotated: nothing but matrices writes to it."""
+        """Whether the residual stream can be rotated: only matrices write to it."""
         return self.norms.post_attention_norm is self.norms.post_mlp_norm is None
 
     @property
     def residual_readers(self) -> dict[str, str]:
-        """Matrices that read the residual stream -> the norm that they read it behind."""
+        """The matrices that read the residual stream, and the norm through which each reads it."""
         folds = {name: group.fold for group in self.groups for name in group.names}
         return {name: fold.producer for name, fold in folds.items() if fold and fold.producer in self.norms}
 
     @property
     def residual_writers(self) -> tuple[str, ...]:
-        """Matrices that write to the residual stream: attention's, then the MLP's."""
+        """The matrices that write to the residual stream: attention's, then the MLP's."""
         return self.out_proj, self.down_proj
 
     def rotated(self) -> "Family":
-        """The family once what the down projection reads is rotated: a scale of it can no longer be folded into anything."""
+        """The family after a rotation: nothing can absorb a scale of the down projection's input any more."""
         return replace(self, groups=tuple(replace(g, fold=None) if self.down_proj in g.names else g for g in self.groups))
 
     @property
     def norm_offset(self) -> float:
-        """What every RMS norm adds to its stored weight."""
+        """What every RMS norm of the family adds to its stored weight."""
         return max((group.fold.offset for group in self.groups if group.fold), default=0.0)
 
 
@@ -130,7 +130,7 @@ PHI3 = Family(
     ),
     value_proj="self_attn.qkv_proj",
 )
-# OLMo 2 normalises the outputs of attention and MLP: their inputs are the residual stream, which nothing can absorb.
+# OLMo 2 normalizes the outputs of attention and MLP. Their inputs are the residual stream itself, so no scale can be folded.
 OLMO2 = Family(
     (MatrixGroup(_QKV, None), _OUT, MatrixGroup(_GATE_UP, None), _DOWN),
     norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
@@ -151,10 +151,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str, where: str) -> Family:
-    """The family of a `model_type`.
+    """The family of a `model_type`; `where` is the file that names it.
 
     Raises:
-        CheckpointError: the family is not known.
+        CheckpointError: there is no such family.
     """
     try:
         return FAMILIES[model_type]

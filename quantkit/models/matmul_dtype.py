@@ -1,7 +1,7 @@
-"""In which dtype matrices multiply: the stored one where the processor has instructions for it, else float32.
+"""Choose the dtype in which matrices are multiplied: the stored one if the processor has instructions for it, else float32.
 
-Without such instructions 16-bit products run at an eighth of float32's speed. Activations keep the stored dtype all the
-same, as they will when the model serves: what waits between two matrices is then half as large.
+Without such instructions, 16-bit products run at an eighth of float32's speed. Activations keep the stored dtype in either
+case, as they do when the model is served; this halves the memory that they take between two matrices.
 """
 
 import time
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-#: How much faster the stored dtype must be: the choice should be the same from run to run where the two are close.
+#: How much faster the stored dtype must be to be chosen. With a margin, the choice does not change from run to run where the
+#: two are close.
 _MIN_SPEEDUP = 1.5
 
 
 def fastest_matmul(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype`, or float32 where products in `dtype` are not clearly faster; on a GPU always `dtype`.
+    """`dtype`, or float32 if products in `dtype` are not clearly faster. On a GPU always `dtype`.
 
-    Measured, because no flag tells: some processors have instructions for a dtype and are slower with them.
+    The speed is measured, because no flag tells: some processors have instructions for a dtype but are slower with them.
     """
     if device.type != "cpu" or dtype == torch.float32:
         return dtype
@@ -28,7 +29,7 @@ def fastest_matmul(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """The least time of a few products."""
+    """The shortest wall time among a few products in `dtype`."""
     matrix = torch.ones(512, 512, dtype=dtype)
     times = []
     for _ in range(4):
@@ -40,7 +41,7 @@ def _seconds(dtype: torch.dtype) -> float:
 
 @contextmanager
 def matmul_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Hold the weights of linear layers in `dtype` and multiply in it; what comes out has the dtype of what goes in."""
+    """Within the context, linear layers hold their weights in `dtype` and multiply in it. Outputs have the inputs' dtype."""
     changed, scratch = list(layers), MatmulBuffers(dtype)
     for layer in changed:
         assert isinstance(layer, nn.Linear)
@@ -54,9 +55,9 @@ def matmul_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> Iterator[None]
 
 
 class MatmulBuffers:
-    """Two buffers that all layers share, for operand and product in another dtype than the stored one.
+    """Two buffers that all layers share, for operands and products in another dtype than the stored one.
 
-    They are the largest tensors of a forward; taken anew each time, they would leave holes among what is held.
+    They are the largest tensors of a forward pass. Allocating them each time would fragment memory.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -64,7 +65,7 @@ class MatmulBuffers:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
-        """The buffer `name` as [rows, columns] on the device of `like`; its contents are whatever was left there."""
+        """The buffer `name` as [rows, columns] on the device of `like`. Its contents are undefined."""
         size, buffer = rows * columns, self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[name] = torch.empty(size, dtype=self._dtype, device=like.device)

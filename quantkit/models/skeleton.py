@@ -1,4 +1,4 @@
-"""The model's definition: transformers' own, built on the meta device from config.json."""
+"""Build transformers' model from config.json on the meta device, without any weights."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from quantkit.errors import CheckpointError
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """The transformers config of a checkpoint, which must not need code of its own.
+    """The transformers config of a checkpoint. Checkpoints that bring their own code are refused.
 
     Raises:
-        CheckpointError: the config asks for remote code, transformers refuses it, or its context holds no token.
+        CheckpointError: the config needs remote code, transformers refuses it, or its context length is less than 1.
     """
     path = checkpoint.folder / "config.json"
     if "auto_map" in checkpoint.config:
@@ -30,32 +30,32 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def build_skeleton(config: PreTrainedConfig, attention: str, dtype: torch.dtype) -> Any:
-    """transformers' causal language model without a single weight.
+    """transformers' causal language model, all of its parameters on the meta device.
 
     Args:
-        config: from `read_config`; what it says of quantization is left out.
-        attention: attention implementation.
-        dtype: of all parameters.
+        config: from `read_config`; its `quantization_config` is ignored.
+        attention: name of the attention implementation.
+        dtype: the dtype of all parameters.
 
     Raises:
         CheckpointError: transformers cannot build it.
     """
-    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    dense = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(dense, dtype=dtype, attn_implementation=attention)
     except Exception as error:
         raise CheckpointError(f"config.json: transformers cannot build this model ({_one_line(error)})") from error
     return model.eval()
 
 
 def materialize_buffers(model: Any, root: nn.Module, device: torch.device, exclude: nn.Module | None = None) -> None:
-    """Compute the buffers below `root` that no checkpoint stores (inverse frequencies, embedding scales).
+    """Compute the buffers inside `root` that no checkpoint stores (inverse frequencies, embedding scales).
 
     Args:
         model: the whole model, which knows how to initialise each of its modules.
-        root: it, or a part of it.
-        device: of the buffers.
+        root: the model or a part of it.
+        device: the device of the buffers.
         apart: a part of `root` to leave alone.
     """
     skipped = set() if exclude is None else set(exclude.modules())

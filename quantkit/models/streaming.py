@@ -1,8 +1,8 @@
-"""The model as a stream of decoder blocks: built on the meta device, one block real at a time.
+"""A model whose decoder blocks are streamed from disk: it is built on the meta device, and one block at a time is loaded.
 
-The definition is transformers' own. Each block's keyword arguments (masks, rotary embeddings) are recorded by running the
-whole model with every block replaced by a recorder, and final norm and head by running it with blocks that hand back a
-given hidden state; so no family's forward is written down again here.
+The definition is transformers' own, and no family's forward pass is repeated here. A block's keyword arguments (masks, rotary
+embeddings) are found by running the whole model with blocks that record their arguments. Final norm and head are run with
+blocks that return a given hidden state.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,25 +17,29 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.formats.rotated import OnlineHadamard
 from quantkit.kernels import reference
-from quantkit.models import causal_attention as causal
+from quantkit.models import causal_attention
 from quantkit.models.families import family_of
 from quantkit.models.matmul_dtype import matmul_in
 from quantkit.models.skeleton import build_skeleton, materialize_buffers, read_config
 
-#: Reads tensors by name; a quantized checkpoint's reader hands out dense weights.
+#: Reads tensors by name. For a quantized checkpoint it returns dequantized weights.
 TensorReader = Callable[[list[str]], dict[str, Tensor]]
 
 
 class StreamedModel:
-    """A causal language model of which embeddings, final norm and head are real, and blocks come and go.
+    """A causal language model: embeddings, final norm and head are in memory, and each block only while it is used.
+
+    Subclasses load weights in another way by overriding `load_non_block_weights` and `block`.
 
     Attributes:
         checkpoint: where the tensors come from.
+        module: transformers' model. Parameters that are not loaded are on the meta device.
         config: the transformers config.
         family: groups and folds of a block.
+        non_block_names: the names of all parameters outside the blocks.
         block_count: number of decoder blocks.
-        dtype, device: of every tensor that is loaded.
-        matmul_dtype: in which a block's matrices are held and multiply; may be changed between blocks.
+        dtype, device: dtype and device of every tensor that is loaded.
+        matmul_dtype: the dtype in which a block's matrices are held and multiplied. May be changed between blocks.
     """
 
     def __init__(
@@ -46,10 +50,14 @@ class StreamedModel:
         device: torch.device,
         online: OnlineHadamard | None = None,
     ) -> None:
-        """Build the skeleton and load everything outside the blocks.
+        """Build the model and load everything outside the blocks.
 
         Args:
-            online: what has to be done at run time to the model of `source`, if it is a rotated one.
+            checkpoint: an opened checkpoint folder.
+            source: reads the tensors.
+            dtype: the dtype of all parameters.
+            device: where they are loaded.
+            online: the rotation that must be applied at run time, if the tensors of `source` are rotated.
 
         Raises:
             CheckpointError: the architecture is unknown, needs remote code, or a tensor disagrees with config.json.
@@ -61,70 +69,81 @@ class StreamedModel:
         self.config = read_config(checkpoint)
         if online:
             self.family, self.config.tie_word_embeddings = self.family.rotated(), False
-        self._model = build_skeleton(self.config, "eager" if self.family.soft_cap else causal.register(), dtype)
-        self.block_count = len(self._blocks)
+        self.module = build_skeleton(self.config, "eager" if self.family.soft_cap else causal_attention.register(), dtype)
+        self.block_count = len(self.blocks)
         if online:
             self._rotate_inputs(online)
-        materialize_buffers(self._model, self._model, device, exclude=self._blocks)
-        self._non_block_names = [
-            name for name, _ in self._model.named_parameters() if not name.startswith(self.family.blocks_path)
+        materialize_buffers(self.module, self.module, device, exclude=self.blocks)
+        self.non_block_names = [
+            name for name, _ in self.module.named_parameters() if not name.startswith(self.family.blocks_path)
         ]
         self.load_non_block_weights()
 
     def _rotate_inputs(self, online: OnlineHadamard) -> None:
-        """These hooks are the first of their modules: whoever hooks a module later sees its inputs rotated."""
-        for index, block in enumerate(self._blocks):
+        """Rotate the inputs of the rotated matrices. These hooks are registered first, so later hooks see rotated inputs."""
+        for index, block in enumerate(self.blocks):
             for name in self.family.matrices:
                 if size := online.block_of(self.prefix(index) + name):
                     block.get_submodule(name).register_forward_pre_hook(partial(_rotate_input, size))
 
     def load_non_block_weights(self) -> None:
-        """Read embeddings, final norm and head."""
-        self._load(self._model, "", self._non_block_names)
-        self._model.tie_weights()
+        """Load embeddings, final norm and head."""
+        self.load_tensors(self.module, "", self.non_block_names)
+        self.module.tie_weights()
 
     def release_non_block_weights(self) -> None:
         """Free embeddings, final norm and head. Until `load_non_block_weights`, only `block` can be called."""
-        empty = {name: p.detach().to("meta") for name, p in self._model.named_parameters() if name in self._non_block_names}
-        self._model.load_state_dict(empty, strict=False, assign=True)
-        self._model.tie_weights()
+        empty = {name: p.detach().to("meta") for name, p in self.module.named_parameters() if name in self.non_block_names}
+        self.module.load_state_dict(empty, strict=False, assign=True)
+        self.module.tie_weights()
 
     @property
-    def _blocks(self) -> nn.ModuleList:
-        blocks = self._model.get_submodule(self.family.blocks_path)
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks; their parameters are on the meta device except within `block`."""
+        blocks = self.module.get_submodule(self.family.blocks_path)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
     def prefix(self, index: int) -> str:
-        """Start of the tensor names of block `index`."""
+        """The start of the tensor names of block `index`, with its last dot."""
         return f"{self.family.blocks_path}.{index}."
 
     def shape(self, index: int, name: str) -> tuple[int, int]:
-        """(N, K) of matrix `name` of block `index`."""
-        weight = self._blocks[index].get_submodule(name).weight
+        """Shape (N, K) of matrix `name` of block `index`."""
+        weight = self.blocks[index].get_submodule(name).weight
         assert isinstance(weight, Tensor)
         rows, columns = weight.shape
         return rows, columns
 
     def parameters(self) -> dict[str, tuple[torch.Size, bool]]:
-        """Name -> (shape, whether it may be missing because it is tied to another) of every parameter."""
-        shapes = {name: p.shape for name, p in self._model.named_parameters(remove_duplicate=False)}
+        """By name, every parameter's shape, and whether it may be missing because it is tied to another."""
+        shapes = {name: p.shape for name, p in self.module.named_parameters(remove_duplicate=False)}
         tied = getattr(self.config, "tie_word_embeddings", False)
         return {name: (shape, tied and name == "lm_head.weight") for name, shape in shapes.items()}
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights, matrices in `matmul_dtype`; they are released when the context ends."""
-        module, prefix = self._blocks[index], self.prefix(index)
-        materialize_buffers(self._model, module, self.device)
-        self._load(module, prefix, [name for name, _ in module.named_parameters()])
+        """Block `index` with its weights loaded and its matrices in `matmul_dtype`. They are freed when the context ends."""
+        module, prefix = self.blocks[index], self.prefix(index)
+        materialize_buffers(self.module, module, self.device)
+        self.load_tensors(module, prefix, [name for name, _ in module.named_parameters()])
         try:
             with matmul_in(self.matmul_dtype, map(module.get_submodule, self.family.matrices)):
                 yield module
         finally:
             module.to("meta")
 
-    def _load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
+    def load_tensors(self, module: nn.Module, prefix: str, names: list[str]) -> None:
+        """Give parameters of `module` their values.
+
+        Args:
+            module: the model or a part of it.
+            prefix: the start of its tensor names.
+            names: names of parameters inside `module`.
+
+        Raises:
+            CheckpointError: a tensor has another shape than config.json says.
+        """
         tensors = self._source([prefix + name for name in names])
         state = {name: tensors[prefix + name].to(self.device, self.dtype) for name in names}
         for name, parameter in module.named_parameters():
@@ -137,13 +156,13 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Hidden states entering the first block, and every block's keyword arguments.
+        """The hidden states that enter the first block, and every block's keyword arguments.
 
         Args:
             tokens: int64 [B, T], full rows without padding.
 
         Returns:
-            hidden [B, T, D] and one dict a block.
+            hidden [B, T, D], and one dict per block.
         """
         seen: list[tuple[Tensor, dict[str, Any]]] = []
 
@@ -151,16 +170,16 @@ class StreamedModel:
             seen.append((hidden, kwargs))
             return hidden
 
-        with self._blocks_replaced(record):
-            self._model.base_model(tokens.to(self.device), use_cache=False)
+        with self._replace_blocks(record):
+            self.module.base_model(tokens.to(self.device), use_cache=False)
         return seen[0][0], [kwargs for _, kwargs in seen]
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, T, V] for the last block's output [B, T, D]: final norm, head, and whatever the family adds."""
+        """Logits [B, T, V] for the last block's output [B, T, D]: final norm, head, and what the family does after it."""
         placeholder = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
-        with self._blocks_replaced(lambda _hidden, **_kwargs: hidden):
-            out: Tensor = self._model(placeholder, use_cache=False).logits
+        with self._replace_blocks(lambda _hidden, **_kwargs: hidden):
+            out: Tensor = self.module(placeholder, use_cache=False).logits
         return out
 
     @torch.no_grad()
@@ -170,9 +189,9 @@ class StreamedModel:
 
         def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             seen.append(args[0])
-            return (args[0][:, :1],)  # One position's logits are the least that the forward can be asked for.
+            return (args[0][:, :1],)  # Logits of a single position are the cheapest that the forward pass can compute.
 
-        hook = self._model.get_output_embeddings().register_forward_pre_hook(catch)
+        hook = self.module.get_output_embeddings().register_forward_pre_hook(catch)
         try:
             self.logits(hidden)
         finally:
@@ -181,18 +200,19 @@ class StreamedModel:
 
     @property
     def head_weight(self) -> Tensor:
-        """Weight of the output head, [V, D]; the embedding's where they are tied."""
-        weight: Tensor = self._model.get_output_embeddings().weight
+        """The weight of the output head, [V, D]; the embedding's if they are tied."""
+        weight: Tensor = self.module.get_output_embeddings().weight
         return weight.detach()
 
     @contextmanager
-    def _blocks_replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        for module in self._blocks:
+    def _replace_blocks(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        """Within the context, every block's forward pass is `forward`."""
+        for module in self.blocks:
             module.forward = forward
         try:
             yield
         finally:
-            for module in self._blocks:
+            for module in self.blocks:
                 del module.forward
 
 
@@ -201,9 +221,9 @@ def _rotate_input(block: int, _module: nn.Module, args: tuple[Tensor, ...]) -> t
 
 
 def check_tensors(checkpoint: Checkpoint, model: StreamedModel) -> None:
-    """Compare every tensor's shape and dtype with what config.json promises, before any is read.
+    """Compare every tensor's shape and dtype with what config.json says, before any tensor is read.
 
-    Norms and other vectors may be kept in another floating dtype, matrices may not.
+    Norms and other vectors may have another floating-point dtype, matrices may not.
 
     Raises:
         CheckpointError: a tensor is missing or disagrees.

@@ -1,15 +1,16 @@
-"""Walk the calibration rows through the model, stopping before every group of matrices.
+"""Run the calibration rows through a block in lockstep, stopping before every group of matrices.
 
-GPTQ wants each group's inputs to come from the already quantized groups before it ("true-sequential"), which a plain loop
-pays for with one partial forward a group. Here every micro-batch runs the block's own forward in a greenlet that pauses at
-the group's first matrix; when all have arrived the group is quantized, and all go on with the new weights. So one block
-costs one forward, whatever its structure. Where the paused tensors would not fit, each stop runs the block again from its
-start (`keep_paused=False`): slower, but only one micro-batch is alive at a time.
+GPTQ solves each group for the inputs that it gets once the groups before it are quantized ("true-sequential"). A plain loop
+pays for that with one partial forward pass per group. Here, every micro-batch runs the block's own forward pass in a
+greenlet, which pauses at the group's first matrix. When all micro-batches have arrived, the group is quantized, and all
+continue with the new weights. So one block costs one forward pass, whatever its structure. If the paused tensors would not
+fit into memory, the block runs again from its start for every group (`keep_paused=False`): slower, but only one micro-batch
+is alive at a time.
 
-Two streams walk side by side: what the quantized model sees, and (where the method asks for it) what the original model
-sees at the same places. The second one walks for a share of the rows only: it costs as much time and memory as the first.
+There can be two streams: the activations of the quantized model and, if the method needs them, those of the original model
+in the same places. The second stream has only a part of the rows, because it costs as much time and memory per row.
 
-With several processes each walks its own micro-batches, dealt out in turn, and hands what a group reads to the others.
+With several processes, each runs its own micro-batches, which are assigned in turn, and sends a group's inputs to the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +25,18 @@ from torch import Tensor, nn
 from quantkit.models.families import MatrixGroup
 from quantkit.quantization.distributed import SINGLE_PROCESS, ProcessGroup
 
-#: Tokens that run through a block at once. Fixed, because the order of sums decides the last bits of the result.
+#: Tokens that run through a block at once. Fixed, because the order of summation decides the last bits of the result.
 MICRO_BATCH_TOKENS = 1024
 
 
 @dataclass
 class ActivationStream:
-    """One version of the model walking through a block.
+    """The activations of one version of the model: quantized or original.
 
     Attributes:
-        hidden: per micro-batch, the block's input [B, T, D]; never modified.
-        weights: module name -> weight in this version; read again at every step, so replacing one takes effect at once.
+        hidden: the block's input [B, T, D] per micro-batch; never modified.
+        weights: the weights of this version by module name. They are read at every stop, so replacing one takes effect at
+            once.
     """
 
     hidden: Sequence[Tensor]
@@ -42,10 +44,12 @@ class ActivationStream:
 
 
 class LockstepForward:
-    """One block's walk. For each group in order: read `inputs`, change the streams' weights; at the end read `outputs`.
+    """One block's forward pass over all micro-batches, which advance together.
+
+    Usage: for each group in run order, read `inputs`, then change the streams' weights; at the end, read `outputs`.
 
     Attributes:
-        groups: where it stops, in run order.
+        groups: the groups before which it stops, in run order.
     """
 
     def __init__(
@@ -60,12 +64,13 @@ class LockstepForward:
     ) -> None:
         """
         Args:
-            block: a decoder block on its device; its forward takes hidden states and keyword arguments.
-            groups: where to stop, in run order.
-            streams: the versions that walk; the first has all micro-batches, a second one the first few of them.
-            kwargs: keyword arguments of the block for a batch of that many rows.
-            hold: pause between stops; otherwise run again from the start for each. The results are the same to the bit.
-            team: who shares the micro-batches out; all of its processes read all inputs.
+            block: a decoder block on its device. Its forward pass takes hidden states and keyword arguments.
+            groups: the groups before which to stop, in run order.
+            streams: the first has all micro-batches, a second one the first few of them.
+            kwargs: the block's keyword arguments as a function of the number of rows in a batch.
+            keep_paused: keep every micro-batch paused between stops; otherwise run it again from the start for each stop.
+                The results are the same to the bit.
+            process_group: the processes among which micro-batches are distributed. All of them read all inputs.
         """
         self._block, self._streams, self._kwargs, self._keep_paused = block, streams, kwargs, keep_paused
         self.groups, self._process_group = groups, process_group
@@ -99,14 +104,14 @@ class LockstepForward:
         count, process_group = len(self._streams[0].hidden), self._process_group
         for first in range(0, count, process_group.size):
             own = first + process_group.rank
-            # Before anyone waits for another's: a round's micro-batches run at the same time.
+            # Run the own micro-batch first and only then wait for the others', so that a round's run at the same time.
             mine = tuple(self._advance(stream, own, number) for stream in self._streams_with(own))
             for owner, index in enumerate(range(first, min(first + process_group.size, count))):
                 values = mine if index == own else self._receive_buffers(index, number)
                 for value in values:
                     process_group.broadcast(value, owner)
                 yield values
-            del mine, values  # no round outlives the next one's start
+            del mine, values  # free them before the next round starts
 
     @property
     def micro_batches(self) -> int:
@@ -118,7 +123,7 @@ class LockstepForward:
         return self.inputs(len(self.groups))
 
     def divide_input(self, number: int, scale: Tensor) -> None:
-        """From now on divide what group `number` reads by `scale` [K], in every stream."""
+        """From now on, divide the inputs of group `number` by `scale` [K], in every stream."""
         self._divisors[number] = scale
 
     def _streams_with(self, index: int) -> list[int]:
@@ -126,7 +131,7 @@ class LockstepForward:
         return [k for k, stream in enumerate(self._streams) if index < len(stream.hidden)]
 
     def _receive_buffers(self, index: int, number: int) -> tuple[Tensor, ...]:
-        """Room for what group `number` reads in a micro-batch that another process walks."""
+        """Empty tensors for the inputs of group `number` in a micro-batch that another process runs."""
         device = next(self._block.parameters()).device
         shapes = [self._streams[k].hidden[index].shape for k in self._streams_with(index)]
         dtype = self._streams[0].hidden[0].dtype
@@ -141,7 +146,7 @@ class LockstepForward:
             args[0].div_(self._divisors[number].to(args[0].dtype))
 
     def _advance(self, stream: int, index: int, number: int) -> Tensor:
-        """Run one micro-batch until it stands before group `number`, or to its end."""
+        """Run one micro-batch until it stops before group `number`, or to its end. Returns the group's input or the output."""
         for name, weight in self._streams[stream].weights.items():
             self._modules[name].weight.data = weight
         runner = self._paused.pop((stream, index), None)
@@ -161,11 +166,11 @@ class LockstepForward:
         return value
 
     def _compact(self, stream: int, index: int, number: int, value: Tensor) -> None:
-        """Move what group `number` reads to the micro-batch's own place in one large tensor.
+        """Move the input of group `number` into the micro-batch's own part of one large tensor.
 
-        Left where it is, it would lie among the forward's short-lived tensors, and those of the next micro-batches fit into
-        no hole that it leaves. What can be divided for a group is read by nobody else, so the place is free again as soon as
-        the group has run, although the block's frames may still refer to it.
+        Otherwise it would stay among the forward pass's short-lived tensors and fragment the memory that the next
+        micro-batches need. If an input can be divided for a group, nothing else reads it. So its part of the large tensor can
+        be reused as soon as the group has run, even if frames of the block still refer to it.
         """
         if self.groups[number].fold is None:
             return

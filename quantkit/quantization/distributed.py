@@ -1,11 +1,12 @@
-"""The processes of one run, as `torchrun` starts them: who does what, and how the others come to know it.
+"""The processes of one run, as `torchrun` starts them: how work is divided among them, and how they exchange results.
 
-The result must not depend on how many there are, and a sum of floats depends on its order. So no sum is ever put together
-from what several processes summed: rows are shared out for the forward passes, but every sum runs over all rows, in their
-order, in the one process that owns it (some columns of a Hessian, some matrices, some candidates of a search). The others
-get what came out. What is computed, on which shapes, is the same for any number of processes; only where differs.
+The result must not depend on the number of processes, but a sum of floating-point numbers depends on its order. So partial
+sums of several processes are never added up. Rows are distributed for the forward passes, but each sum runs over all rows, in
+order, in the one process that owns it: some columns of a Hessian, some matrices, some candidates of a search. The owner sends
+the result to the others. The computations and their shapes are the same for any number of processes; only where they run
+differs.
 
-All processes of a team call its methods in the same order. The first one leads: it alone writes and speaks.
+All processes of a group call its methods in the same order. The first process leads: only it writes files and prints.
 """
 
 import json
@@ -27,28 +28,28 @@ from quantkit.errors import PeerError, QuantkitError, RecipeError
 
 T = TypeVar("T")
 
-#: How long a process waits for another, which may be solving a large matrix. One that died is noticed at once.
+#: How long a process waits for another one, which may be solving a large matrix. A process that died is noticed at once.
 _TIMEOUT = timedelta(minutes=30)
 
-#: How long a process that fails leaves the first one time to clean up, and to say why in its place.
+#: How long a failing process waits for the first one to clean up and to report the error.
 _ERROR_GRACE_PERIOD = timedelta(seconds=10)
 
-#: What a launcher sets for every process that it starts.
+#: The environment variables that a launcher sets for every process that it starts.
 _LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 class ProcessGroup:
-    """A process alone; `init_distributed` gives one with its peers.
+    """A group of one process. `init_distributed` returns a group with peers if there are any.
 
     Attributes:
-        rank: this process's number.
-        size: how many there are.
+        rank: number of this process, from 0.
+        size: number of processes.
     """
 
     rank, size = 0, 1
 
     def assign_owners(self, costs: Sequence[float]) -> list[int]:
-        """The rank that does each job, the dearest ones shared out first; the same answer in every process."""
+        """The rank that does each job. The most expensive jobs are assigned first; every process gets the same answer."""
         loads, owners = [0.0] * self.size, [0] * len(costs)
         for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
             owners[job] = loads.index(min(loads))
@@ -56,30 +57,30 @@ class ProcessGroup:
         return owners
 
     def local_device(self, device: torch.device) -> torch.device:
-        """`device` for this process: of several GPUs, each takes its own.
+        """The device of this process: if `device` is "cuda", each process gets a GPU of its own.
 
         Raises:
-            RecipeError: there are not enough, or one was named for all.
+            RecipeError: there are fewer GPUs than processes, or `device` names one GPU for all of them.
         """
         return device
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Fill `tensor` in place with what it holds in process `owner`; shape and dtype are the same everywhere.
+        """Overwrite `tensor` with its value in process `owner`. Shape and dtype must be the same everywhere.
 
         Raises:
-            PeerError: a process is gone. So do `broadcast_object` and `map`.
+            PeerError: another process ended. `broadcast_object` and `map` raise it, too.
         """
 
     def broadcast_object(self, value: T, owner: int = 0) -> T:
-        """`value` as it is in process `owner`; it must be possible to pickle it."""
+        """The `value` of process `owner`, which must be picklable."""
         return value
 
     def map(self, function: Callable[[float], float], items: Sequence[float]) -> list[float]:
-        """`function` of every item, each computed by one process."""
+        """`function` of every item; each item is computed by one process."""
         return [function(item) for item in items]
 
 
-#: The team of whoever has no peers.
+#: The group of a process without peers.
 SINGLE_PROCESS = ProcessGroup()
 
 
@@ -97,7 +98,7 @@ class DistributedProcessGroup(ProcessGroup):
         if str(device) != "cuda":
             raise RecipeError(f"--device {device}: of several processes each takes a GPU of its own; write --device cuda")
         if local >= count:
-            raise RecipeError(f"{local + 1} or more processes share {count} GPUs; start no more than one a GPU")
+            raise RecipeError(f"{local + 1} or more processes share {count} GPUs; start no more than one per GPU")
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
 
@@ -107,7 +108,7 @@ class DistributedProcessGroup(ProcessGroup):
             return
         whole = tensor.contiguous()
         with self._peer_errors():
-            # As bytes: not every backend knows every dtype.
+            # As bytes, because not every backend supports every dtype.
             dist.broadcast(whole.view(-1).view(torch.uint8), owner)
         if whole is not tensor and owner != self.rank:
             tensor.copy_(whole)
@@ -126,13 +127,13 @@ class DistributedProcessGroup(ProcessGroup):
         for job in mine:
             values[job] = function(items[job])
         with self._peer_errors():
-            dist.all_reduce(values)  # one value and zeros: exact in any order
+            dist.all_reduce(values)  # a value plus zeros: exact in any order
         found: list[float] = values.tolist()
         return found
 
     @contextmanager
     def _peer_errors(self) -> Iterator[None]:
-        """Turn the failure of a connection into what made the peer end, if it said so."""
+        """Turn a connection failure into the error that ended the peer, if the peer reported one."""
         try:
             yield
         except RuntimeError as error:
@@ -140,29 +141,29 @@ class DistributedProcessGroup(ProcessGroup):
                 if self._store.check(["error"]):
                     kind, text = json.loads(self._store.get("error"))
                     raise getattr(errors, kind)(text) from None
-            # "[file:line] what happened. What may have caused it."
+            # torch says: "[file:line] what happened. What may have caused it."
             reason = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split())).split(". ")[0]
             raise PeerError(
                 f"another of the {self.size} processes ended or no longer answers ({reason:.150}); the same command goes on "
                 "after the last finished block"
             ) from None
 
-    def end(self, error: BaseException) -> None:
-        """Leave because of `error`, letting the others know. Comes back in the process that is to explain it.
+    def leave(self, error: BaseException) -> None:
+        """Leave the group because of `error`, and tell the others. Returns in the process that should report the error.
 
         Raises:
-            SystemExit: another process explains, or has.
+            SystemExit: another process reports it.
         """
         status = error.exit_code if isinstance(error, QuantkitError) else 1
         try:
             if isinstance(error, QuantkitError) and not isinstance(error, PeerError):
                 self._store.set("error", json.dumps([type(error).__name__, str(error)]))
-            dist.destroy_process_group()  # whoever waits for this process finds the connection closed
+            dist.destroy_process_group()  # peers that wait for this process find the connection closed
             if self.rank and self._store.check(["error"]):
                 with suppress(RuntimeError):
                     self._store.wait(["said"], _ERROR_GRACE_PERIOD)
             first = self._store.add("said", 1) == 1
-        except RuntimeError:  # the store went with the process that kept it
+        except RuntimeError:  # the process that kept the store has ended
             first = True
         if not first:
             raise SystemExit(status) from None
@@ -170,13 +171,13 @@ class DistributedProcessGroup(ProcessGroup):
 
 @contextmanager
 def init_distributed() -> Iterator[ProcessGroup]:
-    """The team of this process: its peers if a launcher such as torchrun started several, else itself alone.
+    """The process group: all processes that a launcher such as torchrun started, or this process alone.
 
-    Whatever goes wrong in any process ends all of them, and one says why.
+    An error in one process ends all of them, and one process reports it.
 
     Raises:
-        PeerError: the others did not come.
-        SystemExit: another process says why the run ends.
+        PeerError: the processes cannot connect to one another.
+        SystemExit: another process reports why the run ends.
     """
     if not os.environ.keys() >= _LAUNCHER_VARIABLES or os.environ["WORLD_SIZE"] == "1":
         yield SINGLE_PROCESS
@@ -187,11 +188,11 @@ def init_distributed() -> Iterator[ProcessGroup]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise PeerError(f"the processes do not find one another ({reason}); start them with torchrun") from None
-    process_group = DistributedProcessGroup(rank, size, store)
+        raise PeerError(f"the processes cannot find one another ({reason}); start them with torchrun") from None
+    group = DistributedProcessGroup(rank, size, store)
     try:
-        yield process_group
+        yield group
     except (Exception, KeyboardInterrupt) as error:
-        process_group.end(error)
+        group.leave(error)
         raise
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""`quantize --plan`: what a run would take, before it starts. Changes nothing on disk.
+"""`quantize --plan`: estimate the memory, disk space and time of a run without changing anything on disk.
 
-Memory and disk follow from the shapes; time from really quantizing one block on a few of the calibration rows and
-scaling the part that grows with rows.
+Memory and disk space follow from the shapes. For the time, one block is quantized with a few of the calibration rows, and the
+part of its time that grows with the rows is scaled.
 """
 
 import shutil
@@ -25,22 +25,24 @@ from quantkit.quantization.progress import NoProgress
 from quantkit.quantization.run import QuantizeRequest
 from quantkit.utils.resources import peak_memory
 
-#: Micro-batches with which the first block is timed; the difference between the two gives the time a row takes.
+#: Numbers of micro-batches with which one block is timed. The difference gives the time per micro-batch.
 _TIMED = (1, 2)
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """A prediction.
+    """An estimate of what a run needs.
 
     Attributes:
-        host_bytes, device_bytes: predicted peak memory.
-        disk_bytes: of the artifact; working_bytes: the most that the run needs at a time, on OUT's disk.
-        free_bytes: on OUT's disk now.
-        seconds: predicted wall time; block_seconds: of the one block that was timed (all rows).
-        schemes: module path -> scheme.
-        unquantized: module path -> why.
-        engines: what loads the result.
+        host_bytes, device_bytes: peak memory of the host and of the GPU.
+        disk_bytes: size of the artifact.
+        working_bytes: the most disk space that the run needs at any time, next to OUT.
+        free_bytes: free space on that disk now.
+        seconds: wall time of the run.
+        block_seconds: wall time of one block, with all rows.
+        schemes: the scheme of each quantized matrix, by module path.
+        unquantized: why each other matrix is not quantized, by module path.
+        engines: the engines, and whether each loads the artifact.
     """
 
     host_bytes: int
@@ -60,7 +62,7 @@ class RunEstimate:
 
 
 def estimate_run(request: QuantizeRequest) -> RunEstimate:
-    """Predict a run.
+    """Estimate what a run needs.
 
     Raises:
         QuantkitError: the run would be refused.
@@ -74,7 +76,7 @@ def estimate_run(request: QuantizeRequest) -> RunEstimate:
 
     outside = sum(map(job.stored_bytes, job.non_block_tensors))
     block = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.names_under(job.model.prefix(0)))
-    # As it was read, and, as it multiplies, before and after.
+    # The block as it was read and, in the dtype in which it is multiplied, before and after quantization.
     widened = job.model.matmul_dtype.itemsize / job.model.dtype.itemsize
     working = int((1 + 2 * widened) * block) + _solver_bytes(job)
     artifact = outside + sum(_stored_bytes(job, index) for index in range(job.model.block_count)) + _head_bytes(job)
@@ -84,7 +86,7 @@ def estimate_run(request: QuantizeRequest) -> RunEstimate:
         host_bytes=peak_memory() + (2 * block if cuda else on_device) + (states if memory.in_memory else 0),
         device_bytes=on_device if cuda else 0,
         disk_bytes=artifact,
-        working_bytes=artifact + max(artifact + states, 2 * states),  # shards, and beside them the joined ones or activations
+        working_bytes=artifact + max(artifact + states, 2 * states),  # the shards, and either the merged ones or activations
         free_bytes=shutil.disk_usage(_existing(request.out)).free,
         seconds=block_seconds * job.model.block_count,
         block_seconds=block_seconds,
@@ -95,13 +97,13 @@ def estimate_run(request: QuantizeRequest) -> RunEstimate:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
+    """`path`, or the nearest folder above it that exists."""
     path = path.absolute()
     return path if path.is_dir() else _existing(path.parent)
 
 
 def _solver_bytes(job: QuantizationJob) -> int:
-    """Scratch of the largest group: its weights in float32 some eight times over, its moments some six times."""
+    """Working memory for the largest group: about eight float32 copies of its weights and six of its Hessian."""
     if job.tokens is None:
         return 0
     shapes = [[job.model.shape(0, name) for name in group.names] for group in job.model.family.groups]
@@ -109,7 +111,7 @@ def _solver_bytes(job: QuantizationJob) -> int:
 
 
 def _stored_bytes(job: QuantizationJob, index: int) -> int:
-    """Bytes of block `index` in the artifact, headers aside."""
+    """Bytes of block `index` in the artifact, without headers."""
     prefix = job.model.prefix(index)
     total = sum(job.checkpoint.tensors[name].nbytes for name in job.checkpoint.names_under(prefix))
     for name, scheme in job.block_schemes(index).items():
@@ -119,7 +121,7 @@ def _stored_bytes(job: QuantizationJob, index: int) -> int:
 
 
 def _head_bytes(job: QuantizationJob) -> int:
-    """Bytes of the output head in the artifact, if a rule quantizes it."""
+    """Bytes of the output head in the artifact if a rule quantizes it, else 0."""
     scheme = job.schemes["lm_head"]
     if scheme is None:
         return 0
@@ -133,7 +135,7 @@ def _packed_bytes(rows: int, columns: int, scheme: Scheme, job: QuantizationJob)
 
 
 def _time_block(job: QuantizationJob) -> float:
-    """Seconds that one block takes with all rows: measured on few, extrapolated linearly in rows."""
+    """Seconds per block with all rows, extrapolated linearly from measurements with few rows."""
     if job.tokens is None:
         return _seconds(job, None)
     batches = -(-len(job.tokens) // job.rows_per_batch)

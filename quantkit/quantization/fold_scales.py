@@ -1,7 +1,7 @@
-"""Fold a per-channel scale of a group's input into whatever produces that input, so that the artifact needs no extra tensor.
+"""Fold a per-channel scale of a group's input into the module that produces the input, so that no extra tensor is stored.
 
-If the input is divided by s, the matrices that read it are multiplied by s, and nothing changes. A norm absorbs the
-division in its weight; a matrix that is quantized already absorbs it in its rows' grid scales, leaving its codes alone.
+If the input is divided by s and the matrices that read it are multiplied by s, their outputs do not change. A norm absorbs
+the division in its weight. A matrix that is already quantized absorbs it in the grid scales of its rows; its codes stay.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class QuantizedBlock:
     """What one block will be written as.
 
     Attributes:
-        quantized: module name -> quantized weight.
-        plain: parameter name -> tensor that stays in 16 bit.
+        quantized: the quantized weights, by module name.
+        unquantized: the tensors that stay in 16 bit, by parameter name.
     """
 
     quantized: dict[str, QuantizedWeight]
@@ -28,9 +28,9 @@ class QuantizedBlock:
 
 
 def find_channel_groups(fold: Fold, columns: int, config: PreTrainedConfig) -> Tensor:
-    """int64 [K]: which of the producer's last channels feeds each input channel, from 0.
+    """For each input channel, which of the producer's last channels feeds it, int64 [K], counted from 0.
 
-    With grouped-query attention every value row is repeated for several query heads, which must then share a scale.
+    With grouped-query attention, the values of a KV head are repeated for several query heads, so these share their scales.
     """
     channel = torch.arange(columns)
     if not fold.repeats_kv_heads:
@@ -43,7 +43,7 @@ def find_channel_groups(fold: Fold, columns: int, config: PreTrainedConfig) -> T
 
 
 def effective_scale(fold: Fold, block: nn.Module, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` [K] as it will really act, once a norm's new weight is rounded to 16 bit.
+    """The scale [K] that takes effect for `scale` [K], because the new weight of a norm is rounded to 16 bit.
 
     A matrix divides by `scale` itself, up to half a unit in the last place of each stored grid scale or weight.
     """
@@ -66,13 +66,13 @@ def _folded_norm(weight: Tensor, fold: Fold, scale: Tensor, dtype: torch.dtype) 
 def fold_scale(
     fold: Fold, block: nn.Module, scale: Tensor, channel_groups: Tensor, written: QuantizedBlock, dtype: torch.dtype
 ) -> None:
-    """Divide the producer's output by `scale` (from `effective_scale`, [K]) in what will be written."""
+    """Divide the producer's output by `scale` [K], which `effective_scale` returned, in the tensors of `written`."""
     producer = block.get_submodule(fold.producer)
     weight = producer.weight
     assert isinstance(weight, Tensor)
     rows = weight.shape[0]
     if weight.dim() == 1:
-        # (old + offset) / scale was rounded by `effective_scale`; dividing again by the acting scale reproduces it.
+        # `effective_scale` has rounded (old + offset) / scale; dividing by the effective scale gives the same weight again.
         written.unquantized[f"{fold.producer}.weight"] = _folded_norm(weight, fold, scale, dtype)
         return
     divisor = torch.ones(rows, device=scale.device)

@@ -1,4 +1,4 @@
-"""Everything that is settled before the first block: the source is checked, the recipe resolved, the text cut into rows."""
+"""Prepare a run: check the source, resolve the recipe, and turn the calibration text into rows of tokens."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -28,26 +28,26 @@ from quantkit.quantization.calibration import MICRO_BATCH_TOKENS
 from quantkit.quantization.rotation import Rotation
 from quantkit.recipe import Recipe, resolved_json
 
-#: The original model walks beside the quantized one for one row in this many. On the quality base a quarter of the rows gives
-#: a KL divergence of 0.085 and an eighth 0.086 for 14 CPU seconds less of 303; a sixteenth gives 0.098.
+#: One calibration row in this many also runs through the original model. On the model of `benchmarks/quality.py`, a quarter of
+#: the rows gives a KL divergence of 0.085; an eighth gives 0.086 and saves 14 of 303 CPU seconds; a sixteenth gives 0.098.
 REFERENCE_SHARE = 8
 
-#: What `group_size: auto` chooses from, largest first.
+#: The group sizes that `group_size: auto` chooses from, largest first.
 _GROUP_SIZES = (128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
 class QuantizationJob:
-    """A run that can start.
+    """A run that is ready to start.
 
     Attributes:
         checkpoint: the source.
-        read: its tensors, rotated if the recipe says so.
-        online: what the runtime must then do.
-        model: its blocks.
-        recipe: resolved: no "auto" left.
-        schemes: module path -> scheme, None for what stays in 16 bit; every matrix of every block, and the head.
-        tokens: int64 [rows, T], None when the method looks at no data.
+        read: reads its tensors, rotated if the recipe says so.
+        online: the rotation that the runtime must apply; None without one.
+        model: the model, whose blocks are streamed.
+        recipe: the recipe without any "auto".
+        schemes: the scheme of every matrix of every block and of the head, by module path; None if it stays in 16 bit.
+        tokens: calibration tokens, int64 [rows, T]; None if the method needs no data.
     """
 
     checkpoint: Checkpoint
@@ -73,7 +73,7 @@ class QuantizationJob:
 
     @property
     def stream_rows(self) -> list[int]:
-        """Calibration rows of every version of the model that walks: the quantized one, and the original if it is needed."""
+        """Number of calibration rows per stream: for the quantized model and, if the method needs it, for the original."""
         assert self.tokens is not None
         rows, batch = len(self.tokens), self.rows_per_batch
         reference = min(-(-rows // (REFERENCE_SHARE * batch)) * batch, rows)
@@ -81,49 +81,49 @@ class QuantizationJob:
 
     @property
     def non_block_tensors(self) -> list[str]:
-        """Names of the tensors outside the blocks that are written as they are, or rotated; a rotated head is never tied."""
+        """Names of the tensors outside the blocks that are not quantized. A rotated model has a head of its own."""
         prefix, head = self.model.family.blocks_path + ".", "lm_head.weight"
         stored = dict.fromkeys([*self.checkpoint.tensors, *([head] if self.online else [])])
         return [name for name in stored if not name.startswith(prefix) and (name != head or self.schemes["lm_head"] is None)]
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of one of them; a head that the source does not have is as large as the embedding."""
+        """Bytes of one of the `non_block_tensors`. A head that the source lacks is as large as the embedding."""
         stored = self.checkpoint.tensors.get(name)
         return self.model.head_weight.nbytes if stored is None else stored.nbytes
 
     def block_schemes(self, index: int) -> dict[str, Scheme]:
-        """Module name inside block `index` -> scheme, quantized ones only."""
+        """The schemes of the matrices to quantize in block `index`, by module name inside the block."""
         prefix = self.model.prefix(index)
         chosen = {name: self.schemes[prefix + name] for name in self.model.family.matrices}
         return {name: scheme for name, scheme in chosen.items() if scheme is not None}
 
     @property
     def rows_per_batch(self) -> int:
-        """Calibration rows in a micro-batch."""
+        """Number of calibration rows per micro-batch."""
         assert self.tokens is not None
         return max(1, MICRO_BATCH_TOKENS // self.tokens.shape[1])
 
     def token_batches(self) -> Iterator[Tensor]:
-        """Calibration tokens, a micro-batch at a time."""
+        """The calibration tokens of each micro-batch."""
         assert self.tokens is not None
         yield from self.tokens.split(self.rows_per_batch)
 
     def block_kwargs(self, index: int) -> Callable[[int], dict[str, Any]]:
-        """Keyword arguments of block `index` for a batch of that many rows; rows are full, so only their number matters."""
+        """The keyword arguments of block `index` as a function of the number of rows; all rows are full."""
         return lambda rows: self.recorded_kwargs[rows][index]
 
     @cached_property
     def recorded_kwargs(self) -> dict[int, list[dict[str, Any]]]:
-        """Rows in a micro-batch -> every block's keyword arguments, for the sizes that occur. Needs the embeddings."""
+        """Every block's keyword arguments, for each size of a micro-batch that occurs. Needs the embeddings."""
         if self.tokens is None:
             return {}
         sizes = {size for rows in self.stream_rows for size in (min(rows, self.rows_per_batch), rows % self.rows_per_batch)}
         return {size: self.model.embed(self.tokens[:size])[1] for size in sizes if size}
 
     def activation_bytes(self) -> tuple[int, int]:
-        """Bytes of the hidden states between blocks, and of what paused micro-batches hold at a group's matrices.
+        """Bytes of the hidden states between two blocks, and bytes that paused micro-batches hold.
 
-        A paused micro-batch holds its residual, a place as wide as any group's input and, inside attention, the queries.
+        A paused micro-batch holds its residual, a tensor as wide as the widest group's input and, in attention, the queries.
         """
         assert self.tokens is not None
         values = sum(self.stream_rows) * self.tokens.shape[1] * self.model.dtype.itemsize
@@ -131,7 +131,7 @@ class QuantizationJob:
         return values * self.model.config.hidden_size, values * (2 * self.model.config.hidden_size + widest)
 
     def unquantized(self) -> dict[str, str]:
-        """Matrices that stay in 16 bit -> why."""
+        """Why each matrix that stays in 16 bit is not quantized, by module path."""
         reasons = {name: "skipped by a rule" for name, scheme in self.schemes.items() if scheme is None}
         tied = getattr(self.model.config, "tie_word_embeddings", False)
         if "lm_head" in reasons:
@@ -139,18 +139,18 @@ class QuantizationJob:
         return reasons | {"model.embed_tokens": "embeddings are looked up, not multiplied"}
 
     def engines(self) -> list[EngineSupport]:
-        """Which engines load the result."""
+        """The engines, and whether each loads the artifact."""
         engines = FORMATS[self.recipe.format].engines({scheme for scheme in self.schemes.values() if scheme is not None})
         return mark_unsupported(engines) if self.online else engines
 
     @cached_property
     def source_sha256(self) -> dict[str, str]:
-        """SHA-256 of the source's config and shards."""
+        """SHA-256 of the source's config.json and shards, by file name."""
         files = (self.checkpoint.folder / "config.json", *self.checkpoint.files)
         return {path.name: sha256(path) for path in files}
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for an unfinished run to go on: everything that decides a bit of the result."""
+        """Everything that decides the bits of the result. An unfinished run is continued only if it is equal."""
         return {
             "recipe": resolved_json(self.recipe),
             "source": self.source_sha256,
@@ -161,7 +161,7 @@ class QuantizationJob:
 
 
 def versions() -> dict[str, str]:
-    """What the result depends on beside recipe and source."""
+    """The versions of the software on which the result depends."""
     return {
         "quantkit": quantkit.__version__,
         "torch": torch.__version__,
@@ -171,10 +171,10 @@ def versions() -> dict[str, str]:
 
 
 def prepare_job(folder: Path, recipe: Recipe, device: torch.device) -> QuantizationJob:
-    """Check the source and settle the recipe.
+    """Check the source and resolve the recipe.
 
     Raises:
-        CheckpointError, RecipeError, CorpusError: the first thing that is wrong.
+        CheckpointError, RecipeError, CorpusError: the source, the recipe or the calibration text cannot be used.
     """
     checkpoint = Checkpoint(folder)
     checkpoint.require_unquantized()
@@ -194,7 +194,7 @@ def prepare_job(folder: Path, recipe: Recipe, device: torch.device) -> Quantizat
     tokens = None
     if recipe.calibrates:
         rows = calibration_rows(recipe.calibration, recipe.seed, load_tokenizer(checkpoint))
-        # The first rows also walk through the original model; taken from all over the text they generalise better.
+        # The first rows also run through the original model. Taken from the whole text, they generalize better.
         tokens = torch.cat([rows[first::REFERENCE_SHARE] for first in range(REFERENCE_SHARE)])
         longest = getattr(model.config, "max_position_embeddings", math.inf)
         if tokens.shape[1] > longest:
@@ -203,7 +203,7 @@ def prepare_job(folder: Path, recipe: Recipe, device: torch.device) -> Quantizat
 
 
 def _with_group_size(recipe: Recipe, model: StreamedModel) -> Recipe:
-    """`recipe` with every "auto" replaced by the largest common size that divides all matrices."""
+    """`recipe`, with every "auto" replaced by the largest group size that divides the columns of all matrices."""
     columns = {model.shape(0, name)[1] for name in model.family.matrices}
     auto = next((size for size in _GROUP_SIZES if all(k % size == 0 for k in columns)), -1)
     rules = tuple(r.model_copy(update={"group_size": auto}) if r.group_size == "auto" else r for r in recipe.rules)
@@ -212,10 +212,10 @@ def _with_group_size(recipe: Recipe, model: StreamedModel) -> Recipe:
 
 
 def _plan(recipe: Recipe, model: StreamedModel) -> dict[str, Scheme | None]:
-    """Every matrix's scheme, checked against the format.
+    """The scheme of every matrix, by module path, checked against the format.
 
     Raises:
-        RecipeError, FormatError: the format cannot hold a matrix or the mixture, or nothing is left to quantize.
+        RecipeError, FormatError: the format cannot store a matrix or the mix of schemes, or nothing is left to quantize.
     """
     form = FORMATS[recipe.format]
     plan: dict[str, Scheme | None] = {}
@@ -230,5 +230,5 @@ def _plan(recipe: Recipe, model: StreamedModel) -> dict[str, Scheme | None]:
             raise RecipeError(f"{path}: {problem}")
     if not any(plan.values()):
         raise RecipeError("the recipe's rules skip every matrix: nothing would be quantized")
-    form.config(plan)  # Not every format can mix schemes; better said now than at the end.
+    form.config(plan)  # Raises now rather than at the end if the format cannot mix schemes.
     return plan

@@ -1,4 +1,4 @@
-"""What a run measured, as data that goes to JSON unchanged."""
+"""What a run measured: dataclasses that are written to JSON field by field."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,15 +11,15 @@ class MatrixReport:
     Attributes:
         name: module path.
         scheme: as text, e.g. "4-bit g128 sym".
-        method: what produced the codes; "rtn" with a note where GPTQ had to give up.
-        output_error: ||X (W - V)^T||^2 / ||X W^T||^2 over the calibration inputs X, W the weights that were to be
-            matched; for data-free rounding X is white, which makes it the relative weight error.
+        method: what produced the codes; "rtn" with a note if GPTQ failed.
+        output_error: ||X (W - V)^T||^2 / ||X W^T||^2 over the calibration inputs X, for the target weights W and
+            the quantized ones V. For data-free rounding X is white, which makes it the relative weight error.
         snr_db: 10 log10(||W||^2 / ||W - V||^2), decibels.
-        damping: fraction of the Hessian's mean diagonal that was added; None without a Hessian.
-        scale_ratio: AWQ's exponent; None where no scale was searched.
-        saturation: share of codes at either end of the grid.
-        seconds: wall time of the solve (shared by matrices solved together, by rows).
-        note: anything the user should know.
+        damping: the fraction of its mean diagonal that was added to the Hessian; None without a Hessian.
+        scale_ratio: AWQ's exponent; None if no scale was searched.
+        saturation: the fraction of codes at either end of the grid.
+        seconds: wall time of the solve; matrices that are solved together share it in proportion to their rows.
+        note: what the user should know about this matrix.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Totals:
     """A run in numbers.
 
     Attributes:
-        matrices: how many were quantized.
-        bits_per_weight: of the quantized matrices, scales and zero points included.
-        size_bytes, source_bytes: of all shards written, and of the source's.
-        output_error: mean over matrices.
-        cpu_seconds, wall_seconds: of the first process, which after a resume is not the whole run.
+        matrices: number of quantized matrices.
+        bits_per_weight: bits per weight of the quantized matrices, scales and zero points included.
+        size_bytes, source_bytes: size of all shards, written and of the source.
+        output_error: mean over the matrices.
+        cpu_seconds, wall_seconds: time of the first process. After a resume, the interrupted part is not included.
         peak_memory_bytes: largest resident set of the first process.
-        resumed_blocks: blocks that an earlier, interrupted run had finished.
-        processes: how many shared the work; it does not change the result.
+        resumed_blocks: blocks that an interrupted run had finished.
+        processes: number of processes that shared the work; the result does not depend on it.
     """
 
     matrices: int
@@ -63,7 +63,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything `OUT/quantkit.json` says. `recipe` alone, given back with `--recipe`, reproduces the tensors."""
+    """The contents of `OUT/quantkit.json`. Passing the file to `--recipe` reproduces the tensors."""
 
     recipe: dict[str, Any]
     versions: dict[str, str]

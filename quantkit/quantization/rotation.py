@@ -2,12 +2,13 @@
 
 Three rotations (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406), all of them Hadamard matrices:
 
-- R over the residual stream. Everything that writes to the stream is multiplied by R on its output side, everything that
-  reads it by R on its input side. RMS norms commute with R once their weights are folded into what reads them.
-- One over the values of every attention head, and its inverse over what the output projection reads.
-- One over what the down projection reads. It cannot be folded into anything, so the runtime applies it, in blocks.
+- R of the residual stream. Every matrix that writes to the stream is multiplied by R on its output side, every matrix that
+  reads it by R on its input side. RMS norms commute with R once their weights are folded into the matrices that follow.
+- A rotation of the values of every attention head, and its inverse on the input side of the output projection.
+- A rotation of the down projection's input. No other matrix can absorb it, so the runtime applies it, in blocks.
 
-Only the last one costs anything at run time. The first untie head and embedding: the head absorbs the last norm.
+Only the last one costs time when the model runs. The first one unties head and embedding, because the head absorbs the last
+norm.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,24 +25,26 @@ from quantkit.formats.rotated import OnlineHadamard
 from quantkit.kernels import reference
 from quantkit.models.families import Family
 
-#: What a GPU kernel holds in the registers of a program.
+#: The largest block that a program of the GPU kernel can hold in registers.
 _LARGEST_BLOCK = 4096
 
 
 class Rotation:
-    """A checkpoint's tensors as the rotated model has them; a `blocks.TensorReader`.
+    """Reads a checkpoint's tensors as the rotated model has them; a `TensorReader`.
 
     Attributes:
-        online: what is left for the runtime to do.
+        online: the rotation that the runtime must apply.
     """
 
     def __init__(self, checkpoint: Checkpoint, family: Family, config: PreTrainedConfig) -> None:
         """
         Args:
-            checkpoint: its tensors have the shapes that `config` calls for.
+            checkpoint: a checkpoint whose tensors have the shapes that `config` calls for.
+            family: its family.
+            config: its transformers config.
 
         Raises:
-            RecipeError: the family normalises what its blocks add to the residual stream.
+            RecipeError: the family normalizes what its blocks add to the residual stream.
         """
         if not family.rotatable:
             raise RecipeError(
@@ -56,7 +59,7 @@ class Rotation:
         self.online = OnlineHadamard(rf".*\.{family.down_proj.replace('.', chr(92) + '.')}$", block)
 
     def __call__(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Name -> tensor in its stored type, rounded once from float64."""
+        """Tensors by name, in their stored dtype, rounded once from float64."""
         return {name: self._tensor(name) for name in names}
 
     def _tensor(self, name: str) -> Tensor:
@@ -72,13 +75,13 @@ class Rotation:
         return self._inside(prefix, inside, stored).to(stored.dtype).contiguous()
 
     def _stored(self, name: str) -> Tensor:
-        """As the checkpoint has it; a head that is not there is the embedding."""
+        """The tensor that the checkpoint holds; for a head that is tied, the embedding."""
         if name == "lm_head.weight" and name not in self._checkpoint.tensors:
             name = f"{self._outside}embed_tokens.weight"
         return self._checkpoint.read([name])[name]
 
     def _split(self, module: str) -> tuple[str, str]:
-        """`model.layers.3.mlp.up_proj` as `model.layers.3.` and `mlp.up_proj`; outside of blocks the second is empty."""
+        """Split `model.layers.3.mlp.up_proj` into `model.layers.3.` and `mlp.up_proj`; outside blocks, the second is empty."""
         start = self._family.blocks_path + "."
         if not module.startswith(start):
             return module, ""
@@ -86,7 +89,7 @@ class Rotation:
         return f"{start}{number}.", inside
 
     def _inside(self, prefix: str, module: str, x: Tensor) -> Tensor:
-        """A weight [N, K] or bias [N] of a block."""
+        """Rotate a weight [N, K] or bias [N] of a block."""
         family = self._family
         if module in family.residual_readers and x.dim() == 2:
             x = self._reader(x, prefix + family.residual_readers[module])
@@ -102,12 +105,12 @@ class Rotation:
         return x
 
     def _reader(self, x: Tensor, norm: str) -> Tensor:
-        """What reads the residual stream behind a norm takes over the norm's weight."""
+        """Rotate the input side of a matrix that reads the residual stream, and fold its norm's weight into it."""
         weight = self._checkpoint.read([f"{norm}.weight"])[f"{norm}.weight"]
         return rotate(x.double() * (weight.double() + self._family.norm_offset))
 
     def _heads(self, x: Tensor) -> Tensor:
-        """Rotate every head's part of the last dimension."""
+        """Rotate each head's part of the last dimension."""
         return rotate(x.unflatten(-1, (-1, self._width))).flatten(-2)
 
 
@@ -117,10 +120,10 @@ def _of_outputs(rotation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """x R for float64 x [..., K], R orthogonal: a Hadamard matrix wherever one of order K is easy to construct.
+    """x R for float64 x [..., K] and an orthogonal R: a Hadamard matrix if one of order K is easy to construct.
 
-    R is the Kronecker product of Paley's matrix of order m and Sylvester's of order K / m, a power of two, with the smallest m
-    there is; without any, a block-diagonal matrix of Sylvester's.
+    R is the Kronecker product of Paley's matrix of order m and Sylvester's of order K / m, a power of two, with the smallest
+    m for which there is one. If there is none, R is block-diagonal with Sylvester's matrices.
     """
     columns = x.shape[-1]
     core = _core(columns).to(x)
@@ -160,5 +163,5 @@ def _is_prime(number: int) -> bool:
 
 
 def _power_of_two(number: int) -> int:
-    """The largest that divides it."""
+    """The largest power of two that divides `number`."""
     return number & -number

@@ -1,4 +1,4 @@
-"""The job: check everything, walk the blocks, publish the artifact with its report."""
+"""Quantize a model: check everything, quantize block by block, and publish the artifact with its report."""
 
 import time
 from collections.abc import Mapping
@@ -32,13 +32,14 @@ class QuantizeRequest:
 
     Attributes:
         folder: the source model.
-        out: where the artifact will appear.
-        recipe: may hold "auto".
+        out: the artifact's folder.
+        recipe: the recipe; it may contain "auto".
         device: where blocks are computed.
-        max_memory: host bytes for calibration activations.
-        overwrite: replace OUT, or an unfinished run that differs.
-        computing: what a recorded run that is repeated used as "threads" and "matmul" (dtype in which matrices multiply),
-            which decide the last bits; else it is chosen for this machine. An interrupted run goes on as it began.
+        max_memory: bytes of host memory for calibration activations.
+        overwrite: replace OUT, or an unfinished run with other settings.
+        compute_settings: "threads" and "matmul" (the dtype in which matrices are multiplied) of a recorded run that is
+            repeated, because they decide the last bits. Missing ones are chosen for this machine. An interrupted run
+            continues with the settings it began with.
     """
 
     folder: Path
@@ -53,10 +54,10 @@ class QuantizeRequest:
 def quantize_model(request: QuantizeRequest, progress: Progress, process_group: ProcessGroup = SINGLE_PROCESS) -> RunReport:
     """Quantize a model folder into an artifact at `request.out`, which appears complete or not at all.
 
-    The others of the team call `join_as_worker` meanwhile.
+    With several processes, the first one calls this and the others call `join_as_worker`.
 
     Raises:
-        QuantkitError: anything the user can mend, in one line.
+        QuantkitError: anything that the user can correct, in one line.
     """
     started, cpu = time.monotonic(), cpu_seconds()
     left_over = request.out.is_dir() and Workspace.folder_of(request.out).is_dir()
@@ -68,7 +69,7 @@ def quantize_model(request: QuantizeRequest, progress: Progress, process_group: 
         if complete is not None:
             Workspace.delete_leftovers(request.out)
             process_group.broadcast_object(None)
-            progress.note(f"{request.out} was complete already; deleted what a killed run had left beside it")
+            progress.note(f"{request.out} was already complete; deleted what a killed run had left next to it")
             return complete
     matmul = fastest_matmul(job.model.dtype, request.device)
     best: dict[str, Any] = {"threads": torch.get_num_threads(), "matmul": str(matmul).removeprefix("torch.")}
@@ -84,14 +85,14 @@ def quantize_model(request: QuantizeRequest, progress: Progress, process_group: 
         settings = workspace.settings
         if settings != best:
             how = f"{settings['threads']} threads, products in {settings['matmul']}"
-            progress.note(f"computing with {how}, as the run did that this one goes on with or repeats")
+            progress.note(f"computing with {how}, like the run that is continued or repeated")
         process_group.broadcast_object((settings, workspace.finished))
         _apply_compute_settings(job, settings)
         return _quantize_and_publish(request, job, workspace, progress, process_group, started, cpu)
 
 
 def join_as_worker(request: QuantizeRequest, progress: Progress, process_group: ProcessGroup) -> None:
-    """Do this process's share of the run that the first one leads; writes nothing.
+    """Do this process's share of the run that the first process leads. Writes nothing.
 
     Raises:
         QuantkitError: as `quantize_model`.
@@ -114,7 +115,7 @@ def _upgraded(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_compute_settings(job: QuantizationJob, settings: Mapping[str, Any]) -> None:
-    """Set what decides the last bits."""
+    """Apply the settings that decide the last bits."""
     torch.set_num_threads(settings["threads"])
     job.model.matmul_dtype = getattr(torch, settings["matmul"])
 
@@ -128,12 +129,12 @@ def _quantize_and_publish(
     started: float,
     cpu: float,
 ) -> RunReport:
-    """From an open workspace to the published artifact."""
+    """Quantize into an open workspace and publish the artifact."""
     resumed = min(max(len(workspace.finished) - 1, 0), job.model.block_count)
     if resumed:
-        progress.note(f"going on after block {resumed} of {job.model.block_count} of an interrupted run")
+        progress.note(f"continuing an interrupted run after block {resumed} of {job.model.block_count}")
     reports = quantize_blocks(job, workspace, plan_memory(job, request.max_memory, process_group), progress, process_group)
-    folder, shards = workspace.join()
+    folder, shards = workspace.merge_shards()
     write_metadata(job.checkpoint, folder, job.recipe.format, job.schemes, job.online)
     written = Checkpoint(folder)
     totals = Totals(
@@ -168,7 +169,7 @@ def _quantize_and_publish(
 
 
 def _report_of_finished(out: Path, job: QuantizationJob) -> RunReport | None:
-    """The report of a finished artifact at `out` if it is what `job` would make, to the last byte."""
+    """The report of the artifact at `out` if it is complete and what `job` would make, byte for byte; else None."""
     identity = job.identity()
     try:
         stored = read_json(out / "quantkit.json")

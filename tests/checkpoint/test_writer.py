@@ -31,7 +31,7 @@ def filled(out: Path, count: int = 3) -> Workspace:
 
 
 def published(workspace: Workspace) -> dict[str, torch.Tensor]:
-    folder, _ = workspace.join()
+    folder, _ = workspace.merge_shards()
     write_json(folder / "config.json", {})
     workspace.publish()
     return {name: tensor for path in workspace.out.glob("*.safetensors") for name, tensor in load_file(path).items()}
@@ -39,7 +39,7 @@ def published(workspace: Workspace) -> dict[str, torch.Tensor]:
 
 def test_nothing_stands_under_the_name_until_published(tmp_path: Path) -> None:
     workspace = filled(tmp_path / "out")
-    workspace.join()
+    workspace.merge_shards()
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     assert set(published(workspace)) == {"t0", "t1", "t2"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -152,7 +152,7 @@ def test_small_shards_are_joined_and_large_ones_indexed(tmp_path: Path, monkeypa
 
 def test_publishing_does_not_replace_what_came_in_between(tmp_path: Path) -> None:
     workspace = filled(tmp_path / "out")
-    workspace.join()
+    workspace.merge_shards()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with workspace, pytest.raises(ArtifactError, match="exists"):

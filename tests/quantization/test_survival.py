@@ -225,7 +225,7 @@ def use_old_keys(path: Path, *inside: str) -> None:
 def test_an_interrupted_run_with_old_keys_is_gone_on_with(source: Path, whole: Whole, interrupted: Path) -> None:
     use_old_keys(partial(interrupted) / "run.json", "identity")
     done = quantkit("quantize", source, "-o", interrupted, "--method", "gptq", *FAST)
-    assert "going on after block 3 of 6" in done.err
+    assert "continuing an interrupted run after block 3 of 6" in done.err
     assert contents(interrupted) == contents(whole("gptq"))
     assert json.loads((interrupted / "quantkit.json").read_text())["recipe"].keys() == Recipe.model_fields.keys()
 
