@@ -31,7 +31,9 @@ class PackedStreamedModel(StreamedModel):
     def load_non_block_weights(self) -> None:
         """Read embeddings, final norm and head as the engine does, without widening dtypes. Call once."""
         load_non_block_weights(self.module, WeightReader(self.checkpoint), self.device, self.dtype)
-        self.load_tensors(self.module, "", [name for name, _ in self.module.named_parameters() if name in self.non_block_names])
+        self.load_tensors(
+            self.module, "", [name for name, _ in self.module.named_parameters() if name in self.non_block_names]
+        )
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
