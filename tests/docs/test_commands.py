@@ -8,6 +8,7 @@ extras and routes must exist. A command that no rule covers fails.
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +98,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = quantkit("quantize", "demo", "-o", out, "--recipe", recipe_name, *_SMALL["quantize"], "-q")
         assert done.status == 0, done.err
     patch.undo()
+    shutil.copytree(folder / "demo-qspec", folder / "demo-rotated")
     return folder
 
 
