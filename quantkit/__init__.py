@@ -16,7 +16,7 @@ From Python:
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from quantkit.version import __version__
 
 __all__ = ["LLM", "Recipe", "SamplingParams", "__version__", "evaluate", "quantize"]
 

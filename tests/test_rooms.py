@@ -132,8 +132,7 @@ def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
         f"{name} imports {imported}"
         for name in files
         for imported in sorted(IMPORTS[name])
-        # `from quantkit import __version__` is not a room.
-        if not imported.startswith("~") and imported and not _inside(imported, (room, *ROOMS[room]))
+        if not imported.startswith("~") and not _inside(imported, ("version", room, *ROOMS[room]))
     ]
     assert strangers == []
 
@@ -157,7 +156,7 @@ def test_a_room_imports_only_the_packages_that_it_may(room: str) -> None:
 
 
 def test_every_file_is_in_a_room() -> None:
-    faces = {"", "__main__", "kernels", "runtime"}  # `kernels` and `runtime` are docstrings only
+    faces = {"", "__main__", "version", "kernels", "runtime"}  # `kernels` and `runtime` are docstrings only
     homeless = [n for n in FILES if n not in faces and not _inside(n, (*ROOMS, "cli", "recipes", *_PYTHON_FACE))]
     assert homeless == []
 

@@ -7,9 +7,9 @@ import os
 
 import typer
 
-import quantkit
 from quantkit.cli.verbs import VerbGroup
 from quantkit.utils.resources import return_freed_memory
+from quantkit.version import __version__
 
 app = typer.Typer(
     name="quantkit",
@@ -24,7 +24,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"quantkit {quantkit.__version__}")
+        typer.echo(f"quantkit {__version__}")
         raise typer.Exit
 
 

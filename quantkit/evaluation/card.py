@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import transformers
 
-import quantkit
 from quantkit.checkpoint.locate import hub_id
 from quantkit.evaluation.run import EvalReport
 from quantkit.formats.model_card import write_measurements
+from quantkit.version import __version__
 
 
 def write_card(folder: Path, report: EvalReport, baseline: str) -> None:
@@ -47,7 +47,7 @@ def measured(report: EvalReport, baseline: str) -> str:
     cache = [] if report.kv_dtype is None else ["--kv-dtype", report.kv_dtype]
     if report.kv_budget is not None:
         cache += ["--kv-policy", report.kv_policy, "--kv-budget", str(report.kv_budget)]
-    versions = f"quantkit {quantkit.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions = f"quantkit {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     return "\n".join(
         [
             "## Measured",

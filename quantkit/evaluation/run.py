@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import quantkit
 from quantkit.checkpoint.files import write_tensors
 from quantkit.checkpoint.reader import Checkpoint, sha256
 from quantkit.checkpoint.tokenizer import load_tokenizer
@@ -29,6 +28,7 @@ from quantkit.runtime.kv_cache.eviction import Budget
 from quantkit.runtime.model.model_runner import ModelRunner
 from quantkit.utils.cache_dir import cache_dir
 from quantkit.utils.resources import cpu_seconds, peak_memory
+from quantkit.version import __version__
 
 #: Tokens over which the kernels are compared with dequantized weights: enough for a perplexity, and much less than a whole
 #: evaluation.
@@ -196,7 +196,7 @@ def _row(checkpoint: Checkpoint, metrics: QualityMetrics) -> EvalRow:
 def _cached_hidden(model: StreamedModel, tokens: Tensor, advance: Callable[[int, int], None]) -> Tensor:
     """The baseline's final hidden states, from the user's cache if it has them: every evaluation against it needs them."""
     files = (model.checkpoint.folder / "config.json", *model.checkpoint.files)
-    versions = torch.__version__, transformers.__version__, quantkit.__version__
+    versions = torch.__version__, transformers.__version__, __version__
     # The shape is part of the key: the same tokens in windows of another length give other states.
     parts = [*versions, model.device.type, tokens_sha256(tokens), str(tuple(tokens.shape)), *map(sha256, files)]
     path = cache_dir() / "baselines" / (hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32] + ".safetensors")

@@ -12,7 +12,6 @@ import torch
 import transformers
 from torch import Tensor
 
-import quantkit
 from quantkit.checkpoint.reader import Checkpoint, sha256
 from quantkit.checkpoint.storage_dtype import storage_dtype
 from quantkit.checkpoint.tokenizer import load_tokenizer
@@ -27,6 +26,7 @@ from quantkit.models.streaming import StreamedModel, TensorReader, check_tensors
 from quantkit.quantization.calibration import MICRO_BATCH_TOKENS
 from quantkit.quantization.rotation import Rotation
 from quantkit.recipe import Recipe, resolved_json
+from quantkit.version import __version__
 
 #: One calibration row in this many also runs through the original model. On the model of `benchmarks/quality.py`, a quarter of
 #: the rows gives a KL divergence of 0.085; an eighth gives 0.086 and saves 14 of 303 CPU seconds; a sixteenth gives 0.098.
@@ -163,7 +163,7 @@ class QuantizationJob:
 def versions() -> dict[str, str]:
     """The versions of the software on which the result depends."""
     return {
-        "quantkit": quantkit.__version__,
+        "quantkit": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,

@@ -14,7 +14,6 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-import quantkit
 from quantkit.data.prompts import Prompt
 from quantkit.runtime.core.request import Request
 from quantkit.runtime.session import Session
@@ -29,6 +28,7 @@ from quantkit.server.monitor import monitor_routes
 from quantkit.server.response_builder import ChatResponseBuilder, CompletionResponseBuilder, Echo, ResponseBuilder
 from quantkit.server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from quantkit.server.tokenizer_worker import TokenizerWorker
+from quantkit.version import __version__
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def create_app(session: Session, config: ServerConfig) -> FastAPI:
         endpoints.engine_thread.stop()
         endpoints.tokenizer.close()
 
-    app = FastAPI(title="quantkit", version=quantkit.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="quantkit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.endpoints = endpoints
     errors.install_error_handlers(app)
     app.include_router(_body_routes(endpoints))
@@ -204,7 +204,7 @@ def _state_routes(endpoints: ModelEndpoints) -> APIRouter:
 
     @router.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": quantkit.__version__}
+        return {"version": __version__}
 
     @router.get("/health", responses={503: {"description": "the engine does not step"}})
     async def health() -> JSONResponse:

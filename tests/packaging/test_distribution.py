@@ -47,14 +47,14 @@ def _build(source: Path, kind: str) -> Path:
 
 
 def _version() -> str:
-    tree = ast.parse((ROOT / "quantkit" / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "quantkit" / "version.py").read_text(encoding="utf-8"))
     assignments = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
     return str(ast.literal_eval(assignments["__version__"]))
 
 
 def test_the_version_is_stated_once() -> None:
     assert 'dynamic = ["version"]' in PYPROJECT
-    assert re.findall(r"^version = .*$", PYPROJECT, re.MULTILINE) == ['version = { attr = "quantkit.__version__" }']
+    assert re.findall(r"^version = .*$", PYPROJECT, re.MULTILINE) == ['version = { attr = "quantkit.version.__version__" }']
 
 
 def test_the_source_distribution_is_complete(source: Path) -> None:
