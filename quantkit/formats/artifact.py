@@ -1,4 +1,4 @@
-"""A finished artifact: its metadata out, its packed weights back in as dense ones."""
+"""Write an artifact's metadata, and read the packed weights of an artifact."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from quantkit.methods.grid import QuantizedWeight
 
-#: Not copied from the source: weights in any form, what is written anew, and another tool's metadata.
+#: Endings and names of files that are not copied from the source: weights of any kind, and files that are written anew.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _WRITTEN_ANEW = (
     "config.json",
@@ -34,9 +34,9 @@ _WRITTEN_ANEW = (
 def write_metadata(
     source: Checkpoint, folder: Path, format_name: str, schemes: ModuleSchemes, online: OnlineHadamard | None
 ) -> None:
-    """Everything in an artifact except weights, report and model card: config, tokenizer, generation settings, licence.
+    """Write all of an artifact except weights, report and model card: config, tokenizer, generation settings, licence.
 
-    `online` is what a rotated model needs at run time.
+    `online` is the Hadamard transform that a rotated model needs at run time; None for other models.
     """
     with disk_errors(folder):
         for path in sorted(source.folder.iterdir()):
@@ -53,18 +53,18 @@ def write_metadata(
 
 
 class PackedReader:
-    """The packed matrices of an opened artifact, ours or anyone's.
+    """Reads the packed matrices of an artifact that quantkit or another tool wrote.
 
     Attributes:
         format: the artifact's format.
-        online: the Hadamard transform that some matrices' inputs must go through; None where there is none.
-        extra_quantization: what config.json quantizes in addition to weights, see `Format`. Nothing here does so.
+        online: the Hadamard transform that the inputs of some matrices need; None if there is none.
+        extra_quantization: what is quantized in addition to weights, see `Format`. It is ignored here.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """
         Raises:
-            FormatError: the format or its config cannot be read, or no packed matrix is there.
+            FormatError: the format or its config cannot be read, or there is no packed matrix.
         """
         where = checkpoint.folder / "config.json"
         self._checkpoint = checkpoint
@@ -93,7 +93,7 @@ class PackedReader:
         """How a packed matrix is quantized.
 
         Raises:
-            FormatError: config.json says that it is not.
+            FormatError: config.json says that the matrix is not quantized.
         """
         scheme = self._schemes[module]
         if scheme is None:
@@ -107,12 +107,12 @@ class PackedReader:
         return mark_unsupported(engines) if self.online else engines
 
     def shape(self, module: str) -> tuple[int, int]:
-        """(N, K) of a packed matrix, from the header alone; K rounded up where rows end within a word."""
+        """(N, K) of a packed matrix, from the header alone; K is rounded up if rows end within a word."""
         info, bits = self._checkpoint.tensors[f"{module}.{self.format.suffixes[0]}"], self.scheme(module).bits
         return self.format.dense_shape(info.shape, bits)
 
     def read(self, module: str) -> "QuantizedWeight":
-        """One packed matrix whose groups are in the order of its columns.
+        """Read a packed matrix whose groups are in the order of its columns.
 
         Raises:
             FormatError: its tensors are missing or disagree with config.json, or its groups are permuted.
@@ -120,7 +120,7 @@ class PackedReader:
         return self._decoded(module, self._stored(module))
 
     def read_sorted(self, module: str) -> "tuple[QuantizedWeight, Tensor | None]":
-        """One packed matrix, and which column of the input each of its columns multiplies (None: the same).
+        """Read a packed matrix, and int64 [K], which column of the input each of its columns multiplies (None: the same).
 
         Raises:
             FormatError: its tensors are missing or disagree with config.json.
@@ -133,7 +133,7 @@ class PackedReader:
         return self._decoded(module, tensors), order
 
     def dense(self, module: str) -> "Tensor":
-        """One packed matrix's values, float32 [N, K].
+        """The dequantized values of a packed matrix, float32 [N, K].
 
         Raises:
             FormatError: its tensors are missing or disagree with config.json.
@@ -158,7 +158,7 @@ class PackedReader:
 
 
 def dense_reader(checkpoint: Checkpoint) -> "Callable[[list[str]], dict[str, Tensor]]":
-    """A reader of dense tensors by name, whether they are stored dense or packed.
+    """A function that reads tensors by name and dequantizes those that are stored packed.
 
     Raises:
         FormatError: the checkpoint is quantized in a format that cannot be read.
@@ -182,7 +182,7 @@ def dense_reader(checkpoint: Checkpoint) -> "Callable[[list[str]], dict[str, Ten
 
 
 def online_hadamard(checkpoint: Checkpoint) -> OnlineHadamard | None:
-    """What `PackedReader.online` says; None for a checkpoint that is not quantized.
+    """`PackedReader.online`; None for a checkpoint that is not quantized.
 
     Raises:
         FormatError: see `PackedReader`.
@@ -191,7 +191,7 @@ def online_hadamard(checkpoint: Checkpoint) -> OnlineHadamard | None:
 
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:
-    """Stored bits a weight over the packed matrices; over all matrices of a dense checkpoint."""
+    """Stored bits per weight of the packed matrices; of all matrices if the checkpoint is not quantized."""
     if "quantization_config" not in checkpoint.config:
         matrices = [info for info in checkpoint.tensors.values() if len(info.shape) == 2]
         return 8 * sum(info.nbytes for info in matrices) / sum(info.elements for info in matrices)

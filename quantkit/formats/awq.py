@@ -30,11 +30,12 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def _interleave(values: Tensor) -> Tensor:
-    """[R, C] with every run of eight columns in AWQ's order."""
+    """Put every run of eight columns of [R, C] into AWQ's order."""
     return values.view(values.shape[0], -1, 8)[:, :, list(ORDER)].reshape(values.shape)
 
 
 def _restore(values: Tensor) -> Tensor:
+    """Inverse of `_interleave`."""
     inverse = [ORDER.index(j) for j in range(8)]
     return values.view(values.shape[0], -1, 8)[:, :, inverse].reshape(values.shape)
 
@@ -61,8 +62,8 @@ def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, _config: Mapping[str,
     return QuantizedWeight(codes, scales, zeros, scheme)
 
 
-def _config(plan: ModuleSchemes) -> dict[str, Any]:
-    used = {scheme for scheme in plan.values() if scheme is not None}
+def _config(schemes: ModuleSchemes) -> dict[str, Any]:
+    used = {scheme for scheme in schemes.values() if scheme is not None}
     if len(used) != 1:
         raise FormatError("the awq format holds one scheme for all matrices; use compressed-tensors for mixed ones")
     (scheme,) = used
@@ -72,7 +73,7 @@ def _config(plan: ModuleSchemes) -> dict[str, Any]:
         "group_size": scheme.group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": [name for name, own in plan.items() if own is None],
+        "modules_to_not_convert": [name for name, own in schemes.items() if own is None],
     }
 
 

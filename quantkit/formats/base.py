@@ -99,7 +99,7 @@ def support_of(engine: str, supports: list[EngineSupport], format_name: str) -> 
 
 
 def cast_exactly(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` (float32) as `dtype`, refusing to change any.
+    """Cast `values` (float32) to `dtype` without changing any of them.
 
     Raises:
         FormatError: a scale is not representable.

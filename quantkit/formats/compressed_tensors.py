@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from quantkit.methods.grid import QuantizedWeight
 
-#: Fields that quantize something beside weights -> endings of the tensors for that.
+#: Field that says that more than the weights is quantized -> endings of the tensors for that.
 _EXTRA_QUANTIZATION = {
     "input_activations": (".input_scale", ".input_zero_point"),
     "output_activations": (".output_scale", ".output_zero_point"),
@@ -83,19 +83,19 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
-def _config(plan: ModuleSchemes) -> dict[str, Any]:
-    used = list(dict.fromkeys(scheme for scheme in plan.values() if scheme is not None))
+def _config(schemes: ModuleSchemes) -> dict[str, Any]:
+    used = list(dict.fromkeys(scheme for scheme in schemes.values() if scheme is not None))
     groups = {}
     for number, scheme in enumerate(used):
-        modules = [name for name, own in plan.items() if own == scheme]
-        targets = ["Linear"] if len(used) == 1 else [f"re:{pattern}" for pattern in module_patterns(modules, plan)]
+        modules = [name for name, own in schemes.items() if own == scheme]
+        targets = ["Linear"] if len(used) == 1 else [f"re:{pattern}" for pattern in module_patterns(modules, schemes)]
         groups[f"group_{number}"] = _group(scheme, targets)
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [name for name, own in plan.items() if own is None],
+        "ignore": [name for name, own in schemes.items() if own is None],
         "kv_cache_scheme": None,
     }
 
@@ -107,10 +107,10 @@ def _matches(target: str, module: str) -> bool:
 
 
 def _scheme(weights: Mapping[str, Any]) -> Scheme:
-    """What a group's `weights` say.
+    """The scheme that a group's `weights` state.
 
     Raises:
-        FormatError: they are not integers with one scale a group or row, in the order of their columns.
+        FormatError: they are not integers with one scale per group or row, with groups in the order of the columns.
     """
     kind, strategy, order = weights.get("type", "int"), weights.get("strategy"), weights.get("actorder")
     if kind != "int" or strategy not in ("group", "channel") or order not in (None, "static", "weight"):
@@ -124,14 +124,14 @@ def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme 
     if config.get("format") != "pack-quantized":
         raise FormatError(f"compressed-tensors format {config.get('format')!r:.60} is not read; only pack-quantized")
     asked = {target: group for group in config["config_groups"].values() for target in group["targets"]}
-    # The order of compressed-tensors: names before patterns before the class, each in alphabetical order.
+    # Precedence as in compressed-tensors: names, then patterns, then the class; within each in alphabetical order.
     ranked = sorted(asked, key=lambda target: (target == "Linear", target.startswith("re:"), target))
-    plan: dict[str, Scheme | None] = {}
+    schemes: dict[str, Scheme | None] = {}
     for module in modules:
         skipped = any(_matches(target, module) for target in config.get("ignore") or [])
         target = next((target for target in ranked if not skipped and _matches(target, module)), None)
-        plan[module] = None if target is None else _scheme(asked[target]["weights"])
-    return plan
+        schemes[module] = None if target is None else _scheme(asked[target]["weights"])
+    return schemes
 
 
 def _extra_quantization(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -146,7 +146,7 @@ def _unsupported_reason(scheme: Scheme, _rows: int, columns: int) -> str | None:
 def _engines(used: set[Scheme]) -> list[EngineSupport]:
     served = all(scheme.bits in (4, 8) for scheme in used)
     symmetric = all(scheme.symmetric for scheme in used)
-    # transformers reads zero points only while it dequantizes, and then takes the first group's scheme for all matrices.
+    # transformers reads zero points only when it dequantizes, and then applies the first group's scheme to all matrices.
     readable = symmetric or len(used) == 1
     how = "" if symmetric else "with CompressedTensorsConfig(dequantize=True)" if readable else "needs one scheme or symmetric"
     marlin = all(

@@ -20,45 +20,45 @@ from quantkit.formats.model_card import write_model_card
 from quantkit.methods.scheme import Scheme
 from quantkit.utils.renamed_keys import with_current_keys
 
-#: Called with what is counted, how many are done, and how many there are.
+#: Called with the name of what is counted, the number done, and the total.
 Advance = Callable[[str, int, int], None]
 
 
 def convert(source: Path, out: Path, format_name: str, *, overwrite: bool, advance: Advance | None = None) -> int:
     """Write the artifact at `source` in format `format_name` to `out`, shard by shard. Returns the number of matrices.
 
-    `advance`, if given, is called with ("shards", shards written, shards) before the first shard and after each.
+    `advance`, if given, is called with ("shards", shards written, total shards) before the first shard and after each one.
 
     Raises:
         CheckpointError: the source is damaged.
         FormatError: the source is not quantized, or `format_name` cannot hold its grid exactly.
-        ArtifactError: OUT is in the way.
+        ArtifactError: `out` exists and may not be replaced.
     """
     Workspace.require_free(out, source, overwrite=overwrite)
     checkpoint = Checkpoint(source)
     if "quantization_config" not in checkpoint.config:
         raise FormatError(f"{source}: is not quantized; use `quantkit quantize`")
     packed = PackedReader(checkpoint)
-    plan = _plan(checkpoint, packed)
-    _require_room(checkpoint.folder, packed, plan, format_name)
+    schemes = _module_schemes(checkpoint, packed)
+    _require_convertible(checkpoint.folder, packed, schemes, format_name)
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files}
     identity = {"convert": str(source.resolve()), "source": stamps, "to": format_name}
     with Workspace(out, identity, source=source, overwrite=overwrite) as workspace:
-        _make(checkpoint, packed, plan, workspace, format_name, advance or (lambda stage, done, total: None))
+        _convert_shards(checkpoint, packed, schemes, workspace, format_name, advance or (lambda stage, done, total: None))
     return len(packed.modules)
 
 
 def can_hold(checkpoint: Checkpoint, packed: PackedReader, format_name: str) -> bool:
     """Whether `format_name` can hold an artifact, as far as headers and config show."""
     try:
-        _require_room(checkpoint.folder, packed, _plan(checkpoint, packed), format_name)
+        _require_convertible(checkpoint.folder, packed, _module_schemes(checkpoint, packed), format_name)
     except FormatError:
         return False
     return True
 
 
-def _require_room(source: Path, packed: PackedReader, plan: ModuleSchemes, format_name: str) -> None:
-    """Refuse, before any work, what headers and config already show.
+def _require_convertible(source: Path, packed: PackedReader, schemes: ModuleSchemes, format_name: str) -> None:
+    """Check, before any work, whether headers and config show that the conversion is impossible.
 
     Raises:
         FormatError: `format_name` cannot hold the artifact.
@@ -66,19 +66,24 @@ def _require_room(source: Path, packed: PackedReader, plan: ModuleSchemes, forma
     if packed.online and not FORMATS[format_name].holds_transform:
         reason = f"is rotated, which the {format_name} format has no field for"
         raise FormatError(f"{source}: {reason}; quantize again without rotate")
-    for module, scheme in plan.items():
-        if scheme is not None and (problem := FORMATS[format_name].unsupported_reason(scheme, *packed.shape(module))):
-            raise FormatError(f"{source}: {module}: {problem}")
+    for module, scheme in schemes.items():
+        if scheme is not None and (unsupported := FORMATS[format_name].unsupported_reason(scheme, *packed.shape(module))):
+            raise FormatError(f"{source}: {module}: {unsupported}")
     try:
-        FORMATS[format_name].config(plan)
+        FORMATS[format_name].config(schemes)
     except FormatError as error:
         raise FormatError(f"{source}: {error}") from None
 
 
-def _make(
-    checkpoint: Checkpoint, packed: PackedReader, plan: ModuleSchemes, workspace: Workspace, format_name: str, advance: Advance
+def _convert_shards(
+    checkpoint: Checkpoint,
+    packed: PackedReader,
+    schemes: ModuleSchemes,
+    workspace: Workspace,
+    format_name: str,
+    advance: Advance,
 ) -> None:
-    """From an open workspace to the published artifact, shard by shard."""
+    """Convert the shards that the workspace does not have yet, then publish the artifact."""
     done = len(workspace.finished)
     advance("shards", done, len(checkpoint.files))
     for number, file in enumerate(checkpoint.files[done:], start=done):
@@ -87,7 +92,7 @@ def _make(
         workspace.commit({"shard": shard})
         advance("shards", number + 1, len(checkpoint.files))
     folder, shards = workspace.merge_shards()
-    write_metadata(checkpoint, folder, format_name, plan, packed.online)
+    write_metadata(checkpoint, folder, format_name, schemes, packed.online)
     made = checkpoint.folder / "quantkit.json"
     if made.is_file():
         write_json(folder / "quantkit.json", _report(made, folder, shards, format_name))
@@ -96,10 +101,10 @@ def _make(
 
 
 def _report(made: Path, folder: Path, shards: list[Path], format_name: str) -> dict[str, Any]:
-    """The source's report with what is different now; its recipe still gives these very tensors.
+    """The source's report with updated entries. Its recipe, with the new format, gives exactly these tensors.
 
     Raises:
-        CheckpointError: it is not a report.
+        CheckpointError: the file is not a report.
     """
     report, written = read_json(made), Checkpoint(folder)
     packed = PackedReader(written)
@@ -112,21 +117,21 @@ def _report(made: Path, folder: Path, shards: list[Path], format_name: str) -> d
             "totals": report["totals"] | size,
         }
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{made}: is not a report of quantkit's; delete it, or fetch the model again") from None
+        raise CheckpointError(f"{made}: is not a report that quantkit wrote; delete it, or fetch the model again") from None
 
 
-def _plan(checkpoint: Checkpoint, packed: PackedReader) -> ModuleSchemes:
+def _module_schemes(checkpoint: Checkpoint, packed: PackedReader) -> ModuleSchemes:
     """Scheme of every packed matrix; None for the linear layers that are not packed."""
-    plan: dict[str, Scheme | None] = {module: packed.scheme(module) for module in packed.modules}
+    schemes: dict[str, Scheme | None] = {module: packed.scheme(module) for module in packed.modules}
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         if module != name and len(info.shape) == 2 and "embed" not in module:
-            plan[module] = None
-    return plan | {"lm_head": plan.get("lm_head")}
+            schemes[module] = None
+    return schemes | {"lm_head": schemes.get("lm_head")}
 
 
 def _converted(checkpoint: Checkpoint, packed: PackedReader, file: Path, format_name: str) -> dict[str, Tensor]:
-    """What one shard becomes: a packed matrix moves with its first tensor, everything else stays where it is."""
+    """The tensors of one converted shard. A packed matrix goes to its first tensor's shard; other tensors stay in theirs."""
     dtype: torch.dtype = storage_dtype(checkpoint)
     owners = {f"{module}.{suffix}": module for module in packed.modules for suffix in packed.format.suffixes}
     here = [name for name, info in checkpoint.tensors.items() if info.file == file]

@@ -1,9 +1,9 @@
-"""`quantkit deploy`: the command that serves an artifact with vLLM or SGLang, once it is clear that the engine loads it.
+"""`quantkit deploy`: check that vLLM or SGLang loads an artifact, and build the command that serves it.
 
-Tensor parallelism (Shoeybi et al., arXiv 1909.08053) cuts every block's matrices by attention heads and by channels of the
-MLP: those that read the hidden states along their rows, those that write to it along their columns. So heads and channels
-must come out even, a column cut must fall between two groups, and no cut may go through a packed word. Keys and values of
-fewer heads than GPUs are copied.
+Tensor parallelism (Shoeybi et al., arXiv 1909.08053) splits every block by attention heads and by channels of the MLP.
+Matrices that read the hidden states are split along their rows, matrices that write to them along their columns. So the
+numbers of heads and channels must be divisible by the number of GPUs, a split along columns must fall between two groups, and
+no split may go through a packed word. If there are fewer KV heads than GPUs, KV heads are replicated.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from quantkit.formats.artifact import PackedReader
 from quantkit.formats.convert import can_hold
 from quantkit.formats.servers import SERVERS, Server, notes, refusal
 
-#: Matrices that write to the hidden states, of every family.
+#: Matrices that write to the hidden states, in every family.
 _ROW_PARALLEL = ("o_proj", "down_proj")
 #: Matrices of keys and values.
 _KEYS_VALUES = ("k_proj", "v_proj")
@@ -25,7 +25,7 @@ _HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class Deployment:
-    """What to run, and what to know about it."""
+    """The command to run, and notes for the user."""
 
     command: list[str]
     notes: list[str]
@@ -36,14 +36,14 @@ def deployment(checkpoint: Checkpoint, model: str, engine: str, gpus: int, extra
 
     Args:
         checkpoint: the model.
-        model: what the engine is to call it: a folder or a Hub id.
+        model: the model as the engine is told it: a folder or a Hub id.
         engine: one of `SERVERS`.
-        gpus: over which every matrix is shared out.
-        extra: more arguments of the engine.
+        gpus: number of GPUs that every matrix is split across.
+        extra: further arguments for the engine.
 
     Raises:
         FormatError: the engine does not load it; the message says what it would load.
-        RecipeError: it cannot be shared out over so many GPUs.
+        RecipeError: the model cannot be split across this number of GPUs.
     """
     server, found = SERVERS[engine], list[str]()
     packed = PackedReader(checkpoint) if "quantization_config" in checkpoint.config else None
@@ -57,10 +57,10 @@ def deployment(checkpoint: Checkpoint, model: str, engine: str, gpus: int, extra
 
 
 def _require_loadable(checkpoint: Checkpoint, packed: PackedReader, server: Server) -> list[str]:
-    """What to know about how the engine loads an artifact.
+    """Notes on how the engine loads an artifact.
 
     Raises:
-        FormatError: it does not.
+        FormatError: the engine does not load it.
     """
     if reason := refusal(packed, server):
         remedy = f"`quantkit serve {checkpoint.folder}` runs it"
@@ -71,46 +71,46 @@ def _require_loadable(checkpoint: Checkpoint, packed: PackedReader, server: Serv
 
 
 def _loadable(checkpoint: Checkpoint, packed: PackedReader, server: Server) -> str | None:
-    """A format that holds the same weights and that the engine loads."""
+    """The name of a format that can hold the same weights and that the engine loads; None if there is none."""
     schemes = {packed.scheme(module) for module in packed.modules}
-    for name, form in FORMATS.items():
-        loads = form.support_of(server.name, schemes).loads
-        loads = loads and (_HEAD not in packed.modules or server.name in form.quantized_head)
+    for name, candidate in FORMATS.items():
+        loads = candidate.support_of(server.name, schemes).loads
+        loads = loads and (_HEAD not in packed.modules or server.name in candidate.quantized_head)
         if loads and not packed.online and name != packed.format.name and can_hold(checkpoint, packed, name):
             return name
     return None
 
 
 def _split_problem(checkpoint: Checkpoint, packed: PackedReader | None, gpus: int) -> str | None:
-    """Why a model cannot be shared out over so many GPUs; None where it can."""
+    """Why a model cannot be split across this number of GPUs; None if it can."""
     config = checkpoint.config
     heads, channels = config["num_attention_heads"], config.get("intermediate_size", 0)
-    shared = config.get("num_key_value_heads", heads)
+    kv_heads = config.get("num_key_value_heads", heads)
     if heads % gpus:
-        return f"{heads} attention heads do not come out even"
-    if shared % gpus and gpus % shared:
-        return f"{shared} heads of keys and values do not come out even"
+        return f"{heads} attention heads are not divisible by {gpus}"
+    if kv_heads % gpus and gpus % kv_heads:
+        return f"{kv_heads} KV heads and {gpus} GPUs do not divide each other"
     if channels % gpus:
-        return f"{channels} channels of the MLP do not come out even"
+        return f"{channels} channels of the MLP are not divisible by {gpus}"
     for module in packed.modules if packed is not None and gpus > 1 else ():
         assert packed is not None
-        if module != _HEAD and (problem := _cut_problem(packed, module, gpus, shared)):
+        if module != _HEAD and (problem := _matrix_split_problem(packed, module, gpus, kv_heads)):
             return f"{module}: {problem}"
     return None
 
 
-def _cut_problem(packed: PackedReader, module: str, gpus: int, shared: int) -> str | None:
-    """Why a packed matrix cannot be cut into so many parts; None where it can."""
+def _matrix_split_problem(packed: PackedReader, module: str, gpus: int, kv_heads: int) -> str | None:
+    """Why a packed matrix cannot be split into this number of parts; None if it can."""
     scheme, (rows, columns) = packed.scheme(module), packed.shape(module)
     per_word = 32 // scheme.bits if scheme.bits != 3 else 32
     if module.endswith(_ROW_PARALLEL):
         part = columns // gpus
         if scheme.group_size != -1 and part % scheme.group_size:
-            return f"a part of {part} columns is no whole number of groups of {scheme.group_size}"
+            return f"a part of {part} columns is not a multiple of the group size {scheme.group_size}"
         if packed.format.packed_columns(scheme) and part % per_word:
-            return f"a part of {part} columns is no whole number of words of {per_word}"
+            return f"a part of {part} columns is not a multiple of the {per_word} values of a packed word"
         return None
-    part = rows // (min(gpus, shared) if module.endswith(_KEYS_VALUES) else gpus)
+    part = rows // (min(gpus, kv_heads) if module.endswith(_KEYS_VALUES) else gpus)
     if packed.format.packed_rows(scheme) and part % per_word:
-        return f"a part of {part} rows is no whole number of words of {per_word}"
+        return f"a part of {part} rows is not a multiple of the {per_word} values of a packed word"
     return None

@@ -1,7 +1,7 @@
 """GPTQ: `qweight` packed along K, `qzeros` along N, float16 scales (the AutoGPTQ / GPTQModel layout).
 
-v1 (`checkpoint_format: gptq`) stores z - 1, which underflows at z = 0; so symmetric weights, whose z is fixed above 0, are
-written as v1, which every engine reads, and asymmetric ones as v2 (`gptq_v2`), which stores z itself.
+v1 (`checkpoint_format: gptq`) stores z - 1, which underflows at z = 0. v2 (`gptq_v2`) stores z itself. Symmetric weights,
+whose z is always above 0, are written as v1, which every engine reads; asymmetric weights are written as v2.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from quantkit.methods.grid import QuantizedWeight
 
-#: What vLLM and SGLang call merged matrices -> the members.
-_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+#: Name of a fused matrix in vLLM and SGLang -> the matrices that it consists of.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def _encode(weight: QuantizedWeight, _dtype: torch.dtype) -> dict[str, Tensor]:
@@ -58,8 +58,8 @@ def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, config: Mapping[str, 
     groups = count_groups(scheme, columns)
     if "g_idx" in tensors and not torch.equal(checked_tensor(tensors, "g_idx", (columns,)), _group_index(scheme, columns)):
         raise FormatError(
-            "g_idx is permuted (desc_act with dynamic groups), which no plain grid holds; quantize the original again with "
-            "static groups or desc_act off"
+            "g_idx is permuted (desc_act with dynamic groups), which other formats cannot hold; quantize the original "
+            "again with static groups or desc_act off"
         )
     scales = checked_tensor(tensors, "scales", (groups, rows), floating=True).float().T.contiguous()
     zeros = torch.full((rows, groups), half, dtype=torch.uint8)
@@ -72,15 +72,15 @@ def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, config: Mapping[str, 
 
 
 def sort_groups(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[dict[str, Tensor], Tensor | None]:
-    """A matrix quantized with desc_act and dynamic groups, as a plain one whose columns are sorted by group.
+    """Sort the columns of a matrix by group. Only desc_act with dynamic groups leaves them in another order.
 
     Args:
-        tensors: suffix -> tensor of any format's matrix; only GPTQ's may hold a permuted `g_idx`.
-        scheme: its bits and group size.
+        tensors: suffix -> tensor of a matrix.
+        scheme: bits and group size of the matrix.
 
     Returns:
-        the tensors of the plain matrix, and int64 [K], which of the input's columns each of its columns multiplies; the
-        tensors as they are and None where the groups are in order.
+        The tensors of the sorted matrix, and int64 [K], the column of the input that each of its columns multiplies; or the
+        unchanged tensors and None if the columns are in order.
 
     Raises:
         FormatError: `g_idx` does not fill every group with group_size columns.
@@ -113,9 +113,9 @@ def _group_index(scheme: Scheme, columns: int) -> Tensor:
 def _zeros(qzeros: Tensor, bits: int, rows: int, config: Mapping[str, Any]) -> Tensor:
     """Zero points of either version, uint8 [G, N].
 
-    Where z is 0, the z - 1 of v1 underflows, and what is then stored was never agreed on. We read it as GPTQModel does, the
-    only writer and reader of asymmetric v1 that is left: it subtracts 1 from all fields of a word at once, so that an
-    underflow borrows from the next field; at 3 bits, whose fields straddle words, each field wraps.
+    If z is 0, the z - 1 of v1 underflows, and no specification says what is stored then. We follow GPTQModel, the only tool
+    that still writes and reads asymmetric v1: it subtracts 1 from all fields of a word at once, so that an underflow borrows
+    from the next field. At 3 bits, whose fields straddle words, each field wraps.
     """
     import torch
 
@@ -130,26 +130,26 @@ def _rule(scheme: Scheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
 
 
-def _fused(plan: ModuleSchemes) -> dict[str, Scheme | None]:
-    """The names under which vLLM and SGLang look up rules for matrices that they merge, where the members agree."""
+def _fused_schemes(schemes: ModuleSchemes) -> dict[str, Scheme | None]:
+    """The schemes under the names that vLLM and SGLang look up for fused matrices, where all parts have the same scheme."""
     merged: dict[str, Scheme | None] = {}
-    for name, scheme in plan.items():
-        for fused, members in _MERGED.items():
+    for name, scheme in schemes.items():
+        for fused, members in _FUSED.items():
             if name.endswith("." + members[0]):
                 prefix = name.removesuffix(members[0])
-                if all(plan.get(prefix + member, scheme) == scheme for member in members):
+                if all(schemes.get(prefix + member, scheme) == scheme for member in members):
                     merged[prefix + fused] = scheme
     return merged
 
 
-def _config(plan: ModuleSchemes) -> dict[str, Any]:
-    used = [scheme for scheme in plan.values() if scheme is not None]
+def _config(schemes: ModuleSchemes) -> dict[str, Any]:
+    used = [scheme for scheme in schemes.values() if scheme is not None]
     main = max(dict.fromkeys(used), key=used.count)
     if len({scheme.symmetric for scheme in used}) > 1:
         raise FormatError("the gptq format cannot mix symmetric and asymmetric matrices; use compressed-tensors")
     dynamic: dict[str, Any] = {}
-    named = {**plan, **_fused(plan)}
-    for scheme in dict.fromkeys(plan.values()):
+    named = {**schemes, **_fused_schemes(schemes)}
+    for scheme in dict.fromkeys(schemes.values()):
         modules = [name for name, own in named.items() if own == scheme]
         if scheme is None:
             dynamic.update({f"-:{p}": {} for p in module_patterns([m for m in modules if m != "lm_head"], named)})
@@ -159,7 +159,7 @@ def _config(plan: ModuleSchemes) -> dict[str, Any]:
         "quant_method": "gptq",
         **_rule(main),
         "desc_act": False,
-        "lm_head": plan.get("lm_head") is not None,
+        "lm_head": schemes.get("lm_head") is not None,
         "checkpoint_format": "gptq" if main.symmetric else "gptq_v2",
         "pack_dtype": "int32",
         "meta": {"quantizer": ["quantkit:0.1.0"]},
@@ -171,16 +171,16 @@ def _schemes(config: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme 
     if config.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
         raise FormatError(f"checkpoint_format {config['checkpoint_format']!r:.60} is not read; only gptq and gptq_v2")
     main = parse_scheme(config["bits"], config["group_size"], config.get("sym", True))
-    plan: dict[str, Scheme | None] = {}
+    schemes: dict[str, Scheme | None] = {}
     for module in modules:
-        plan[module] = None if module == "lm_head" and not config.get("lm_head") else main
+        schemes[module] = None if module == "lm_head" and not config.get("lm_head") else main
         for pattern, rule in (config.get("dynamic") or {}).items():
             if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
                 asked = _rule(main) | rule
                 skipped = pattern.startswith("-:")
-                plan[module] = None if skipped else parse_scheme(asked["bits"], asked["group_size"], asked["sym"])
+                schemes[module] = None if skipped else parse_scheme(asked["bits"], asked["group_size"], asked["sym"])
                 break
-    return plan
+    return schemes
 
 
 def _unsupported_reason(scheme: Scheme, rows: int, columns: int) -> str | None:

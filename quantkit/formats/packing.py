@@ -1,10 +1,10 @@
 """Dense little-endian bit packing of small integers into int32 words.
 
 Element k of a row occupies bits k*b .. k*b + b - 1 of the row's bitstream; word r holds bits 32r .. 32r + 31. For b = 3
-values straddle words: 32 values fill exactly 3 words. All formats store permutations of this one stream.
+values straddle words: 32 values fill exactly 3 words. All formats store a permutation of this stream.
 
-2, 4 and 8 bits divide a byte and go through bytes, about ten times faster; int32 words are little-endian on every machine
-that torch runs on.
+Values of 2, 4 and 8 bits are packed byte by byte, which is about ten times faster. This relies on little-endian int32 words,
+which every machine has that torch runs on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def words(count: int, bits: int) -> int:
-    """int32 words that hold `count` values of `bits` bits: ceil(count * bits / 32)."""
+    """Number of int32 words that hold `count` values of `bits` bits: ceil(count * bits / 32)."""
     return -(-count * bits // 32)
 
 

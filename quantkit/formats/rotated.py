@@ -1,8 +1,8 @@
-"""How config.json says that some inputs go through a Hadamard transform before they are multiplied.
+"""How config.json states that the inputs of some matrices need a Hadamard transform.
 
-The transform is written as `transform_config`, in compressed-tensors' own words. But SGLang and transformers pass over that
-field, and would compute nonsense without a word. So the format's name is one of ours, for the artifact and for every group of
-matrices: whoever does not know it refuses the artifact.
+The transform is written as `transform_config`, in the notation of compressed-tensors. But SGLang and transformers ignore that
+field, and would silently compute nonsense. So the artifact and every group of matrices state a format name of quantkit's own:
+an engine that does not know the name refuses the artifact.
 """
 
 import re
@@ -13,18 +13,18 @@ from typing import Any
 from quantkit.errors import FormatError
 from quantkit.formats.base import EngineSupport
 
-#: In place of "pack-quantized", whose tensors these are.
+#: Written in place of "pack-quantized"; the tensors are those of "pack-quantized".
 FORMAT = "quantkit-rotated"
 _PACKED = "pack-quantized"
 
 
 @dataclass(frozen=True)
 class OnlineHadamard:
-    """Matrices that were rotated, so that their inputs must be.
+    """The rotated matrices, whose inputs must be transformed at run time.
 
     Attributes:
-        pattern: regular expression that matches their paths from the start.
-        block: inputs that are transformed together, a power of two (see `reference.hadamard`).
+        pattern: regular expression that matches the start of their module paths.
+        block: number of inputs that are transformed together, a power of two (see `reference.hadamard`).
     """
 
     pattern: str
@@ -36,7 +36,7 @@ class OnlineHadamard:
 
 
 def add_transform(config: Mapping[str, Any], online: OnlineHadamard) -> dict[str, Any]:
-    """A compressed-tensors `quantization_config` with the transform."""
+    """Add the transform to a compressed-tensors `quantization_config`."""
     where = {"targets": [f"re:{online.pattern}"]}
     transform = {
         "type": "hadamard",
@@ -48,10 +48,10 @@ def add_transform(config: Mapping[str, Any], online: OnlineHadamard) -> dict[str
 
 
 def split_transform(config: Mapping[str, Any]) -> tuple[dict[str, Any], OnlineHadamard | None]:
-    """A `quantization_config` without the transform, and the transform; None where there is none.
+    """Split a `quantization_config` into one without the transform, and the transform (None if there is none).
 
     Raises:
-        FormatError: a transform that was not written by `add_transform`.
+        FormatError: the transform was not written by `add_transform`.
         KeyError, TypeError, ValueError, AttributeError: fields are missing.
     """
     transforms: Any = config.get("transform_config")
@@ -69,5 +69,5 @@ def split_transform(config: Mapping[str, Any]) -> tuple[dict[str, Any], OnlineHa
 
 
 def mark_unsupported(engines: list[EngineSupport]) -> list[EngineSupport]:
-    """What becomes of the engines that load an artifact once it is rotated."""
+    """The same engines, none of which loads the artifact, because it is rotated."""
     return [replace(engine, loads=False, note="rotated: quantkit's own engine runs it") for engine in engines]

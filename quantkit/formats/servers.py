@@ -1,4 +1,4 @@
-"""Engines that serve an artifact: the command of each, and whether it loads a given artifact."""
+"""Engines that serve artifacts: the command that starts each, and whether it loads a given artifact."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ _HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class Server:
-    """An engine that serves.
+    """An engine that serves artifacts over HTTP.
 
     Attributes:
-        name: as `formats` has it.
-        command: (model, GPUs) -> what to run.
+        name: the name in `EngineSupport`.
+        command: (model, number of GPUs) -> the command that serves the model.
     """
 
     name: str
@@ -35,17 +35,17 @@ SERVERS = {
 
 
 def refusal(packed: PackedReader, server: Server) -> str:
-    """Why a server does not load an artifact; "" where it does."""
+    """Why a server does not load an artifact; "" if it does."""
     engine = support_of(server.name, packed.engines(), packed.format.name)
     if not engine.loads:
         return engine.note
     if _HEAD in packed.modules and server.name not in packed.format.quantized_head:
-        return f"takes the quantized output head of a {packed.format.name} artifact for a dense one"
+        return f"treats the quantized output head of a {packed.format.name} artifact as a dense one"
     return ""
 
 
 def notes(packed: PackedReader, server: Server) -> list[str]:
-    """What to know about how a server loads an artifact that it does not refuse."""
+    """Notes on how a server loads an artifact that it does not refuse."""
     engine = support_of(server.name, packed.engines(), packed.format.name)
     about_head = packed.format.quantized_head.get(server.name, "") if _HEAD in packed.modules else ""
     return [note for note in (engine.note, about_head) if note]

@@ -1,7 +1,7 @@
-"""AWQ: scale up the input channels that matter before rounding, and divide the producer of the input by the same.
+"""AWQ: scale up the important input channels before rounding, and divide the producer of the input by the same scale.
 
 Lin et al., "AWQ: Activation-aware Weight Quantization" (arXiv 2306.00978). The published search runs the module again for
-every candidate; the squared output error it measures is tr(dW H dW^T), so here each candidate costs one product with H.
+every candidate. The squared output error that it measures is tr(dW H dW^T), so here each candidate costs one product with H.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +18,8 @@ from quantkit.methods.scheme import Scheme
 #: Rows whose loss is computed at once: 256 rows of a 1,000-column matrix stay in a core's cache.
 _SLICE_ROWS = 256
 
-#: Exponents of the activation magnitude, 0 (no scaling) to just below 1. Every other one is tried first, then the neighbours
-#: of the best.
+#: Exponents of the activation magnitude, from 0 (no scaling) to just below 1. Every other one is tried first, then the
+#: neighbours of the best.
 RATIOS = tuple(i / 20 for i in range(20))
 
 
@@ -42,9 +42,9 @@ def search_channel_scale(
     parts: Sequence[tuple[Tensor, Scheme]],
     hessian: Tensor,
     dtype: torch.dtype,
-    tie: Tensor,
-    cost: Tensor | None = None,
-    mapping: Callable[[Callable[[float], float], Sequence[float]], Iterable[float]] = map,
+    channel_groups: Tensor,
+    column_costs: Tensor | None = None,
+    parallel_map: Callable[[Callable[[float], float], Sequence[float]], Iterable[float]] = map,
 ) -> ChannelScale:
     """Best s = rms(x)^ratio for the matrices that read x.
 
@@ -52,27 +52,27 @@ def search_channel_scale(
         parts: (weight float32 [N_i, K], scheme) of every matrix that reads x and is quantized.
         hessian: float32 [K, K]; its diagonal is the mean square of each input channel.
         dtype: the artifact's 16-bit type.
-        tie: int64 [K]; channels with the same number share a scale (repeated KV heads feed several query heads).
-        cost: float32 [K], what GPTQ will pay for an error in each column (`HessianFactor.cost`); None for plain rounding. A
-            scale that is best for rounding can be worse than none where the error is compensated.
-        mapping: like `map`; may spread the candidates over processes.
+        channel_groups: int64 [K]; channels with the same number share a scale (repeated KV heads feed several query heads).
+        column_costs: float32 [K], the loss that an error in each column causes in GPTQ (`HessianFactor.cost`); None for plain
+            rounding. A scale that is best for rounding can be worse than none where the error is compensated.
+        parallel_map: like `map`; may spread the candidates over processes.
     """
-    count = int(tie.max()) + 1
-    power = torch.zeros(count, device=hessian.device).index_add_(0, tie, hessian.diagonal())
-    magnitude = (power / torch.bincount(tie, minlength=count).clamp_(min=1)).sqrt_()
+    count = int(channel_groups.max()) + 1
+    power = torch.zeros(count, device=hessian.device).index_add_(0, channel_groups, hessian.diagonal())
+    magnitude = (power / torch.bincount(channel_groups, minlength=count).clamp_(min=1)).sqrt_()
     floor = float(magnitude.max()) * 1e-4 + torch.finfo(torch.float32).tiny
-    magnitude = magnitude.clamp_(min=floor)[tie]
+    magnitude = magnitude.clamp_(min=floor)[channel_groups]
 
     def loss(ratio: float) -> float:
         scale = _normalized(magnitude, ratio)
-        if cost is None:
+        if column_costs is None:
             return sum((_rounding_loss(weight, scale, hessian, scheme, dtype) for weight, scheme in parts), 0.0)
-        return sum((_compensated_loss(weight, scale, cost, scheme) for weight, scheme in parts), 0.0)
+        return sum((_compensated_loss(weight, scale, column_costs, scheme) for weight, scheme in parts), 0.0)
 
     errors: dict[float, float] = {}
 
     def best_of(ratios: Sequence[float]) -> float:
-        errors.update(zip(ratios, mapping(loss, ratios), strict=True))
+        errors.update(zip(ratios, parallel_map(loss, ratios), strict=True))
         return min(errors, key=errors.__getitem__)
 
     middle = RATIOS.index(best_of(RATIOS[::2]))
@@ -94,8 +94,8 @@ def _rounding_loss(weight: Tensor, scale: Tensor, hessian: Tensor, scheme: Schem
     return loss
 
 
-def _compensated_loss(weight: Tensor, scale: Tensor, cost: Tensor, scheme: Scheme) -> float:
-    """Expected loss of GPTQ on weight * scale: step^2 / 12, the variance of a rounding error, times what a column costs.
+def _compensated_loss(weight: Tensor, scale: Tensor, column_costs: Tensor, scheme: Scheme) -> float:
+    """Expected loss of GPTQ on weight * scale: step^2 / 12, the variance of a rounding error, times the cost of its column.
 
     Dividing the input by s multiplies row and column j of H^-1 by s_j, and so divides the cost of column j by s_j^2.
     """
@@ -103,7 +103,7 @@ def _compensated_loss(weight: Tensor, scale: Tensor, cost: Tensor, scheme: Schem
     scaled = (weight * scale).view(rows, groups, -1)
     low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
     steps = minmax_qparams(low, high, scheme, torch.float32)[0]
-    return float((steps.square() * (cost / scale.square()).view(groups, -1).sum(-1)).sum()) / 12
+    return float((steps.square() * (column_costs / scale.square()).view(groups, -1).sum(-1)).sum()) / 12
 
 
 def _normalized(magnitude: Tensor, ratio: float) -> Tensor:
@@ -115,7 +115,7 @@ def _normalized(magnitude: Tensor, ratio: float) -> Tensor:
 def quantize_clipped(
     weight: Tensor, hessian: Tensor, scheme: Scheme, dtype: torch.dtype, clip_ratios: tuple[float, ...]
 ) -> QuantizedWeight:
-    """Round to nearest with every group's range clipped by the factor of least output error <dw, H_gg dw>, as AWQ does."""
+    """Round to nearest, with every group's range clipped as in AWQ: by the ratio with the least output error <dw, H_gg dw>."""
     rows, columns = weight.shape
     groups, width = scheme.groups(columns), scheme.group_columns(columns)
     grouped = weight.view(rows, groups, width).transpose(0, 1).contiguous()

@@ -301,7 +301,7 @@ def test_a_report_that_is_none(artifact: Artifact, tmp_path: Path) -> None:
     source = shutil.copytree(artifact("w4 sym", CT), tmp_path / "in")
     (source / "quantkit.json").write_text("{}")
     message = refused(source, tmp_path / "out", GPTQ, CheckpointError)
-    assert message.startswith(f"{source / 'quantkit.json'}: is not a report of quantkit's; delete it")
+    assert message.startswith(f"{source / 'quantkit.json'}: is not a report that quantkit wrote; delete it")
 
 
 def test_rows_that_only_seem_to_fill_their_words(tmp_path: Path) -> None:

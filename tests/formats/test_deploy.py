@@ -84,8 +84,8 @@ def test_commands(artifact: Artifact, name: str, engine: str) -> None:
         ("w4 asym gptq", "sglang", "needs 4 or 8 bits, symmetric", "--format compressed-tensors`"),
         ("w4 awq", "sglang", "mixture-of-experts", "--format compressed-tensors`"),
         ("w3", "sglang", "needs 4 or 8 bits", "`quantkit serve "),
-        ("w4 head", "sglang", "takes the quantized output head", "--format gptq`"),
-        ("w4 asym head", "sglang", "takes the quantized output head", "`quantkit serve "),
+        ("w4 head", "sglang", "treats the quantized output head", "--format gptq`"),
+        ("w4 asym head", "sglang", "treats the quantized output head", "`quantkit serve "),
     ],
 )
 def test_what_an_engine_does_not_load(
@@ -108,14 +108,14 @@ def test_what_an_engine_does_not_load(
 @pytest.mark.parametrize(
     ("name", "gpus", "problem"),
     [
-        ("dense", 3, "4 attention heads do not come out even"),
+        ("dense", 3, "4 attention heads are not divisible by 3"),
         ("dense", 4, None),  # keys and values of two heads are copied
         ("w4", 2, None),
-        ("w4", 4, "mlp.down_proj: a part of 24 columns is no whole number of groups of 16"),
+        ("w4", 4, "mlp.down_proj: a part of 24 columns is not a multiple of the group size 16"),
         ("w4 channel", 4, None),
-        ("w4 awq", 2, "mlp.down_proj: a part of 48 columns is no whole number of groups of 32"),
+        ("w4 awq", 2, "mlp.down_proj: a part of 48 columns is not a multiple of the group size 32"),
         ("w4 gptq", 2, None),
-        ("w3", 2, "mlp.down_proj: a part of 48 columns is no whole number of words of 32"),
+        ("w3", 2, "mlp.down_proj: a part of 48 columns is not a multiple of the 32 values of a packed word"),
     ],
 )
 def test_how_many_gpus(artifact: Artifact, name: str, gpus: int, problem: str | None) -> None:
@@ -140,13 +140,13 @@ def test_how_many_gpus(artifact: Artifact, name: str, gpus: int, problem: str | 
 
 
 def test_heads_of_keys_and_values(tmp_path: Path) -> None:
-    """Twelve heads with four of keys and values: neither do these come out even, nor can they be copied evenly."""
+    """Twelve heads with four KV heads: the KV heads can be neither split nor replicated evenly."""
     sizes = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4}
     model = tiny.make_model(tmp_path / "model", num_hidden_layers=1, **sizes)
-    with pytest.raises(RecipeError, match=r"4 heads of keys and values do not come out even.* fits 1, 2, 4 GPUs"):
+    with pytest.raises(RecipeError, match=r"4 KV heads and 6 GPUs do not divide each other.* fits 1, 2, 4 GPUs"):
         _deploy(model, "vllm", 6)
     odd = tiny.make_model(tmp_path / "odd", num_hidden_layers=1, intermediate_size=90)
-    with pytest.raises(RecipeError, match=r"90 channels of the MLP do not come out even.* fits 1, 2 GPUs"):
+    with pytest.raises(RecipeError, match=r"90 channels of the MLP are not divisible by 4.* fits 1, 2 GPUs"):
         _deploy(odd, "sglang", 4)
 
 

@@ -186,7 +186,7 @@ def test_a_quantized_head_is_told(made: Make) -> None:
     """SGLang loads such an artifact as long as the head is in 16 bit."""
     _, body = card(made({}, symmetric=True, rules=({"match": "lm_head", "bits": 8},)))
     assert "# A `llama` model, 4-bit and 8-bit weights" in body
-    assert "| SGLang | no: takes the quantized output head of a compressed-tensors artifact for a dense one |  |" in body
+    assert "| SGLang | no: treats the quantized output head of a compressed-tensors artifact as a dense one |  |" in body
     assert "| vLLM | yes, its output head is quantized" in body
 
 

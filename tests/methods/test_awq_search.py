@@ -62,12 +62,12 @@ def test_scale_follows_the_activations() -> None:
 def test_tied_channels_share_a_scale() -> None:
     # Heads of 8 channels; query heads 0-2, 3-5, ... share a KV head.
     channel = torch.arange(96)
-    tie = channel // 24 * 8 + channel % 8
-    found = search_channel_scale(PARTS, second_moment(activations(96)), BF16, tie)
+    channel_groups = channel // 24 * 8 + channel % 8
+    found = search_channel_scale(PARTS, second_moment(activations(96)), BF16, channel_groups)
     assert found.ratio > 0
     assert len(found.scale.unique()) == 32
     for shared in range(32):
-        assert len(found.scale[tie == shared].unique()) == 1
+        assert len(found.scale[channel_groups == shared].unique()) == 1
 
 
 def test_nothing_is_scaled_where_nothing_helps() -> None:

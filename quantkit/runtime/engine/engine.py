@@ -25,7 +25,7 @@ from quantkit.runtime.engine.verify import verify_step
 from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.kv_cache.eviction import Eviction, check_windows
 from quantkit.runtime.kv_cache.offload import KVOffload
-from quantkit.runtime.speculative.controller import Speculation
+from quantkit.runtime.speculative.controller import DraftController
 from quantkit.runtime.speculative.proposer import Proposer
 from quantkit.runtime.speculative.proposers import MAX_DRAFT_LEN
 
@@ -103,9 +103,9 @@ class Engine:
             raise RequestError("--kv-offload keeps known prefixes, and prefix caching is off; leave out one or the other")
         self._offload = offload
         self._kv = BlockManager(model.num_blocks, model.block_size, self._config.prefix_caching, eviction, offload)
-        self._speculation = Speculation(proposer, self._config.draft_len, self._kv, self._config.token_budget)
+        self._draft_controller = DraftController(proposer, self._config.draft_len, self._kv, self._config.token_budget)
         self._scheduler = Scheduler(
-            self._kv, self._config.max_batch, self._config.token_budget, on_release=self._speculation.released
+            self._kv, self._config.max_batch, self._config.token_budget, on_release=self._draft_controller.released
         )
         self._ids = count()
         self._steps = 0
@@ -134,7 +134,7 @@ class Engine:
             steps=self._steps,
             evicted_blocks=self._kv.evicted,
             offload=None if self._offload is None else self._offload.stats,
-            speculation=self._speculation.stats,
+            speculation=self._draft_controller.stats,
         )
 
     def add(self, request: Request) -> int:
@@ -163,11 +163,11 @@ class Engine:
         1. Schedule (`scheduler`): decide which sequences run and how many tokens of each; preempt if blocks run out.
         2. Draft (`speculative.controller`): reserve blocks for drafts and let the proposer fill them.
         3. Forward (`forward`): build the batch and compute the logits.
-        4. Verify (`verify`): commit the computed tokens to the KV cache, accept draft tokens, choose one more token.
+        4. Verify (`verify_step`): commit the computed tokens to the KV cache, accept draft tokens, choose one more token.
         5. Postprocess (`postprocess`): append the tokens, turn them into text, free the sequences that ended.
 
         What an error costs: NaN or Inf in the logits ends only the request that they belong to. Any other exception in
-        phases 2 to 4 ends all requests of this step, each with that error; requests that were not scheduled go on. An
+        phases 2 to 4 ends all requests of this step, each with that error; other requests continue. An
         exception in phase 1 or 5 is a bug; it reaches the caller.
 
         Returns:
@@ -186,8 +186,8 @@ class Engine:
             logits = forward(self.model, self._kv, scheduled)
             computed, chosen, failed = verify_step(logits, scheduled, self._kv, self._scheduler)
             if chosen:
-                self._speculation.record_step(computed, chosen, drafted - started, time.perf_counter() - drafted)
-        except Exception as error:  # noqa: BLE001 (any error: the requests outside of this step must go on)
+                self._draft_controller.record_step(computed, chosen, drafted - started, time.perf_counter() - drafted)
+        except Exception as error:  # noqa: BLE001 (any error: requests outside this step must continue)
             return outputs + self._fail({entry.sequence.request_id: error for entry in scheduled})
         if failed:
             outputs += self._fail(failed)
@@ -235,11 +235,11 @@ class Engine:
 
     def _draft(self, scheduled: list[Scheduled]) -> list[Scheduled]:
         """The step with drafts. Blocks are copied before the proposer runs, because it may read the cache, too."""
-        lengths = self._speculation.reserve(scheduled)
+        lengths = self._draft_controller.reserve(scheduled)
         copies, self._kv.copies = self._kv.copies, []
         if copies:
             self.model.copy_blocks(copies)
-        return self._speculation.propose(scheduled, lengths)
+        return self._draft_controller.propose(scheduled, lengths)
 
     def _postprocess(self, chosen: list[tuple[Sequence, list[Sample]]]) -> list[Output]:
         """Outputs of the sequences that got tokens; those that ended are removed."""
@@ -248,7 +248,7 @@ class Engine:
         for sequence, samples in chosen:
             output = postprocess(sequence, samples, now)
             # All samples but the last are draft tokens. A sequence that ends early does not take all of them.
-            self._speculation.commit_accepted(sequence, min(len(samples) - 1, len(output.token_ids)))
+            self._draft_controller.commit_accepted(sequence, min(len(samples) - 1, len(output.token_ids)))
             outputs.append(output)
             if output.finish_reason is not None:
                 self._remove(sequence)

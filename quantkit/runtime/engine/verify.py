@@ -12,7 +12,7 @@ from quantkit.runtime.engine.scheduler import Scheduler
 from quantkit.runtime.kv_cache.block_manager import BlockManager
 from quantkit.runtime.sampling.logits import find_nonfinite
 from quantkit.runtime.sampling.prompt_logprobs import append_prompt_logprobs
-from quantkit.runtime.speculative.rejection_sampler import verify
+from quantkit.runtime.speculative.rejection_sampler import verify_drafts
 
 
 class Verified(NamedTuple):
@@ -68,7 +68,7 @@ def verify_step(logits: Tensor, scheduled: list[Scheduled], kv: BlockManager, sc
         return Verified(computed, [], failed)
     if rows != [*range(len(logits))]:
         logits = logits[rows]
-    samples = verify(logits, sequences, drafts, [argmax_ids[row] for row in rows])
+    samples = verify_drafts(logits, sequences, drafts, [argmax_ids[row] for row in rows])
     return Verified(computed, list(zip(sequences, samples, strict=True)), failed)
 
 

@@ -14,7 +14,7 @@ from quantkit.runtime.speculative.metrics import SpecMetrics, SpeculationStats
 from quantkit.runtime.speculative.proposer import Proposer
 
 
-class Speculation:
+class DraftController:
     """Runs a proposer within the steps of an engine."""
 
     def __init__(self, proposer: Proposer | None, draft_len: int | None, kv: BlockManager, token_budget: int) -> None:

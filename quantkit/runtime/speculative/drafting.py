@@ -1,8 +1,8 @@
 """Drafts by a model, one token after another, for all sequences at the same time.
 
 A sequence with a seed must get the same text however long its drafts are, because their length depends on the clock and on the
-batch. So its drafts are drawn with the same random numbers that the target will use, and these are then given back. Where the
-two distributions are similar, most of the tokens are equal, and the draft is verified like any other guess (see `verify`).
+batch. So its drafts are drawn with the same random numbers that the target will use, and these are then given back. If the two
+distributions are similar, most of the tokens are equal. The draft is verified like any other one (see `verify_drafts`).
 Without a seed, drafts use random numbers of their own, and speculative sampling accepts more of them: on a 135M-parameter
 model at temperature 0.8, 84% instead of 44% of the tokens of QSpec's drafts of 3.
 """

@@ -23,7 +23,7 @@ from quantkit.runtime.sampling.sampler import apply_constraints, apply_penalties
 
 
 @torch.inference_mode()
-def verify(
+def verify_drafts(
     logits: Tensor,
     sequences: SequenceOf[Sequence],
     drafts: SequenceOf[Draft],

@@ -40,8 +40,8 @@ def _cache(kind: str, *, keys: bool) -> Cache:
     codes = _empty(*tokens, DIM // 2, dtype=torch.uint8)
     params = _empty(64, KV_HEADS, 2, DIM) if keys else _empty(*tokens, 2)
     lower = codes if kind == "int4+4" else None
-    opened = _empty(9, BLOCK_SIZE, KV_HEADS, DIM)
-    return QuantizedKV(codes, params, keys, lower, opened, _empty(64, dtype=torch.int32))
+    tail_pages = _empty(9, BLOCK_SIZE, KV_HEADS, DIM)
+    return QuantizedKV(codes, params, keys, lower, tail_pages, _empty(64, dtype=torch.int32))
 
 
 def _call(kind: str, tokens: int) -> AttentionArgs:

@@ -29,7 +29,7 @@ from quantkit.runtime.sampling.logits import apply_token_mask
 from quantkit.runtime.speculative.drafting import draft
 from quantkit.runtime.speculative.ngram import NgramProposer
 from quantkit.runtime.speculative.proposer import Proposer
-from quantkit.runtime.speculative.rejection_sampler import verify
+from quantkit.runtime.speculative.rejection_sampler import verify_drafts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=400)
 PARAMS = {
@@ -206,7 +206,7 @@ def test_texts_behind_drafts_are_distributed_as_the_constraint_says(drawn: bool)
         text.constraint = Falling(vocab)
         tokens = drafter.draft(text, 2) if drawn else Draft(Random(index).choices(range(vocab), k=2))
         rows = torch.stack([logits_after([3, 1, *tokens.tokens[:i]], vocab) for i in range(3)])
-        (samples,) = verify(rows, [text], [tokens])
+        (samples,) = verify_drafts(rows, [text], [tokens])
         accepted += len(samples) - 1
         found = tuple(each.token for each in samples)
         while len(found) < 3:

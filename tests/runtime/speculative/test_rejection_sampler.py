@@ -16,7 +16,7 @@ from helpers.proposers import Drawer
 from helpers.sequences import sequence
 from quantkit.runtime.core.request import SamplingParams
 from quantkit.runtime.core.sequence import Draft, Sequence
-from quantkit.runtime.speculative.rejection_sampler import verify
+from quantkit.runtime.speculative.rejection_sampler import verify_drafts
 
 VOCAB = 5
 PROMPT, OUTPUT = [3, 1], (1,)
@@ -77,7 +77,7 @@ def run(params: SamplingParams, drafter: Callable[[Sequence], Draft], seed: int)
     made = [sequence(PROMPT, OUTPUT, params, index=10_000 * seed + index) for index in range(ROUNDS)]
     drafts = [drafter(text) for text in made]
     logits = torch.cat([rows(text, draft) for text, draft in zip(made, drafts, strict=True)])
-    for draft, samples in zip(drafts, verify(logits, made, drafts), strict=True):
+    for draft, samples in zip(drafts, verify_drafts(logits, made, drafts), strict=True):
         tokens = tuple(each.token for each in samples)
         accepted += len(tokens) - 1
         assert tokens[:-1] == tuple(draft.tokens[: len(tokens) - 1])
@@ -123,7 +123,7 @@ def test_a_drafter_that_draws_from_the_models_own_distribution_is_always_right()
         first = exact((), params)
         token = text.random.choices(range(VOCAB), first.tolist())[0]
         draft = Draft([token], first[None].float())
-        (samples,) = verify(rows(text, draft), [text], [draft])
+        (samples,) = verify_drafts(rows(text, draft), [text], [draft])
         # Rounding may reject 2^-24 of the draws.
         assert len(samples) == 2
 
@@ -136,7 +136,7 @@ def test_nothing_left_over_falls_back_to_the_models_distribution() -> None:
     text = sequence(PROMPT, OUTPUT, params)
     draft = Draft([never], p[None].float())
     logits = rows(text, draft)
-    (samples,) = verify(logits, [text], [draft])
+    (samples,) = verify_drafts(logits, [text], [draft])
     assert len(samples) == 1
     assert float(p[samples[0].token]) > 0
 
@@ -147,11 +147,11 @@ def test_random_numbers_are_those_of_a_run_without_drafts() -> None:
         plain, drafted = (sequence(PROMPT, OUTPUT, params, index=index) for _ in range(2))
         tokens: list[int] = []
         for _ in range(3):
-            (samples,) = verify(logits_after([*PROMPT, *OUTPUT, *tokens], VOCAB)[None], [plain], [Draft()])
+            (samples,) = verify_drafts(logits_after([*PROMPT, *OUTPUT, *tokens], VOCAB)[None], [plain], [Draft()])
             tokens.append(samples[0].token)
             plain.tokens.append(samples[0].token)
         draft = Draft([tokens[0], tokens[1] if index % 2 else (tokens[1] + 1) % VOCAB])
-        (samples,) = verify(rows(drafted, draft), [drafted], [draft])
+        (samples,) = verify_drafts(rows(drafted, draft), [drafted], [draft])
         assert [each.token for each in samples] == tokens[: 3 if index % 2 else 2]
         if index % 2:
             assert plain.random.random() == drafted.random.random()
@@ -176,9 +176,9 @@ def test_sequences_of_all_kinds_in_one_call() -> None:
 
     made = [make(number) for number in range(len(cases))]
     logits = torch.cat([rows(text, draft) for text, draft in made])
-    together = verify(logits, [text for text, _ in made], [draft for _, draft in made])
+    together = verify_drafts(logits, [text for text, _ in made], [draft for _, draft in made])
     for number in range(len(cases)):
         text, draft = make(number)
-        (alone,) = verify(rows(text, draft), [text], [draft])
+        (alone,) = verify_drafts(rows(text, draft), [text], [draft])
         assert alone == together[number]
         assert all((each.logprobs is None) == (text.params.logprobs is None) for each in alone)
