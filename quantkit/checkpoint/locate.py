@@ -18,13 +18,9 @@ def locate(model: str) -> Path:
     """
     if model == "demo":
         return demo_folder()
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = local_folder(model)
+    if path is not None:
         return path
-    if path.exists():
-        raise CheckpointError(f"{path}: is a file; name the folder that holds config.json and the shards")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"{model}: no such folder (a Hub id looks like 'owner/name'; the embedded model is 'demo')")
     from huggingface_hub import snapshot_download  # slow to import, and only needed here
 
     try:
@@ -34,6 +30,24 @@ def locate(model: str) -> Path:
         raise CheckpointError(
             f"{model}: no such folder, and the Hub does not give it ({reason}); check the name and the network"
         ) from error
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder that MODEL names; None for "demo" and for a Hub id, which are fetched. Imports no large library.
+
+    Raises:
+        CheckpointError: MODEL is a file, or neither a folder that exists nor a Hub id.
+    """
+    if model == "demo":
+        return None
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; name the folder that holds config.json and the shards")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such folder (a Hub id looks like 'owner/name'; the embedded model is 'demo')")
+    return None
 
 
 def hub_id(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Options whose values are the names in a registry."""
+"""Options and arguments whose values are the names in a registry."""
 
 from typing import Any
 
@@ -17,10 +17,21 @@ def choice(registry: Registry[Any], *names: str, help: str) -> Any:
         help: the option's help text.
     """
 
+    return typer.Option(*names, help=help, **_names_of(registry))
+
+
+def choice_argument(registry: Registry[Any], *, help: str) -> Any:
+    """A typer argument whose value must be a name in `registry`; see `choice`."""
+    return typer.Argument(help=help, **_names_of(registry))
+
+
+def _names_of(registry: Registry[Any]) -> dict[str, Any]:
+    """What an option and an argument have in common."""
+
     def check(name: str | None) -> str | None:
         try:
             return None if name is None else registry.require(name)
         except UnknownNameError as error:
             raise typer.BadParameter(str(error)) from None
 
-    return typer.Option(*names, callback=check, metavar="|".join(registry), autocompletion=complete.names(registry), help=help)
+    return {"callback": check, "metavar": "|".join(registry), "autocompletion": complete.names(registry)}

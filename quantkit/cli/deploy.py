@@ -6,20 +6,20 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from quantkit.cli import options
+from quantkit.cli.choice import choice_argument
 from quantkit.cli.verb import verb
 from quantkit.errors import QuantkitError
+from quantkit.formats.servers import SERVERS
 
 
 @verb(example="Example: quantkit deploy vllm demo-w4 --tensor-parallel 3 -- --max-model-len 4096")
 def deploy(
-    engine: Annotated[
-        Literal["vllm", "sglang"], typer.Argument(metavar="vllm|sglang", help="Engine that will serve the model.")
-    ],
+    engine: Annotated[str, choice_argument(SERVERS, help="Engine that will serve the model.")],
     model: options.Model,
     extra: Annotated[
         list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Further options, passed to the engine unchanged.")
@@ -52,7 +52,7 @@ def _become(engine: str, command: list[str]) -> None:
     """Replace this process by the engine, so that signals and exit status are the engine's own.
 
     Raises:
-        QuantkitError: it is not installed.
+        QuantkitError: the engine is not installed.
     """
     program = sys.executable if command[0] == "python" else shutil.which(command[0])
     if program is None or find_spec(engine) is None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit.checkpoint.locate import local_folder
 from quantkit.cli import complete, options
 from quantkit.cli.engine_options import EngineOptions
 from quantkit.cli.verb import verb
@@ -103,6 +104,9 @@ def evaluate(
         require_measurable(Path(model))
     if kv_dtype is not None:
         require_kv_dtype(kv_dtype)
+    for name in (model, baseline):
+        if name is not None:
+            local_folder(name)  # refuses a wrong name before torch is imported
     if speed:
         if gated or tasks is not None:
             raise RecipeError("--speed does not measure quality, so it excludes gates and --tasks; run eval twice")

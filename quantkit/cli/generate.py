@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantkit.checkpoint.locate import local_folder
 from quantkit.cli import options
 from quantkit.cli.engine_options import LESS_MEMORY, EngineOptions, with_engine
 from quantkit.cli.verb import verb
@@ -90,6 +91,7 @@ def generate(
     if logprobs is not None and json_file is None:
         raise RequestError("--logprobs are written to --json only; add --json FILE, or --json - for stdout")
     schema = None if json_schema is None else _read_schema(json_schema)
+    local_folder(model)  # refuses a wrong name before torch is imported
 
     from quantkit.cli import tables
     from quantkit.cli.completions import Completions

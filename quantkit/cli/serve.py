@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from quantkit.checkpoint.locate import local_folder
 from quantkit.cli import options
 from quantkit.cli.engine_options import LESS_MEMORY, EngineOptions, with_engine
 from quantkit.cli.verb import verb
@@ -54,6 +55,7 @@ def serve(
     if api_key == "":
         raise QuantkitError("--api-key is empty; give a key, or set neither --api-key nor QUANTKIT_API_KEY")
     size = options.byte_size(max_body, "--max-body")
+    local_folder(model)  # refuses a wrong name before torch is imported
     try:
         from quantkit.server.app import ServerConfig, create_app
         from quantkit.server.process import run

@@ -37,12 +37,12 @@ def deployment(checkpoint: Checkpoint, model: str, engine: str, gpus: int, extra
     Args:
         checkpoint: the model.
         model: the model as the engine is told it: a folder or a Hub id.
-        engine: one of `SERVERS`.
+        engine: a name in `SERVERS`.
         gpus: number of GPUs that every matrix is split across.
         extra: further arguments for the engine.
 
     Raises:
-        FormatError: the engine does not load it; the message says what it would load.
+        FormatError: the engine does not load the model; the message says what to do instead.
         RecipeError: the model cannot be split across this number of GPUs.
     """
     server, found = SERVERS[engine], list[str]()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from quantkit.formats.artifact import PackedReader
 from quantkit.formats.base import support_of
+from quantkit.utils.registry import Registry
 
 _HEAD = "lm_head"
 
@@ -22,16 +23,22 @@ class Server:
     command: Callable[[str, int], list[str]]
 
 
-SERVERS = {
-    "vllm": Server(
-        "vLLM",
-        lambda model, gpus: ["vllm", "serve", model, "--tensor-parallel-size", str(gpus)],
-    ),
-    "sglang": Server(
-        "SGLang",
-        lambda model, gpus: ["python", "-m", "sglang.launch_server", "--model-path", model, "--tp-size", str(gpus)],
-    ),
-}
+def _vllm_command(model: str, gpus: int) -> list[str]:
+    return ["vllm", "serve", model, "--tensor-parallel-size", str(gpus)]
+
+
+def _sglang_command(model: str, gpus: int) -> list[str]:
+    return ["python", "-m", "sglang.launch_server", "--model-path", model, "--tp-size", str(gpus)]
+
+
+#: Name of the engine's Python package, which is also the first argument of `quantkit deploy` -> server.
+SERVERS: Registry[Server] = Registry(
+    "engine",
+    {
+        "vllm": (Server("vLLM", _vllm_command), "The vLLM server."),
+        "sglang": (Server("SGLang", _sglang_command), "The SGLang server."),
+    },
+)
 
 
 def refusal(packed: PackedReader, server: Server) -> str:
@@ -40,7 +47,7 @@ def refusal(packed: PackedReader, server: Server) -> str:
     if not engine.loads:
         return engine.note
     if _HEAD in packed.modules and server.name not in packed.format.quantized_head:
-        return f"treats the quantized output head of a {packed.format.name} artifact as a dense one"
+        return f"takes the quantized output head of a {packed.format.name} artifact for a dense one"
     return ""
 
 

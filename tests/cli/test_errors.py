@@ -17,13 +17,13 @@ MEMORY = "error: memory ran out; free some, lower --kv-memory or --max-batch, or
     [(KeyboardInterrupt(), 130, "error: interrupted\n"), (MemoryError(), 2, MEMORY)],
 )
 def test_verbs_that_run_the_engine(
-    monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...], error: BaseException, status: int, line: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: tuple[str, ...], error: BaseException, status: int, line: str
 ) -> None:
     def fails(_: EngineOptions, model: str) -> None:
         raise error
 
     monkeypatch.setattr(EngineOptions, "open", fails)
-    done = quantkit(verb[0], Path("model"), *verb[1:])
+    done = quantkit(verb[0], tmp_path, *verb[1:])
     assert (done.status, done.err) == (status, line)
 
 

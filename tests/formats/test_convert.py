@@ -1,4 +1,4 @@
-"""`convert`: the same weights to the last bit in another format, there and back, or a refusal that leaves nothing behind."""
+"""`convert` keeps every weight bit for bit, there and back; a refused conversion leaves no files."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ Artifact = Callable[[str, str], Path]
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """(grid, format) -> a tiny llama of two blocks quantized so, over several shards; made once. Read only."""
+    """(grid, format) -> a tiny quantized llama of two blocks in several shards; made once. Read only."""
     root = tmp_path_factory.mktemp("artifacts")
     model = tiny.make_model(root / "model", num_hidden_layers=2)
 
@@ -74,14 +74,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several shards of tiny models; and no flushing, which takes most of the time and is not what is tested."""
+    """Split tiny models into several shards, and skip flushing, which takes most of the time and is not tested here."""
     monkeypatch.setattr(writer, "SHARD_BYTES", 40_000)
     monkeypatch.setattr(writer, "sync", lambda path: None)
     monkeypatch.setattr(files, "sync", lambda path: None)
 
 
 def dense(folder: Path) -> dict[str, Tensor]:
-    """Every weight of an artifact in float32 (dequantized where packed) and every other tensor as it is."""
+    """All weights of an artifact in float32 (packed ones dequantized), and all other tensors unchanged."""
     checkpoint = Checkpoint(folder)
     packed = PackedReader(checkpoint)
     plain = [name for name in checkpoint.tensors if name.rpartition(".")[2] not in packed.format.suffixes]
@@ -89,7 +89,7 @@ def dense(folder: Path) -> dict[str, Tensor]:
 
 
 def plan(folder: Path) -> dict[str, Scheme | None]:
-    """What config.json says of every matrix, packed or not."""
+    """The scheme that config.json states for every matrix, packed or not."""
     checkpoint = Checkpoint(folder)
     modules = [name.removesuffix(".weight") for name, tensor in dense(folder).items() if tensor.dim() == 2]
     config = checkpoint.config["quantization_config"]
@@ -97,7 +97,7 @@ def plan(folder: Path) -> dict[str, Scheme | None]:
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder as it lies on disk."""
+    """Every tensor of a folder, as stored."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
@@ -109,7 +109,7 @@ def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def refused(source: Path, out: Path, form: str, kind: type[QuantkitError], *, overwrite: bool = False) -> str:
-    """The one line with which a conversion is refused; nothing may be left of it."""
+    """The error line of a refused conversion, which must leave no files."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(kind) as caught:
         convert(source, out, form, overwrite=overwrite)
@@ -119,7 +119,7 @@ def refused(source: Path, out: Path, form: str, kind: type[QuantkitError], *, ov
 
 
 def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
-    """Replace one tensor; returns its shard."""
+    """Replace one tensor; return its shard."""
     shard = Checkpoint(folder).tensors[name].file
     tensors = load_file(shard)
     save_file(tensors | {name: change(tensors[name]).contiguous()}, shard)
@@ -127,7 +127,7 @@ def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -
 
 
 def convert_until(shard: int, source: Path, out: Path, form: str, error: type[BaseException] = KeyboardInterrupt) -> None:
-    """A conversion that ends with `error` when it would write shard number `shard`."""
+    """Run a conversion that fails with `error` when it writes shard number `shard`."""
     write = conversion.write_tensors
 
     def stopping(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -152,7 +152,7 @@ def test_there_and_back(artifact: Artifact, tmp_path: Path, grid: str, a: str, b
 
     convert(tmp_path / "there", tmp_path / "back", a, overwrite=False)
     if b == AWQ and GRIDS[grid][0].get("symmetric", True):
-        # AWQ says nothing of symmetry, so zero points are spelled out on the way back.
+        # AWQ does not record symmetry, so the way back stores the zero points.
         assert_identical(dense(tmp_path / "back"), dense(source))
     else:
         assert_identical(stored(tmp_path / "back"), stored(source))
@@ -267,7 +267,7 @@ def test_an_unfinished_run_of_another_kind_is_kept(artifact: Artifact, tmp_path:
 
 
 def test_scales_that_bfloat16_cannot_hold(artifact: Artifact, tmp_path: Path) -> None:
-    """Another's GPTQ model: float16 scales beside bfloat16 weights."""
+    """A GPTQ model of another tool, with float16 scales and bfloat16 weights."""
     source = shutil.copytree(artifact("w4 sym", GPTQ), tmp_path / "in")
     config = read_json(source / "config.json")
     (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
@@ -290,7 +290,7 @@ def test_scales_that_bfloat16_cannot_hold(artifact: Artifact, tmp_path: Path) ->
 def test_damage_in_the_last_shard(
     artifact: Artifact, tmp_path: Path, suffix: str, change: Any, kind: type[QuantkitError], message: str
 ) -> None:
-    """Found after others were written: they go too."""
+    """The error is found after other shards were written; these are deleted as well."""
     source = shutil.copytree(artifact("w4 sym", GPTQ), tmp_path / "in")
     shard = change_tensor(source, f"model.layers.1.mlp.up_proj.{suffix}", change)
     assert shard.name > min(path.name for path in source.glob("*.safetensors"))
@@ -319,7 +319,7 @@ def test_rows_that_only_seem_to_fill_their_words(tmp_path: Path) -> None:
     assert_identical(dense(tmp_path / "out"), dense(source))
 
 
-# Others' artifacts, and conversions that end early.
+# Artifacts of other tools, and conversions that end early.
 
 
 def test_what_others_leave_out(artifact: Artifact, tmp_path: Path) -> None:

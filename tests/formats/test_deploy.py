@@ -1,4 +1,4 @@
-"""What vLLM and SGLang are told to run, and which artifacts they are kept from."""
+"""The commands that start vLLM and SGLang, and which artifacts `deploy` refuses for them."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ Artifact = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """Tiny llamas of one block: 4 heads, 2 of keys and values, 64 columns, 96 channels. Read only."""
+    """Tiny llamas of one block: 4 heads, 2 KV heads, 64 columns, 96 channels. Read only."""
     root = tmp_path_factory.mktemp("artifacts")
     model = tiny.make_model(root / "model", num_hidden_layers=1, intermediate_size=96)
 
@@ -84,8 +84,8 @@ def test_commands(artifact: Artifact, name: str, engine: str) -> None:
         ("w4 asym gptq", "sglang", "needs 4 or 8 bits, symmetric", "--format compressed-tensors`"),
         ("w4 awq", "sglang", "mixture-of-experts", "--format compressed-tensors`"),
         ("w3", "sglang", "needs 4 or 8 bits", "`quantkit serve "),
-        ("w4 head", "sglang", "treats the quantized output head", "--format gptq`"),
-        ("w4 asym head", "sglang", "treats the quantized output head", "`quantkit serve "),
+        ("w4 head", "sglang", "takes the quantized output head", "--format gptq`"),
+        ("w4 asym head", "sglang", "takes the quantized output head", "`quantkit serve "),
     ],
 )
 def test_what_an_engine_does_not_load(
@@ -99,9 +99,9 @@ def test_what_an_engine_does_not_load(
     assert reason in message
     assert remedy in message
     if "--format" in remedy:
-        # The advice is good: the engine loads what comes of it.
-        form = remedy.removeprefix("--format ").removesuffix("`")
-        convert(folder, tmp_path / "out", form, overwrite=False)
+        # The advice is good: the engine loads the converted artifact.
+        format_name = remedy.removeprefix("--format ").removesuffix("`")
+        convert(folder, tmp_path / "out", format_name, overwrite=False)
         assert _deploy(tmp_path / "out", engine).command
 
 
@@ -109,7 +109,7 @@ def test_what_an_engine_does_not_load(
     ("name", "gpus", "problem"),
     [
         ("dense", 3, "4 attention heads are not divisible by 3"),
-        ("dense", 4, None),  # keys and values of two heads are copied
+        ("dense", 4, None),  # the two KV heads are replicated
         ("w4", 2, None),
         ("w4", 4, "mlp.down_proj: a part of 24 columns is not a multiple of the group size 16"),
         ("w4 channel", 4, None),
@@ -127,7 +127,7 @@ def test_how_many_gpus(artifact: Artifact, name: str, gpus: int, problem: str | 
     message = str(caught.value)
     assert f"--tensor-parallel {gpus}: " in message
     assert problem in message
-    # What it proposes instead is possible, and all that is.
+    # It proposes exactly the numbers of GPUs that are possible.
     fitting = [int(each) for each in message.split(" fits ")[1].removesuffix(" GPUs").split(", ")]
     possible = []
     for n in range(1, 5):
@@ -171,7 +171,7 @@ def test_the_verb(artifact: Artifact) -> None:
 
 
 def test_run(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process becomes the engine, where it is installed."""
+    """The engine replaces the process, if it is installed."""
     assert "vllm is not installed here" in refused("deploy", "vllm", artifact("dense"), "--run")
     became: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(verb.shutil, "which", lambda name: f"/bin/{name}")

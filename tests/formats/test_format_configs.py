@@ -1,4 +1,4 @@
-"""What the formats write into config.json, what they read out of it, and what they say they cannot hold."""
+"""What the formats write to and read from config.json, and which schemes they refuse."""
 
 import json
 import re
@@ -24,13 +24,13 @@ MODULES = [f"model.layers.{block}.{matrix}" for block in BLOCKS for matrix in MA
 
 
 def plan_of(main: Scheme | None, **others: Scheme | None) -> dict[str, Scheme | None]:
-    """Every matrix as `main`, except those whose path holds a key of `others`; the head in 16 bit."""
+    """The scheme `main` for every matrix, except for those whose path contains a key of `others`; the head in 16 bit."""
     plan = {name: next((own for part, own in others.items() if part in name), main) for name in MODULES}
     return plan | {"lm_head": None}
 
 
 def read_back(form: Any, plan: ModuleSchemes) -> dict[str, Scheme | None]:
-    """The plan as another program finds it: through JSON."""
+    """The schemes after a round trip through JSON, as another program reads them."""
     return form.schemes(json.loads(json.dumps(form.config(plan))), list(plan))
 
 
@@ -85,14 +85,14 @@ def test_awq_config() -> None:
     }
 
 
-# Plans there and back.
+# Schemes there and back.
 
 schemes = st.builds(Scheme, st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1, 32, 128]), st.booleans())
 
 
 @st.composite
 def plans(draw: st.DrawFn, *, mixed_symmetry: bool) -> dict[str, Scheme | None]:
-    """Any scheme or none for any matrix, few enough of them that blocks often agree."""
+    """Any scheme or none for every matrix, from so small a choice that blocks often agree."""
     chosen = draw(st.lists(schemes, min_size=1, max_size=3))
     if not mixed_symmetry:
         chosen = [Scheme(s.bits, s.group_size, chosen[0].symmetric) for s in chosen]
@@ -158,7 +158,7 @@ def test_gptq_rules_reach_the_names_of_merged_matrices() -> None:
     }
 
 
-# Configs of others.
+# Configs of other tools.
 
 
 def ct_config(**groups: tuple[list[str], dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every bit of the three layouts against slow references; encode and decode as inverses; tensors that others wrote."""
+"""Every bit of the three layouts against slow references; encode and decode as inverses; tensors that other tools wrote."""
 
 from typing import Any
 
@@ -169,7 +169,7 @@ def test_no_format_rounds_a_scale(form: Any) -> None:
         form.encode(weight, torch.bfloat16)
 
 
-# What others wrote.
+# Tensors of other tools.
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -179,12 +179,12 @@ def test_gptq_v1_asymmetric_stores_one_less(bits: int) -> None:
     tensors = GPTQ.encode(weight, torch.float16)
     tensors["qzeros"] = torch.tensor(slow_formats.gptq(weight, version=1)["qzeros"], dtype=torch.int32)
     assert_same(GPTQ.decode(tensors, weight.scheme, V1), weight)
-    assert_same(GPTQ.decode(tensors, weight.scheme, {"quant_method": "gptq"}), weight)  # v1 is what no key means
+    assert_same(GPTQ.decode(tensors, weight.scheme, {"quant_method": "gptq"}), weight)  # without the key it is v1
 
 
 @pytest.mark.parametrize(("bits", "ones"), [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])
 def test_gptq_v1_underflow_is_read_as_gptqmodel_writes_it(bits: int, ones: int) -> None:
-    """It subtracts 1 from all fields of a word at once: a zero point of 0 is stored as the largest and borrows."""
+    """GPTQModel subtracts 1 from all fields of a word at once: a zero point of 0 wraps to the largest value and borrows."""
     weight = make_weight(Scheme(bits, 32, False), 32, 96)
     assert (weight.zeros == 0).any()
     tensors = GPTQ.encode(weight, torch.float16)
@@ -219,7 +219,7 @@ def test_permuted_g_idx_is_refused() -> None:
 
 
 def test_symmetric_gptq_with_other_zero_points_is_refused() -> None:
-    """Engines that trust `sym` would compute other weights than those that trust `qzeros`."""
+    """Engines that trust `sym` would compute other weights than engines that trust `qzeros`."""
     weight = make_weight(Scheme(4, 32, True), 32, 96)
     tensors = GPTQ.encode(weight, torch.float16)
     with pytest.raises(FormatError, match=r"\Aconfig.json says symmetric, but not all zero points are 8; .*\Z"):
@@ -231,7 +231,7 @@ WRONG = [(form, suffix, how) for form in FORMATS.values() for suffix in form.suf
 
 @pytest.mark.parametrize(("form", "suffix", "how"), WRONG, ids=lambda value: getattr(value, "name", value))
 def test_a_tensor_of_another_shape_or_dtype_is_refused(form: Any, suffix: str, how: str) -> None:
-    """Above all what would broadcast or be padded in silence."""
+    """Above all shapes that would silently be broadcast or padded."""
     weight = make_weight(Scheme(4, 32, False), 32, 96)
     tensors = form.encode(weight, torch.float16)
     right = tensors[suffix]

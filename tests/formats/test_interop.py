@@ -1,4 +1,4 @@
-"""Artifacts in the hands of a reader that is not ours: transformers with compressed-tensors."""
+"""Artifacts that another program reads: transformers with compressed-tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from quantkit.recipe import Calibration, Recipe, Rule
 
 pytestmark = [
     pytest.mark.interop,
-    # transformers says that it keeps the artifact's own config beside `dequantize`, which is what we want.
+    # transformers warns that it keeps the artifact's own config in addition to `dequantize`; that is intended.
     pytest.mark.filterwarnings("ignore:You passed `quantization_config`"),
 ]
 
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
 
 
 def quantized(folder: Path, family: str, dtype: torch.dtype, recipe: dict[str, Any]) -> tuple[Path, Path]:
-    """A tiny model and what `recipe` makes of it."""
+    """A tiny model, and the artifact that `recipe` makes from it."""
     model, out = tiny.make_model(folder / "model", family, dtype=dtype), folder / "out"
     chosen = Recipe(calibration=Calibration(samples=8, seq_len=64), **recipe)
     quantize_model(QuantizeRequest(model, out, chosen, torch.device("cpu"), max_memory=1 << 30, overwrite=False), Mock())
@@ -57,7 +57,7 @@ def quantized(folder: Path, family: str, dtype: torch.dtype, recipe: dict[str, A
 
 
 def with_our_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """transformers' model of the artifact's architecture in float32, holding what we dequantize, rounded to `dtype`."""
+    """transformers' float32 model of the artifact's architecture, with the weights that we dequantize, rounded to `dtype`."""
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -82,7 +82,7 @@ def test_transformers_computes_with_our_weights(tmp_path: Path, case: str) -> No
     symmetric = recipe.get("symmetric", True)
     how = {} if symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     theirs = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **how).eval())
-    # Symmetric weights are dequantized in the dtype asked for, asymmetric ones in that of their scales.
+    # Symmetric weights are dequantized in the requested dtype, asymmetric ones in the dtype of their scales.
     ours = logits(with_our_weights(out, torch.float32 if symmetric else dtype))
     # With equal weights only the order of float32 sums can differ. Dot products of up to 128 terms round by about
     # sqrt(128) * 2^-24 = 7e-7, relative. A single 4-bit code that is off by one moves some logit by 3e-4 of the largest, a
@@ -107,14 +107,14 @@ def test_compressed_tensors_unpacks_what_we_pack(bits: int, shape: tuple[int, in
 
 
 def test_rotated_artifacts_are_refused_by_name(tmp_path: Path) -> None:
-    """transformers passes over transform_config, and must not compute without the transform."""
+    """transformers ignores transform_config, so it must refuse the model instead of computing without the transform."""
     _, out = quantized(tmp_path, "llama", torch.float32, {"group_size": 32, "rotate": True, "method": "rtn"})
     with pytest.raises(ValueError, match="quantkit-rotated"):
         AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_the_transform_is_what_compressed_tensors_says_it_is(tmp_path: Path) -> None:
-    """Its own reading of our transform_config: rotates inputs as we do, and takes what we do to weights for its inverse."""
+    """compressed-tensors rotates inputs as we do when it reads our transform_config, and takes our rotation of weights as inverse."""
     config = add_transform({"config_groups": {}}, OnlineHadamard(r".*\.mlp\.down_proj$", 16))["transform_config"]
     model = nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": nn.Linear(48, 5), "up_proj": nn.Linear(48, 5)})})
     model = nn.ModuleDict({"0": model})

@@ -1,4 +1,4 @@
-"""The card of an artifact: metadata as the Hub reads it, licences, the source's own card, and measured numbers."""
+"""The model card of an artifact: metadata for the Hub, licences, the source's own card, and measured numbers."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def test_a_source_that_says_nothing(made: Make, tmp_path: Path) -> None:
 
 
 def test_what_the_source_states(made: Make) -> None:
-    """Copied as it is stated, Norwegian too; what is no text is left out."""
+    """Copied as stated, even `no` for Norwegian, which YAML reads as false; values that are not text are left out."""
     licence = "license: other\nlicense_name: tiny-1.0\nlicense_link: https://example.org/l\n"
     shown = "language: [no, en]\npipeline_tag: text-generation\nlibrary_name: transformers\n"
     own = f"---\n{licence}{shown}base_model: org/Original\ndatasets: [a]\n---\n# Mine\n"
@@ -121,7 +121,7 @@ def test_licences(made: Make, given: dict[str, str | bytes], licence: str | None
 
 
 def test_a_source_from_the_hub(made: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its id comes before the model that it was trained from."""
+    """The Hub id of the source is listed before the model that the source was trained from."""
     out = made({"README.md": "---\nbase_model: org/Older\n---\n"}, "models--org--My-Model/snapshots/0123")
     metadata, body = card(out)
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("org/My-Model", "quantized")
@@ -143,7 +143,7 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_runs_write_the_same_card(made: Make, tmp_path: Path) -> None:
-    """Under other names, of folders that lie elsewhere."""
+    """The card depends neither on names nor on locations of folders."""
     given = {"README.md": "---\nlicense: mit\n---\nhello", "text.txt": "word " * 2000}
     first, second = made(given, "a"), made(given, "b/c")
     assert (first / "README.md").read_bytes() == (second / "README.md").read_bytes()
@@ -154,7 +154,7 @@ def test_two_runs_write_the_same_card(made: Make, tmp_path: Path) -> None:
 
 
 def test_converting_goes_on_from_the_original(made: Make, tmp_path: Path) -> None:
-    """There and back: the same card, and the source's own is still there; measured numbers are not taken along."""
+    """There and back: the same card, with the source's own card kept; measured numbers are not copied."""
     own = "---\nlicense: mit\nlanguage: no\n---\n# Mine\n"
     out = made({"README.md": own}, "models--org--Mine/snapshots/1")
     before = (out / "README.md").read_bytes()
@@ -183,10 +183,10 @@ def test_converting_what_another_tool_made(made: Make, tmp_path: Path) -> None:
 
 
 def test_a_quantized_head_is_told(made: Make) -> None:
-    """SGLang loads such an artifact as long as the head is in 16 bit."""
+    """SGLang loads such an artifact only if the head is in 16 bit."""
     _, body = card(made({}, symmetric=True, rules=({"match": "lm_head", "bits": 8},)))
     assert "# A `llama` model, 4-bit and 8-bit weights" in body
-    assert "| SGLang | no: treats the quantized output head of a compressed-tensors artifact as a dense one |  |" in body
+    assert "| SGLang | no: takes the quantized output head of a compressed-tensors artifact for a dense one |  |" in body
     assert "| vLLM | yes, its output head is quantized" in body
 
 
@@ -225,7 +225,7 @@ def test_killed_while_writing(made: Make, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_eval_writes_the_card(made: Make, tiny_model: Path, tmp_path: Path) -> None:
-    """Twice: the same bytes, and no path of this machine."""
+    """Two runs write the same bytes, without paths of the machine."""
     out = made({})
     command = ("eval", out, "--baseline", tiny_model, "--windows", "2", "--seq-len", "32", "--write-card", "-q")
     assert quantkit(*command, "--json", tmp_path / "report.json").status == 0
@@ -243,7 +243,7 @@ def test_eval_writes_the_card(made: Make, tiny_model: Path, tmp_path: Path) -> N
 
 
 def test_eval_refuses_what_has_no_card(made: Make, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is computed."""
+    """It is refused before anything is computed."""
     out = made({})
     monkeypatch.setattr("quantkit.evaluation.run.run_evaluation", Mock(side_effect=AssertionError))
     card_of = ("--baseline", tiny_model, "--write-card")

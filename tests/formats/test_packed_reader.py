@@ -1,4 +1,4 @@
-"""Packed matrices on disk, ours and damaged ones: `artifact.PackedReader` gives weights or one clear line."""
+"""Packed matrices on disk, intact or damaged: `artifact.PackedReader` returns weights or raises an error of one clear line."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ WEIGHT = make_weight(SCHEME, 32, 96)
 MODULE = "model.layers.0.mlp.down_proj"
 
 _UNCHECKED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-#: The examples of a property share one folder; each writes it anew.
+#: All examples of a property test share one folder; each rewrites it.
 SHARED = settings(max_examples=60, deadline=None, suppress_health_check=_UNCHECKED)
 
 
@@ -63,7 +63,7 @@ def test_stored_bits_count_scales_and_zero_points_once(tmp_path: Path, form: str
 
 
 def test_a_null_quantization_config_means_dense(tmp_path: Path) -> None:
-    """As transformers takes it."""
+    """transformers reads it the same way."""
     weight = torch.randn(4, 8)
     checkpoint = written(tmp_path, None, {"x.weight": weight})
     assert torch.equal(dense_reader(checkpoint)(["x.weight"])["x.weight"], weight)
@@ -96,7 +96,7 @@ def test_packed_but_not_quantized_is_refused(tmp_path: Path, form: str) -> None:
 
 @pytest.mark.parametrize("change", [lambda t: t.to(torch.int64), lambda t: t[None], lambda t: t[:0], lambda t: t.flatten()])
 def test_packing_of_another_kind_is_refused(tmp_path: Path, change: Any) -> None:
-    """GPTQ into words of another width, stacked experts."""
+    """GPTQ with words of another width, or with stacked experts."""
     tensors = packed_tensors("gptq")
     name = f"{MODULE}.qweight"
     tensors[name] = change(tensors[name]).contiguous()
@@ -184,7 +184,7 @@ def test_any_damage_to_the_tensors(tmp_path: Path, form: str, data: st.DataObjec
 
 
 def test_a_gptq_matrix_with_dynamic_act_order_is_read_sorted_and_dense(tmp_path: Path) -> None:
-    """What AutoGPTQ's desc_act writes: column k belongs to group g_idx[k], in any order."""
+    """Tensors as AutoGPTQ writes them with desc_act: column k belongs to group g_idx[k], in any order."""
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     shuffled = replace(WEIGHT, codes=WEIGHT.codes[:, order].contiguous())
     tensors = FORMATS["gptq"].encode(shuffled, torch.float16)

@@ -1,4 +1,4 @@
-"""Dense bit packing against a big Python integer."""
+"""Dense bit packing, compared with one big Python integer per row."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from quantkit.formats.packing import pack, unpack, words
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
-    """Bits, and rows of equal length that fit them."""
+    """A number of bits, and rows of equal length with values of that many bits."""
     bits, count = draw(st.integers(1, 8)), draw(st.integers(1, 70))
     row = st.lists(st.integers(0, 2**bits - 1), min_size=count, max_size=count)
     return bits, draw(st.lists(row, min_size=1, max_size=3))
@@ -44,7 +44,7 @@ def test_full_words_are_minus_one(bits: int) -> None:
 
 
 def test_any_memory_layout_packs_alike() -> None:
-    """Formats pack transposed views."""
+    """Formats pack transposed views, which are not contiguous."""
     values = torch.arange(64).view(8, 8) % 16
     assert torch.equal(pack(values.T, 4), pack(values.T.contiguous(), 4))
 

@@ -1,4 +1,4 @@
-"""A format is one registry line: a format that a test registers works everywhere, from the command line to `deploy`."""
+"""A format needs one registry entry: a format that a test registers works everywhere, from the command line to `deploy`."""
 
 import json
 from collections.abc import Iterator, Mapping

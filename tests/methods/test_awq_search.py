@@ -1,4 +1,4 @@
-"""AWQ's search and clipping: what is scored from the Hessian is what running the module would have measured."""
+"""AWQ's search and clipping: the errors computed from the Hessian are those of running the module."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ PARTS = [(weights(24, 96, seed=1), Scheme(4, 32, True)), (weights(300, 96, seed=
 
 
 def _measured(x: Tensor, scale: Tensor) -> float:
-    """||X dW^T||^2 over all parts, run as the artifact will: inputs divided by the scale, weights quantized times it."""
+    """||X dW^T||^2 over all parts, as the artifact computes it: divides inputs by the scale, quantizes weights times the scale."""
     total = 0.0
     for weight, scheme in PARTS:
         rounded = rtn(weight * scale, scheme, BF16).dequantize().double()
@@ -35,7 +35,7 @@ def test_error_is_that_of_running_the_module() -> None:
     x = activations(96)
     found = search_channel_scale(PARTS, second_moment(x), BF16, UNTIED)
     assert 0 < found.ratio <= 1
-    # Both sum the same products, one in float32 by way of the Hessian, the other in float64 token by token.
+    # Both sum the same products, one in float32 through the Hessian, the other in float64 token by token.
     assert found.error == pytest.approx(_measured(x, found.scale) / _measured(x, torch.ones(96)), rel=1e-4)
     assert found.error < 0.95
 
@@ -46,7 +46,7 @@ def test_no_ratio_is_better() -> None:
     magnitude = x.double().square().mean(0).sqrt().float()
     plain = _measured(x, torch.ones(96))
     best = min(_measured(x, magnitude**ratio / (magnitude**ratio).mean()) for ratio in RATIOS)
-    # Another normalisation of the same scale changes only how stored grid scales round: 2^-9 of a step.
+    # Another normalization of the same scale only changes the rounding of stored grid scales, by 2^-9 of a step.
     assert found.error <= 1.01 * best / plain
 
 

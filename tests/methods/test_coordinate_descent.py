@@ -1,4 +1,4 @@
-"""Coordinate descent: never worse, and where it stops no single step helps."""
+"""Coordinate descent never makes the loss worse, and stops where no single step helps."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_never_worse_than_its_start(scheme: Scheme, seed: int, passes: int, roun
     better = coordinate_descent(weight, start, hessian, BF16, passes)
     assert_sound(better, 6, columns, BF16)
     before, after = _row_losses(weight, start, hessian), _row_losses(weight, better, hessian)
-    # Steps are judged in float32, where the objective of a row is a sum of 96 products: 1e-6 of the signal's own size.
+    # Steps are compared in float32, where the objective of a row is a sum of 96 products: 1e-6 of the signal's own size.
     signal = ((weight.double() @ hessian.double()) * weight.double()).sum(-1)
     assert bool((after <= before + 1e-6 * signal).all())
 
@@ -53,8 +53,8 @@ def test_lowers_the_objective_of_plain_rounding(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 16, True), Scheme(3, 32, False), Scheme(4, -1, False)], ids=str)
 def test_stops_only_where_no_code_can_move(scheme: Scheme) -> None:
-    # The pull H @ E is carried along from step to step and never computed anew within a sweep. Were it stale anywhere, inside
-    # a group or across groups, codes would come to rest beside the minimum that is computed from scratch here.
+    # H @ E is updated at every step and never recomputed within a pass. If it were stale anywhere, inside a group or across
+    # groups, the codes would miss the minimum that is computed from scratch here.
     hessian, weight = _damped(96), weights(8, 96)
     found = coordinate_descent(weight, rtn(weight, scheme, BF16), hessian, BF16, passes=60)
     again = coordinate_descent(weight, found, hessian, BF16, passes=1)
@@ -80,8 +80,8 @@ def test_no_sweep_changes_nothing() -> None:
 
 @pytest.mark.parametrize(("scale", "zero"), [(1.0, 0), (1.25, 0), (0.8, 0), (1.0, 1), (1.0, -1)])
 def test_finds_the_grid_again(scale: float, zero: int) -> None:
-    # A weight on a grid whose scales or zero points are then bent. Groups do not touch in this Hessian, so the codes are
-    # still the best ones and the first refit of every group leads straight back, to the bit.
+    # The weight lies on a grid whose scales or zero points are then changed. This Hessian has no entries between groups, so
+    # the codes are still the best ones, and the first refit of every group restores the grid bit for bit.
     scheme, block = Scheme(4, 16, False), _damped(16)
     exact = rtn(weights(8, 96), scheme, BF16)
     zeros = (exact.zeros + float(zero)).clamp(0, 15).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""GPTQ against the paper's algorithm, written so slowly that it is obviously right."""
+"""GPTQ, compared with a slow and simple version of the paper's algorithm."""
 
 from functools import cache
 
@@ -32,7 +32,7 @@ def _problem(columns: int, act_order: bool) -> tuple[Tensor, HessianFactor]:
 
 @cache
 def _first_rows(columns: int, act_order: bool) -> list[Tensor]:
-    """First row of the inverse of the remaining Hessian at every step, inverted anew each time in float64."""
+    """First row of the inverse of the remaining Hessian at every step, each inverted from scratch in float64."""
     _, factor = _problem(columns, act_order)
     return [torch.linalg.inv(factor.hessian.double()[left][:, left])[0] for left in (factor.order[j:] for j in range(columns))]
 
@@ -61,10 +61,10 @@ def _assert_follows_the_paper(
 ) -> None:
     levels = quantized.scheme.levels
     wanted = _wanted_codes(weight, quantized, factor, first_rows)
-    # Beyond the ends of the grid only the end is left to choose.
+    # Values beyond the ends of the grid must get the code of that end.
     missed = (wanted.clamp(0, levels) - quantized.codes).abs()
     assert float(missed.max()) <= 0.5 + NEAR
-    # Values are spread evenly between grid points, so at most 2 * NEAR of them lie so near a tie that either code is right.
+    # Values lie evenly between grid points, so at most a share of 2 * NEAR is so close to a tie that either code is right.
     other = wanted.round().clamp(0, levels) != quantized.codes
     assert float(other.double().mean()) <= 2 * NEAR
 
@@ -82,7 +82,7 @@ def test_codes_are_the_papers(rows: int, columns: int, scheme: Scheme, act_order
 
 @pytest.mark.parametrize("columns", [128, 288])
 def test_error_crosses_the_runs(columns: int) -> None:
-    # 288 columns are two full runs and a part of a third: what run 1 loses must reach run 3.
+    # 288 columns are two full runs and a part of a third: the error of run 1 must reach run 3.
     _, factor = _problem(columns, True)
     weight, scheme = weights(8, columns), Scheme(3, 32, False)
     quantized = gptq(weight, factor, scheme, BF16, CLIP_RATIOS)
@@ -90,7 +90,7 @@ def test_error_crosses_the_runs(columns: int) -> None:
 
 
 def test_rows_do_not_touch_each_other() -> None:
-    # Stacked matrices must get what each would get alone; products of other shapes may round differently, so up to ties.
+    # Stacked matrices must get the same codes as each alone, except at ties: products of other shapes may round differently.
     _, factor = _problem(160, True)
     parts = [weights(7, 160, seed=1), weights(30, 160, seed=2)]
     stacked = gptq(torch.cat(parts), factor, Scheme(4, 32, True), BF16, CLIP_RATIOS)
@@ -113,7 +113,7 @@ def test_beats_rounding(scheme: Scheme, act_order: bool) -> None:
     hessian, factor = _problem(160, act_order)
     weight = weights(64, 160)
     solved = gptq(weight, factor, scheme, BF16, CLIP_RATIOS)
-    # Both plain rounding and rounding on the very same grids: what is left is what absorbing the error is worth.
+    # Compared with plain rounding, and with rounding on the same grids; the latter shows the effect of compensation alone.
     on_same_grids = quantize_on_grid(weight, scheme, solved.scales, solved.zeros.float())
     for rounded in (rtn(weight, scheme, BF16), on_same_grids):
         assert loss(weight, solved, hessian) < 0.8 * loss(weight, rounded, hessian)
@@ -129,7 +129,7 @@ def test_dead_inputs_cost_nothing_and_disturb_nobody(act_order: bool) -> None:
     weight, scheme = weights(8, 96), Scheme(4, 16, False)
     quantized = gptq(weight, factor, scheme, BF16, CLIP_RATIOS)
     rounded = quantize_on_grid(weight, scheme, quantized.scales, quantized.zeros.float())
-    # Nothing reaches a dead column, so it is plainly rounded; and nothing leaves it, so the others do not see its weights.
+    # No error reaches a dead column, so it is rounded to nearest; none leaves it, so its weights do not affect the others.
     assert torch.equal(quantized.codes[:, dead], rounded.codes[:, dead])
     for step in torch.isin(factor.order, dead).nonzero().flatten().tolist():
         assert not factor.upper[step, step + 1 :].any()

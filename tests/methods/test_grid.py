@@ -1,4 +1,4 @@
-"""Grids: scales that can be stored, ranges that are covered, and a search that is never worse than not searching."""
+"""Grids: scales can be stored, ranges are covered, and the search is never worse than no search."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_every_scale_becomes_one_that_can_be_stored(size: float, negative: bool,
 
 @given(size=st.floats(2.0**-14, 60000.0, width=32), dtype=st.sampled_from(DTYPES))
 def test_storing_a_scale_rounds_it_once(size: float, dtype: torch.dtype) -> None:
-    # Inside float16's normal range only the mantissa is cut: 10 bits for float16, 7 for anything else.
+    # Inside the normal range of float16 only the mantissa is rounded: to 10 bits for float16, to 7 for other dtypes.
     limit = 2.0**-11 if dtype == torch.float16 else 2.0**-8
     stored = float(storable_scales(torch.tensor([size]), dtype))
     assert abs(stored / size - 1) <= limit
@@ -38,7 +38,7 @@ def test_span_covers_its_range(scheme: Scheme, dtype: torch.dtype) -> None:
     assert_storable(scales, dtype)
     points = low + torch.linspace(0, 1, 101)[:, None] * (high - low)
     values = (round_to_grid(points, scales, zeros, scheme.levels) - zeros) * scales
-    # Half a step, and what the ends lose when the stored scale is rounded down by up to 2^-8 of itself.
+    # Half a step, plus the error at the ends of the grid if the stored scale is rounded down by up to 2^-8 of itself.
     missed = ((values - points) / scales).abs().amax(0)
     assert bool((missed <= 0.5 + scheme.levels * 2.0**-8).all())
 
@@ -62,7 +62,7 @@ def test_negative_scales_dequantize() -> None:
 
 
 def _weighted_error(weight: Tensor, scheme: Scheme, importance: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """float64 [N, G]: what `search_qparams` minimises."""
+    """The objective of `search_qparams`, float64 [N, G]."""
     grouped = weight.view(len(weight), scales.shape[1], -1)
     codes = round_to_grid(grouped, scales[..., None], zeros[..., None], scheme.levels)
     change = (codes.double() - zeros[..., None]) * scales[..., None].double() - grouped.double()

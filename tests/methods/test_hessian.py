@@ -24,7 +24,7 @@ def test_mean_is_the_second_moment(columns: int) -> None:
 
 def test_micro_batches_weigh_by_their_tokens() -> None:
     x = activations(24, tokens=500)
-    # The loud part is in the smallest batch: a mean of means would give it 18 times its weight.
+    # The smallest batch has the largest values: a mean of means would give it 18 times its weight.
     x[:7] *= 30
     whole, parts = HessianAccumulator(24, CPU), HessianAccumulator(24, CPU)
     whole.add(x)

@@ -1,4 +1,4 @@
-"""Round to nearest against a loop that anybody can check."""
+"""Round to nearest, compared with a simple loop."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What each method is made of, the drift that GPTQ makes up for, and the fall-back that is said so."""
+"""The parts of each method, the shifted inputs that asymmetric calibration compensates, and the reported fallback to RTN."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def test_each_method_loses_less_than_the_one_before(scheme: Scheme) -> None:
     losses = []
     for settings in (replace(SETTINGS, method=METHODS[method]) for method in ("rtn", "awq", "gptq")):
         losses.append(loss(weight, solve(weight, InputStats(hessian, None, settings), scheme, settings), hessian))
-    # Clipping looks at a group alone, so over the whole matrix it may lose a little; absorbing the error never does.
+    # Clipping is chosen per group, so over the whole matrix it may be slightly worse; compensation never is.
     assert losses[1] < 1.1 * losses[0]
     assert losses[2] < 0.8 * min(losses[:2])
 
@@ -63,7 +63,7 @@ def test_without_inputs_there_is_only_rounding() -> None:
 
 
 def _paired(tokens: int = 300) -> tuple[Tensor, Tensor, HessianAccumulator]:
-    """Inputs, what they were in the original model, and their moments; as many tokens again walk alone."""
+    """Inputs, what they were in the original model, and their moments; a second batch of the same size has no counterpart."""
     reference = activations(48, tokens)
     x = reference + 0.1 * activations(48, tokens, seed=5)
     sums = HessianAccumulator(48, torch.device("cpu"))
@@ -74,7 +74,7 @@ def _paired(tokens: int = 300) -> tuple[Tensor, Tensor, HessianAccumulator]:
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_matched_solves_the_least_squares_problem(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A visible ridge, so that the test would see it missing or applied to W* instead of to the change W* - W.
+    # A large ridge, so that the test notices if it is missing or applied to W* instead of the change W* - W.
     monkeypatch.setattr(asymmetric_calibration, "RIDGE", 0.1)
     x, reference, sums = _paired()
     weight, drift = weights(7, 48).double(), sums.drift()
@@ -175,7 +175,7 @@ def test_the_job_reports_what_it_did() -> None:
         assert all((report.scale_ratio is not None) == method.startswith("awq") for report in reports)
         assert all(0 < report.output_error < 0.1 for report in reports)
         assert all(0 < report.saturation < 1 for report in reports)
-        # A bit more is worth about 6 dB; the two differ by one bit and by their weights.
+        # One more bit gains about 6 dB; the two differ by one bit and by their weights.
         assert reports[0].snr_db > reports[1].snr_db + 3
 
 

@@ -1,4 +1,4 @@
-"""A method is one registry line: a method that a test registers works everywhere, from the command line to the report."""
+"""A method needs one registry entry: a method that a test registers works everywhere, from the command line to the report."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ def test_quantize_and_inspect_use_the_toy(llama: Path, tmp_path: Path) -> None:
     made = json.loads(report.read_text())
     assert made["recipe"]["method"] == "toy"
     assert {matrix["method"] for matrix in made["matrices"]} == {"toy"}
-    # Half of every weight is lost, so a quarter of the squared signal.
+    # Half of every weight is lost, which is a quarter of the squared signal.
     assert all(matrix["output_error"] == pytest.approx(0.25, abs=0.03) for matrix in made["matrices"])
     shown = quantkit("inspect", out, "--json", "-")
     assert shown.status == 0, shown.err
