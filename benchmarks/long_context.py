@@ -66,7 +66,7 @@ def needle(
 
 
 def main() -> None:
-    """Print one row per policy and budget as it is measured, then everything as JSON."""
+    """Print one row per policy and budget as soon as it is measured, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--text", default="builtin")

@@ -53,7 +53,7 @@ def cell(name: str, base: Path, calibration: Path, evaluation: Path, scratch: Pa
 
 
 def main() -> None:
-    """Print a row a cell as it is measured, then everything as JSON."""
+    """Print one row per cell as soon as it is measured, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path("../shared")
     parser.add_argument("--base", type=Path, help="the quality base; made with --maker when it is not named")

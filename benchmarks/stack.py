@@ -77,7 +77,7 @@ def rows(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]
 
 
 def main() -> None:
-    """Print one row per layer as it is measured, then everything as JSON."""
+    """Print one row per layer as soon as it is measured, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--samples", type=int, default=16)

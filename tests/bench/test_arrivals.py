@@ -1,4 +1,4 @@
-"""When requests are sent."""
+"""The times at which requests are sent."""
 
 import asyncio
 import statistics
@@ -12,7 +12,7 @@ from quantkit.bench.measures import RequestRecord
 
 
 class _Server:
-    """Takes `number + 1` seconds for a request, and counts how many it has at a time."""
+    """A server that takes `number + 1` seconds for request `number`, and counts the requests that run at the same time."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, float]] = []
@@ -57,8 +57,8 @@ def test_arrivals_wait_for_nobody() -> None:
 
 
 def test_arrivals_are_poisson() -> None:
-    """The mean of 20,000 exponential gaps is within 5 standard errors (1 / sqrt(n)) of 1 / rate, and so is their deviation
-    (its relative standard error is sqrt(2 / n) for this distribution); a seed repeats them."""
+    """The mean of 20,000 exponential gaps is within 5 standard errors (1 / sqrt(n)) of 1 / rate, and so is their standard
+    deviation (its relative standard error is sqrt(2 / n) for this distribution). The same seed gives the same gaps."""
     load = Poisson(8.0, seed=1)
     times = load.arrivals(20_001)
     gaps = [8.0 * (after - before) for before, after in pairwise(times)]

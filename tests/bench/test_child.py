@@ -1,4 +1,4 @@
-"""A server as a child process: there while it is needed, gone afterwards, and its last words when it fails."""
+"""A server as a child process: it runs while it is needed, is gone afterwards, and its last output is shown if it fails."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import pytest
 from quantkit.bench import child
 from quantkit.errors import QuantkitError
 
-#: Listens where it is told, answers /health at the third time of asking, and says that SIGTERM ended it.
+#: Listens on the given port, answers the third call of /health, and prints that SIGTERM ended it.
 _SERVER = """
 import http.server, os, signal, sys
 out, arguments = sys.argv[1], sys.argv[2:]

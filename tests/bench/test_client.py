@@ -1,4 +1,4 @@
-"""What a client sees of a server whose every token comes at a known time."""
+"""What a client measures of a server that sends each token at a known time."""
 
 import json
 from typing import Any
@@ -62,7 +62,7 @@ def test_what_is_asked_for() -> None:
 
 
 def test_prompts() -> None:
-    """As long as asked for, of tokens that every vocabulary has, and different from their first tokens on."""
+    """Prompts have the wanted length, use tokens that every vocabulary has, and differ from the first token on."""
     work = Workload(prompt_tokens=40, seed=1)
     prompts = [tuple(work.prompt(number)) for number in range(200)]
     assert all(len(prompt) == 40 and min(prompt) >= 3 and max(prompt) <= 255 for prompt in prompts)
@@ -101,7 +101,7 @@ def test_a_request_that_takes_too_long() -> None:
 
 
 def test_a_run() -> None:
-    """Two clients, two requests each of 1 + 4 * 0.25 s, behind an unmeasured one."""
+    """Two clients with two requests each, which take 1 + 4 * 0.25 s, after one unmeasured request."""
     report, seen = _bench(Stub())
     (point,) = report.points
     assert (report.model, report.url, point.load, point.level) == ("stub", "http://stub", "2 concurrent", 2)

@@ -1,4 +1,4 @@
-"""The field's numbers, against slow versions that spell the formulas out."""
+"""The usual metrics, compared with slow versions that spell the formulas out."""
 
 import math
 
@@ -23,7 +23,7 @@ def records(draw: st.DrawFn) -> RequestRecord:
 
 
 def _percentile(values: list[float], share: float) -> float:
-    """The number below which that share of the others lies, on a line between the two nearest."""
+    """The quantile `share` of the values, interpolated linearly."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = math.floor(place)
@@ -41,7 +41,7 @@ def _same(found: Spread | None, wanted: Spread | None) -> None:
     assert (found is None) == (wanted is None)
     if found is not None and wanted is not None:
         for part in ("mean", "median", "p99"):
-            # Sums of a few dozen float64 numbers below 1e5 in another order.
+            # The order of the sums differs: a few dozen float64 numbers below 1e5.
             assert getattr(found, part) == pytest.approx(getattr(wanted, part), rel=1e-9, abs=1e-9)
 
 
@@ -56,7 +56,7 @@ def test_spread(values: list[float]) -> None:
 
 
 def _latencies(done: list[RequestRecord]) -> dict[str, list[float]]:
-    """TTFT, ITL, TPOT and E2E of completed requests, one after another."""
+    """All TTFT, ITL, TPOT and E2E values of completed requests."""
     found: dict[str, list[float]] = {"ttft": [], "itl": [], "tpot": [], "e2e": []}
     for record in done:
         first = record.chunks[0] if record.chunks else record.end
@@ -103,7 +103,7 @@ def test_figures(run: list[RequestRecord], ttft_limit: float | None, tpot_limit:
 
 
 def test_one_request_by_hand() -> None:
-    """Five tokens in four chunks: two of them came together."""
+    """Five tokens in four chunks: two of them arrived together."""
     record = RequestRecord(10.0, 12.0, (11.0, 11.2, 11.8, 12.0), 7, 5)
     assert record.ttft == 1.0
     assert record.e2e == 2.0
@@ -116,7 +116,7 @@ def test_one_request_by_hand() -> None:
 
 
 def test_a_text_that_came_at_once_has_no_speed() -> None:
-    """All tokens in the last chunk: the time a token is 0, and nothing is divided by it."""
+    """All tokens arrive in the last chunk: the time per token is 0, and nothing is divided by it."""
     found = figures([RequestRecord(0.0, 1.0, (1.0,), 1, 4)], Limits())
     assert found.tpot == Spread(0, 0, 0)
     assert found.user_tps is None

@@ -1,4 +1,4 @@
-"""The picture shows the numbers of the report."""
+"""The plot shows the numbers of the report."""
 
 from dataclasses import replace
 from pathlib import Path

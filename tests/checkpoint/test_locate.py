@@ -56,7 +56,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a Hub that nobody answers for."""
+    """An empty cache, and a Hub that does not answer."""
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "HF_HUB_DISABLE_XET", True)

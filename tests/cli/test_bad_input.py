@@ -1,4 +1,4 @@
-"""Everything that can be wrong with what the user gives: one line that names it, exit status 2, nothing left behind."""
+"""Wrong input of every kind: one error line that names the cause, exit status 2, and no files left."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ QUICK = settings(
 INDEX = "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 
-#: Changes a copy of a good model, and says which options beside the plain ones bring the problem out.
+#: Damages a copy of a good model, and returns the extra options that the damaged model needs to fail.
 Spoil = Callable[[Path], "tuple[object, ...] | None"]
 
 
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         in_config(quantization_config={"quant_method": "gptq"}),
         ("config.json", "already quantized (gptq)", "start from the original"),
     ),
-    "quantized by nobody knows what": (in_config(quantization_config=[]), ("config.json", "already quantized")),
+    "quantized by an unknown tool": (in_config(quantization_config=[]), ("config.json", "already quantized")),
     "no weights": (without("*.safetensors", INDEX), ("holds no model.safetensors",)),
     "pickle only": (pickled, ("pytorch_model.bin", "can run code", "convert them to safetensors")),
     "missing shard": (lambda f: shard_of(f, UP).unlink(), (INDEX, "missing", "fetch it")),

@@ -29,7 +29,7 @@ def batch(llama: Path, tmp_path: Path) -> Callable[..., Done]:
 
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits behind a "Z" are NaN."""
+    """A model whose logits after a "Z" are NaN."""
     forward = ModelRunner.forward
 
     def spoil(model: ModelRunner, batch: Batch, draft: bool = False) -> Tensor:

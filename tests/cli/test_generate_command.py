@@ -145,7 +145,7 @@ def test_speculation_changes_no_text_and_says_what_it_did(llama: Path, length: o
         stats = found["summary"]["speculation"]
         assert stats["accepted"] <= stats["drafted"]
         if spec != "ngram" and length == 3:
-            # The model drafts for itself: 11 tokens behind the first in twice 3 + 1, then two drafts for the last three.
+            # The model drafts for itself: the 11 tokens after the first take two steps of 3 + 1, and one of 2 + 1.
             assert (stats["drafts"], stats["drafted"], stats["accepted"]) == (3, 8, 8)
             assert stats["acceptance_by_position"] == [1, 1, 1]
             assert "8 of 8 drafted tokens accepted (100%; by position 100% 100% 100%), 3.67 tokens per draft" in done.err

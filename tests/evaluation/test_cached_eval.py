@@ -1,4 +1,4 @@
-"""`quantkit eval --kv-dtype` measures what the engine sees: the same logits as its model's, whatever the engine's steps."""
+"""`quantkit eval --kv-dtype` measures the logits that the engine computes, whatever the length of the engine's steps."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ TOKENS = torch.randint(3, tiny.VOCAB, (2, 110), generator=torch.Generator().manu
 
 
 def _engines(folder: Path, dtype: str, tokens: Tensor, step: int) -> Tensor:
-    """Logits [T, V] of one text in steps of some tokens."""
+    """Logits [T, V] of one text, computed by the engine's model in steps of `step` tokens."""
     model = open_model(folder, CPU, CacheOptions(memory=1 << 25, max_batch=1, dtype=dtype))
     logits = []
     for start in range(0, len(tokens), step):
@@ -29,7 +29,7 @@ def _engines(folder: Path, dtype: str, tokens: Tensor, step: int) -> Tensor:
 
 
 def _evals(folder: Path, dtype: str) -> Tensor:
-    """Logits [windows, T, V] of the block walk."""
+    """Logits [windows, T, V] of the evaluation, which runs block by block."""
     model = open_cached(Checkpoint(folder), CPU, dtype, TOKENS.shape[1])
     return model.logits(final_hidden(model, TOKENS, lambda done, total: None)).float()
 
@@ -37,8 +37,8 @@ def _evals(folder: Path, dtype: str) -> Tensor:
 @pytest.mark.parametrize("dtype", ["auto", "fp8", "int8", "int4", "int4+4"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_the_engines_logits(family: str, dtype: str, tmp_path: Path) -> None:
-    """They differ by the order of sums only; a code on the edge between two may fall to the other side, which is rare and
-    far less than what the type itself costs."""
+    """Both differ only in the order of sums. That may change a code that lies on the edge between two, which is rare and
+    changes the logits far less than the KV dtype itself."""
     folder = tiny.make_model(tmp_path / "model", family)
     found, exact = _evals(folder, dtype), _evals(folder, "auto")
     for window, tokens in enumerate(TOKENS):

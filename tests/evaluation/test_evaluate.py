@@ -1,4 +1,4 @@
-"""One evaluation from folder to report: the baseline's cache, and what is refused."""
+"""One evaluation from folder to report: the cache of the baseline, and what is refused."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _evaluate(model: Path, baseline: Path | None, windows: int = 3) -> tuple[EvalReport, set[str]]:
-    """A report, and which models had to be run for it."""
+    """A report, and the models that had to be run for it."""
     walked: set[str] = set()
     request = EvalRequest(model, baseline, "builtin", windows=windows, seq_len=32, device=torch.device("cpu"))
     return run_evaluation(request, lambda name, _done, _total: walked.add(name)), walked
@@ -150,7 +150,7 @@ def test_a_text_that_is_too_short_is_refused(llama: Path, tmp_path: Path) -> Non
 
 
 def _quantized(model: Path, out: Path, bits: int) -> Path:
-    """A model of which everything is packed, the head in 8 bits."""
+    """A model whose matrices are all packed, the head in 8 bits."""
     recipe = load_recipe("rtn-w4", {"bits": bits, "group_size": 16, "rules": [{"match": "lm_head", "bits": 8}]})
     quantize_model(
         QuantizeRequest(model, out, recipe, torch.device("cpu"), 1 << 30, overwrite=False),

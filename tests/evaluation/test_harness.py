@@ -1,6 +1,6 @@
-"""The lm-evaluation-harness on our engine, offline, against numbers that plain transformers gives in float32.
+"""The lm-evaluation-harness on our engine, offline, compared with float32 results of transformers.
 
-The tasks in `harness_tasks` are filled with documents here; what a metric is, is spelled out.
+These tests supply the documents of the tasks in `harness_tasks`, and spell out the metrics.
 """
 
 import json
@@ -27,7 +27,7 @@ from quantkit.evaluation.harness import EngineLM
 from quantkit.formats.artifact import dense_reader
 
 TOKENIZER = tiny.make_tokenizer()
-#: The model has no token that begins a text; the one that ends it stands in front.
+#: The model has no beginning-of-sequence token; its end-of-sequence token takes that place.
 PREFIX = 2
 
 QUIZ = [
@@ -43,7 +43,7 @@ PROSE = [{"text": "It was a dark and stormy night."}, {"text": "All work and no 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tasks with their documents, where the harness finds them."""
+    """A folder with the tasks and their documents, as the harness expects it."""
     out = tmp_path_factory.mktemp("tasks")
     texts = [{"text": f"Number {i} is", "wanted": "nothing"} for i in range(3)]
     for name, rows in {"quiz": QUIZ, "cloze": CLOZE, "prose": PROSE, "continue": texts}.items():
@@ -63,7 +63,7 @@ def packed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _Reference:
-    """transformers, one text at a time."""
+    """Scores and generates with transformers, one text at a time."""
 
     def __init__(self, llama: Path, model: Path) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
@@ -72,7 +72,7 @@ class _Reference:
 
     @torch.no_grad()
     def score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """ln p(continuation | context), and whether each of its tokens is the likeliest."""
+        """ln p(continuation | context), and whether each of its tokens is the most likely one."""
         whole = [*context, *continuation]
         logp = self._model(torch.tensor([whole])).logits[0, len(context) - 1 : -1].log_softmax(-1)
         target = torch.tensor(continuation)
@@ -80,7 +80,7 @@ class _Reference:
 
     @torch.no_grad()
     def go_on(self, context: list[int], count: int) -> str:
-        """Greedy text, up to a line break."""
+        """Greedily generated text, up to a line break."""
         tokens = list(context)
         for _ in range(count):
             tokens.append(int(self._model(torch.tensor([tokens])).logits[0, -1].argmax()))
@@ -102,7 +102,7 @@ def _scores(model: Path, folder: Path, tasks: str, *options: object) -> dict[str
 
 
 def test_quiz(llama: Path, packed: Path, folder: Path) -> None:
-    """acc: the answer of the largest probability is right; acc_norm: of the largest probability for its length."""
+    """acc: the answer with the largest probability is right; acc_norm: the one with the largest probability for its length."""
     for model in (llama, packed):
         reference, right, right_by_length = _Reference(llama, model), 0, 0
         for row in QUIZ:
@@ -118,7 +118,7 @@ def test_quiz(llama: Path, packed: Path, folder: Path) -> None:
 
 
 def test_cloze_and_prose(llama: Path, packed: Path, folder: Path) -> None:
-    """Perplexities are exp(-mean ln p): over documents, over words; and bits a byte."""
+    """Perplexities are exp(-mean ln p): over documents, over words; and bits per byte."""
     for model in (llama, packed):
         reference = _Reference(llama, model)
         cloze = [reference.score(_tokens(row["text"]), _tokens(" " + row["word"])) for row in CLOZE]
@@ -157,7 +157,7 @@ def test_continue(llama: Path, folder: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def lm(llama: Path) -> Callable[..., EngineLM]:
-    """The harness's model over the llama, with engine options."""
+    """The harness's interface to the llama, with engine options."""
 
     def make(**options: Any) -> EngineLM:
         engine = EngineOptions(kv_memory="8MiB", **options)
@@ -172,7 +172,7 @@ def _ask(kind: Any, *arguments: tuple[Any, ...]) -> list[Instance]:
 
 @pytest.mark.parametrize("options", [{}, {"max_batch": 1, "token_budget": 3}, {"spec": "ngram"}])
 def test_scores_of_pairs(llama: Path, lm: Callable[..., EngineLM], options: dict[str, Any]) -> None:
-    """In any order and any batch, each pair its own score; a space at a context's end belongs to what follows."""
+    """In any order and any batch each pair gets its own score; a space at the end of a context belongs to the continuation."""
     reference, model = _Reference(llama, llama), lm(**options)
     pairs = [("a b c", " d"), ("", "begin"), ("a b c", " dd ee"), ("much longer than the others", " x"), ("tail ", "word")]
     found = model.loglikelihood(_ask("loglikelihood", *pairs))
@@ -209,7 +209,7 @@ def test_answers_to_one_question_compute_it_once(lm: Callable[..., EngineLM]) ->
     model = lm(max_batch=1)
     question = "A question of more than two blocks of sixteen tokens each:"
     model.loglikelihood(_ask("loglikelihood", (question, " yes"), ("other", " x"), (question, " no"), (question, " maybe")))
-    # Two of the answers find its whole blocks, but for the last one: its last token has the logits that they want.
+    # Two of the answers find its full blocks in the cache, except for the last one: its last token is computed for its logits.
     assert model._session.engine.stats.prefix_hits == 2 * 48 == 2 * ((len(question) - 1) // 16 * 16)
 
 
@@ -242,7 +242,7 @@ def test_a_baseline_beside_it(llama: Path, packed: Path, folder: Path, tmp_path:
 
 
 def test_fewshot(llama: Path, folder: Path) -> None:
-    """Examples change the prompts, and the report says how many there are."""
+    """Examples change the prompts, and the report states their number."""
     none, two = (_scores(llama, folder, "quiz", "--num-fewshot", shots)["quiz acc"] for shots in (0, 2))
     assert (none["num_fewshot"], two["num_fewshot"]) == (0, 2)
 
@@ -261,7 +261,7 @@ def test_bad_options(llama: Path, options: tuple[object, ...], words: str) -> No
     assert words in refused("eval", llama, *options)
 
 
-@pytest.mark.slow  # The harness looks through thousands of files of its own.
+@pytest.mark.slow  # The harness reads thousands of its own files.
 def test_a_task_that_does_not_exist(llama: Path, folder: Path) -> None:
     assert "has no task 'nonesuch'" in refused("eval", llama, "--tasks", "quiz,nonesuch", "--task-dir", folder)
 

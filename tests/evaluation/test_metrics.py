@@ -16,7 +16,7 @@ from quantkit.models.streaming import StreamedModel
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(tiny.VOCAB, (5, 64), generator=torch.Generator().manual_seed(0))
-# log_softmax over 256 logits in float32 is good to about 1e-6 a prediction; a divergence here is about 0.5.
+# log_softmax over 256 logits in float32 is accurate to about 1e-6 per prediction; a divergence here is about 0.5.
 CLOSE = {"rel": 1e-5}
 
 Pair = tuple[StreamedModel, Tensor]
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Another one, with a soft cap on its logits."""
+    """Another model, with a soft cap on its logits."""
     folder = tmp_path_factory.mktemp("metrics") / "baseline"
     return _opened(tiny.make_model(folder, "gemma2", tie_word_embeddings=False), TOKENS)
 
@@ -74,7 +74,7 @@ def test_divergence_and_agreement(model: Pair, baseline: Pair) -> None:
     assert found.kl_p99 == pytest.approx(below + 0.86 * (above - below), **CLOSE)
     first = [_log_probabilities(pair).argmax(-1) for pair in (model, baseline)]
     assert found.top1_agreement == float((first[0] == first[1]).double().mean())
-    # The divergence has a direction: the other one is a different number.
+    # The divergence is not symmetric: the other direction gives a different number.
     assert found.kl_mean != pytest.approx(float(_divergences(baseline, model).mean()), rel=1e-3)
 
 
@@ -109,7 +109,7 @@ def test_batches_of_windows_change_nothing(model: Pair, monkeypatch: pytest.Monk
         # One window at a time, two (the last batch smaller), all.
         monkeypatch.setattr(stream, "_BATCH_TOKENS", tokens_at_once)
         hidden = final_hidden(model[0], TOKENS, lambda *progress: seen.append(progress))
-        # Products of other shapes sum in another order.
+        # Products of other shapes are summed in another order.
         torch.testing.assert_close(hidden, model[1], rtol=1e-4, atol=1e-4)
     assert seen == [(1, 3), (2, 3), (3, 3)] * 3
 

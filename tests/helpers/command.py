@@ -71,7 +71,7 @@ def quantkit(*arguments: object, terminal: bool = False, interval: float = 3600.
     Args:
         arguments: of the command line.
         terminal: whether stdout and stderr are a terminal.
-        interval: seconds between two lines of progress in a log; so long that a slow machine adds none to what tests compare.
+        interval: seconds between two lines of progress in a log. The default is so long that even a slow machine prints none.
     """
     stream, argv = _Terminal if terminal else io.StringIO, sys.argv
     out, err = stream(), stream()
@@ -87,7 +87,7 @@ def quantkit(*arguments: object, terminal: bool = False, interval: float = 3600.
 
 
 def refused(*arguments: object) -> str:
-    """The one line with which `quantkit ARGUMENTS` is refused; a model that was opened before has told its memory."""
+    """The error line of `quantkit ARGUMENTS`, which must fail. A line about the KV cache before it is ignored."""
     done = quantkit(*arguments)
     assert done.status == 2, done
     assert done.out == ""
@@ -119,7 +119,7 @@ def ended(process: multiprocessing.Process) -> int:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Come back when `condition` holds."""
+    """Return when `condition` holds."""
     end = time.monotonic() + _PATIENCE
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -16,7 +16,7 @@ PARTS = [(weights(24, 96, seed=1), Scheme(4, 32, True)), (weights(300, 96, seed=
 
 
 def _measured(x: Tensor, scale: Tensor) -> float:
-    """||X dW^T||^2 over all parts, as the artifact computes it: divides inputs by the scale, quantizes weights times the scale."""
+    """||X dW^T||^2 over all parts, computed as the artifact does: inputs / scale, and weights * scale quantized."""
     total = 0.0
     for weight, scheme in PARTS:
         rounded = rtn(weight * scale, scheme, BF16).dequantize().double()

@@ -41,7 +41,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama in bfloat16, beside a recipe whose rules leave hardly two matrices to be solved together."""
+    """A folder with a tiny bfloat16 llama, and with a recipe whose rules let hardly two matrices be solved together."""
     model = tiny.make_model(tmp_path_factory.mktemp("source") / "model", num_hidden_layers=2, dtype=torch.bfloat16)
     rules = "{match: '[kv]_proj', bits: 3}, {match: up_proj, bits: 2}, {match: o_proj, skip: true}, {match: lm_head, bits: 8}"
     (model.parent / "mixed.yaml").write_text(f"{{rules: [{rules}]}}")
@@ -174,7 +174,7 @@ def test_lack_of_memory_in_one_process_keeps_finished_blocks(source: Path, tmp_p
 
 
 def test_a_finished_artifact_needs_nobody(source: Path, tmp_path: Path) -> None:
-    """What a killed run had left beside it is deleted, and all processes end."""
+    """The leftovers of a killed run next to the output are deleted, and all processes end."""
     alone(source, tmp_path / "out", "rtn")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "lock").touch()

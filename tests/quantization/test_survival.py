@@ -36,7 +36,7 @@ Whole = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama of six blocks, beside a recipe that quantizes its head too. Read only."""
+    """A folder with a tiny llama of six blocks, and with a recipe that quantizes its head too. Read only."""
     model = tiny.make_model(tmp_path_factory.mktemp("six") / "model", num_hidden_layers=BLOCKS)
     (model.parent / "head.yaml").write_text("{method: gptq, rules: [{match: lm_head, bits: 8}]}")
     return model
@@ -74,7 +74,7 @@ def interrupted(half: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_threads() -> Iterator[None]:
-    """A run that goes on takes the interrupted run's number of threads."""
+    """A run that continues uses the number of threads of the interrupted run."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Many streams at once, some of which are left, some read slowly: no token lost, none twice, no block leaked."""
+"""Many streams at once, some abandoned, some read slowly: no token is lost or repeated, no block is leaked."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ ASKED = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": 0}
 
 
 async def _stream(client: httpx.AsyncClient, prompt: str, leave_after: int | None, pause: float) -> list[Any] | None:
-    """The text and the tokens of one stream; None where it was left."""
+    """The text and the tokens of one stream; None if it was abandoned."""
     text, tokens, events = "", list[str](), 0
     async with client.stream("POST", "/v1/completions", json={**ASKED, "prompt": prompt, "stream": True}) as reply:
         assert reply.status_code == 200
@@ -57,7 +57,7 @@ def test_crowds(tmp_path: Path, count: int, spec: str) -> None:
 
 
 def test_a_reader_who_stops_holds_nobody_up(tmp_path: Path) -> None:
-    # Log probabilities make long events: more than the buffers on the way hold.
+    # Log probabilities make events so long that they fill the buffers between server and client.
     body = json.dumps({**ASKED, "prompt": "x", "logprobs": 20, "n": 8, "temperature": 1, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with (
@@ -73,4 +73,4 @@ def test_a_reader_who_stops_holds_nobody_up(tmp_path: Path) -> None:
             assert len(reply.json()["choices"][0]["logprobs"]["tokens"]) == 24
         wait(lambda: not endpoints.session.engine.has_work)
         assert not endpoints.engine_thread.idle  # all is generated, and not all is sent
-        wait(lambda: endpoints.engine_thread.idle)  # because its time is up
+        wait(lambda: endpoints.engine_thread.idle)  # because its time limit has passed

@@ -1,4 +1,4 @@
-"""`echo` of completions: the prompt before its output, and with `logprobs` its tokens before the output's."""
+"""`echo` of completions: the prompt comes before the output, and with `logprobs` its tokens before those of the output."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def client(url: str) -> openai.OpenAI:
 
 @torch.no_grad()
 def _logprobs(folder: Path, tokens: list[int]) -> torch.Tensor:
-    """Of every token behind the first, float32 [T - 1, V], by transformers."""
+    """Log probabilities at every token after the first, by transformers: float32 [T - 1, V]."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)  # type: ignore[no-any-return]
 
@@ -55,13 +55,13 @@ def test_logprobs_of_prompts(client: openai.OpenAI, folder: Path, tokens: bool) 
         assert after is not None
         count = len(own)
         assert logprobs.tokens == [*(tokenizer.decode([token]) for token in own), *(after.tokens or [])]
-        assert logprobs.text_offset == list(range(len(own) + 3))[: len(logprobs.tokens)]  # a byte a token
+        assert logprobs.text_offset == list(range(len(own) + 3))[: len(logprobs.tokens)]  # one byte per token
         assert logprobs.token_logprobs is not None
         assert logprobs.top_logprobs is not None
         assert (logprobs.token_logprobs[0], logprobs.top_logprobs[0]) == (None, None)
         wanted = _logprobs(folder, own)
         for place in range(1, count):
-            # float32 sums in another order.
+            # The order of float32 sums differs.
             assert logprobs.token_logprobs[place] == pytest.approx(float(wanted[place - 1, own[place]]), abs=1e-4)
             assert max(logprobs.top_logprobs[place].values()) == pytest.approx(float(wanted[place - 1].max()), abs=1e-4)
         assert logprobs.token_logprobs[count:] == pytest.approx(after.token_logprobs, abs=1e-4)

@@ -1,4 +1,4 @@
-"""The thread that owns the engine, on a model whose every step waits until the test lets it go."""
+"""The thread that owns the engine, with a model whose steps wait until the test releases them."""
 
 import asyncio
 import threading
@@ -26,7 +26,7 @@ def request(prompt: Sequence[int] = PROMPT, count: int = 40, n: int = 1) -> Requ
 
 
 class Gated(FakeModel):
-    """Counts the steps that began, and lets as many through as it was told."""
+    """A model that counts the steps that began; a step waits until `gate` is released for it."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Gated(FakeModel):
 
 
 class Watcher:
-    """What an observer hears."""
+    """An observer that records what it is told."""
 
     def __init__(self) -> None:
         self.refusals: list[str] = []
@@ -61,7 +61,7 @@ class Watcher:
 def run(
     test: Callable[[EngineThread, Watcher], Coroutine[Any, Any, None]], model: FakeModel, max_batch: int = 4, capacity: int = 8
 ) -> Engine:
-    """Run a test beside a runner; the engine, which must have nothing left."""
+    """Run a test while the engine thread runs. Returns the engine, which must have nothing left to do."""
     engine = Engine(model, EngineConfig(max_batch=max_batch, token_budget=32))
     thread, watcher = EngineThread(engine, capacity, stalled_after=0.05), Watcher()
     thread.observers.append(watcher)
@@ -79,7 +79,7 @@ def run(
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Come back when something holds; `run` limits how long that may take."""
+    """Return when the condition holds; `run` limits how long that may take."""
     while not holds():
         await asyncio.sleep(0.002)
 

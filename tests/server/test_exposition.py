@@ -1,4 +1,4 @@
-"""What the server tells about itself: Prometheus' text, parsed, and the numbers of the page, against engines that ran."""
+"""The server's metrics: the parsed Prometheus text and the numbers of the page, compared with engines that ran."""
 
 import time
 
@@ -22,7 +22,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
 def parsed(metrics: PrometheusMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Value of every sample by its name and its labels beside the model's."""
+    """Value of every sample by its name and its labels, without the labels of the model."""
     found = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
@@ -34,7 +34,7 @@ def parsed(metrics: PrometheusMetrics) -> dict[tuple[str, tuple[tuple[str, str],
 
 
 class Watched:
-    """An engine before the eyes of its observers."""
+    """An engine with its observers."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -68,10 +68,10 @@ def test_counts_are_those_of_the_requests() -> None:
     watched.step()
     now = parsed(metrics)
     assert (now["vllm:num_requests_running", ()], now["vllm:num_requests_waiting", ()]) == (2, 2)
-    # Two prompts of 9 tokens fill 3 blocks of 4 each, of 64.
+    # Two prompts of 9 tokens fill 3 blocks of 4 tokens each; there are 64 blocks.
     assert now["vllm:kv_cache_usage_perc", ()] == 6 / 64
     assert now["vllm:cache_config_info", (("block_size", "4"), ("num_gpu_blocks", "64"))] == 1
-    # Two prompts, and the token behind each.
+    # Two prompts, and the first output token of each.
     assert now["vllm:iteration_tokens_total_sum", ()] == 2 * 10
     state = dashboard.snapshot()
     assert (state["running"], state["waiting"], state["kv_usage"], state["served"]) == (2, 2, 6 / 64, 0)
@@ -110,9 +110,9 @@ def test_counts_are_those_of_the_requests() -> None:
     assert now["vllm:request_prefill_kv_computed_tokens_sum", ()] == 36 - 8
     assert now["vllm:iteration_tokens_total_sum", ()] == 36 - 8 + 48
     assert not any("spec_decode" in name for name, _ in now)
-    # The sums tell the same story: a request is its first token and the gaps behind it.
+    # The sums agree: the time of a request is the time to its first token plus the gaps after it.
     parts = now["vllm:time_to_first_token_seconds_sum", ()] + now["vllm:inter_token_latency_seconds_sum", ()]
-    # Outputs are timed in the step, gaps behind it; a step of this model takes far less than this.
+    # Outputs are timed within the step, gaps after it; a step of this model takes far less than the tolerance.
     whole = now["vllm:e2e_request_latency_seconds_sum", ()]
     assert parts == pytest.approx(whole, abs=0.5)
     queued, ran, prefill, decode = (
@@ -179,7 +179,7 @@ def test_samples_share_a_prompt_and_failures_count_as_such() -> None:
 
 
 class HalfRight(NgramProposer):
-    """Drafts what the model wants, and something else at the end."""
+    """Drafts the tokens that the model will choose, and a wrong one at the end."""
 
     def propose(self, wanted: list[tuple[Sequence, int]]) -> list[Draft]:  # type: ignore[override]
         """See `Proposer`."""
@@ -220,7 +220,7 @@ def test_times_are_what_the_formulas_say() -> None:
             observer.stepped([output], stats, at)
     now = parsed(metrics)
     assert now["vllm:time_to_first_token_seconds_sum", ()] == 0.5
-    # Two chunks a second apart each, and four tokens behind the first in two seconds.
+    # Two chunks after the first, one second apart; and four tokens after the first in two seconds.
     assert (now["vllm:inter_token_latency_seconds_count", ()], now["vllm:inter_token_latency_seconds_sum", ()]) == (2, 2.0)
     assert now["vllm:request_time_per_output_token_seconds_sum", ()] == 0.5
     assert now["vllm:e2e_request_latency_seconds_sum", ()] == 2.5

@@ -1,7 +1,7 @@
-"""Requests made from the OpenAPI schema, good and bad: never a 5xx, never a body that is not ours.
+"""Valid and invalid requests, generated from the OpenAPI schema: never a status 5xx, always a body in the documented form.
 
-The default is a few hundred; with QUANTKIT_FUZZ=10000 in the environment it is that many, which take some five minutes, most
-of them for making up the requests.
+By default a few hundred requests are sent. QUANTKIT_FUZZ=10000 in the environment sends 10,000, which takes about five
+minutes, most of it to generate the requests.
 """
 
 import os
@@ -43,7 +43,7 @@ def test_no_request_breaks_it(url: str, path: str, mode: schemathesis.Generation
     )
     def run(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
-            case.body["max_tokens"] = min(case.body["max_tokens"], 8)  # long texts show nothing more
+            case.body["max_tokens"] = min(case.body["max_tokens"], 8)  # longer texts would test nothing more
         reply = case.call(base_url=url)
         seen.add(reply.status_code)
         assert reply.status_code < 500, reply.text

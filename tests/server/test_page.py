@@ -1,7 +1,7 @@
-"""The page at `/` in headless Chromium, as a person uses it.
+"""The page at `/`, used in headless Chromium as a person would use it.
 
-Needs a Chromium: `apt-get install chromium` on Debian; any `chromium`, `chromium-browser` or `google-chrome` on the PATH does.
-Playwright only drives it; nothing is downloaded.
+Needs `chromium`, `chromium-browser` or `google-chrome` on the PATH (Debian: `apt-get install chromium`). Playwright only
+drives the browser and downloads nothing.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PAT
 
 
 class Talker:
-    """Speaks the server's protocol, with answers that a test can foresee.
+    """A server with the same protocol, whose answers a test can predict.
 
     Attributes:
         asked: bodies of all calls.
         pause: seconds between the words of an answer.
-        closed: answers that a client did not hear to their end.
+        closed: number of answers that a client closed before their end.
     """
 
     def __init__(self, key: str | None = None) -> None:
@@ -53,7 +53,7 @@ class Talker:
             self.app.add_middleware(ApiKeyMiddleware, key=key)
 
     async def chat(self, request: Request) -> Response:
-        """Say the last message again, a letter at a time, or refuse it."""
+        """Answer with the last message, one letter at a time, or refuse it."""
         body = await request.json()
         self.asked.append(body)
         said = body["messages"][-1]["content"]
@@ -63,7 +63,7 @@ class Talker:
 
     async def _words(self, said: str) -> AsyncIterator[bytes]:
         try:
-            # An event cut in the middle of a character must not matter.
+            # An event may be split in the middle of a character.
             first = ("data: " + json.dumps({"choices": [{"delta": {"content": "é: "}}]}, ensure_ascii=False)).encode()
             yield first[:45]
             await asyncio.sleep(0.01)
@@ -79,7 +79,7 @@ class Talker:
 
 @pytest.fixture
 def address(request: pytest.FixtureRequest) -> Iterator[tuple[Talker, str]]:
-    """A server that listens, and where."""
+    """A running server and its URL."""
     talker = Talker(getattr(request, "param", None))
     with listening(talker.app) as url:
         yield talker, url + "/"
@@ -87,7 +87,7 @@ def address(request: pytest.FixtureRequest) -> Iterator[tuple[Talker, str]]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One for all tests; the sandbox needs rights that root in a container does not have."""
+    """One browser for all tests. Its sandbox needs rights that root in a container does not have, so it is switched off."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -96,13 +96,15 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """A new one, that asked for nothing but its own server and said nothing on the console that is an error; with a
-    parameter, the password that a person types when the browser asks for one."""
+    """A new page, which may only call its own server and log no errors on the console.
+
+    A parameter is the password that a person types when the browser asks for one.
+    """
     typed = HttpCredentials(username="me", password=request.param) if hasattr(request, "param") else None
     page, complaints, hosts = browser.new_page(http_credentials=typed), [], set()
 
     def note(message: ConsoleMessage) -> None:
-        # A refused call is reported there by the browser itself.
+        # The browser itself reports refused calls on the console.
         if message.type == "error" and "status of 40" not in message.text:
             complaints.append(message.text)
 
@@ -142,7 +144,7 @@ def test_a_person_chats(address: tuple[Talker, str], page: Page) -> None:
     page.goto(url)
     expect(page.locator("#model")).to_have_text("tiny")
     say(page, "  Hello <b>there</b>  ")
-    # As text: nothing that a model or a person says is markup.
+    # Shown as text: what a model or a person writes is never markup.
     expect(page.locator("#chat .assistant")).to_have_text("é: Hello <b>there</b>")
     expect(page.locator("#send")).to_be_visible()
     say(page, "bad")

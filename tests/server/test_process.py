@@ -1,4 +1,4 @@
-"""`quantkit serve` as a process: what signals do to it."""
+"""`quantkit serve` as a process, and its reaction to signals."""
 
 import os
 import signal
@@ -52,4 +52,4 @@ def test_the_first_signal_drains_and_the_second_cuts(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         wait(lambda: not _ready(url))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) in (128 + signal.SIGTERM, 0)  # 0: it had drained before
+        assert process.wait(30) in (128 + signal.SIGTERM, 0)  # 0: it had finished all requests before

@@ -1,4 +1,4 @@
-"""The whole server on a tiny model: constrained replies, what it tells about itself meanwhile, and the page in front of it."""
+"""The whole server with a tiny model: constrained replies, its metrics meanwhile, and its web page."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ KEY = {"Authorization": "Bearer secret"}
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a server listens that wants the key "secret"."""
+    """The URL of a server that requires the key "secret"."""
     folder = tiny_folder(tmp_path_factory.mktemp("served"))
     with serving(folder, ServerConfig("tiny", 8, api_key="secret"), "ngram") as (address, _):
         yield address
@@ -40,7 +40,7 @@ def post(url: str, path: str, **fields: Any) -> httpx.Response:
 
 
 def values(url: str) -> dict[str, float]:
-    """Every metric that has no label of its own."""
+    """Values of all metrics without labels of their own."""
     text = httpx.get(url + "/metrics", headers=KEY).text
     families = list(text_string_to_metric_families(text))
     return {s.name: s.value for family in families for s in family.samples if set(s.labels) <= {"model_name", "engine"}}
@@ -81,7 +81,7 @@ def test_bad_schemas_get_a_400_that_says_why(url: str) -> None:
     assert reply.status_code == 400
     assert "the JSON schema is refused (Invalid type: foo)" in reply.json()["error"]["message"]
     assert post(url, "/v1/completions", prompt="Hello", response_format={"type": "xml"}).status_code == 400
-    # Half of a surrogate pair, where nothing says what a string is.
+    # Half of a surrogate pair, where the schema does not constrain the string.
     halved = b'{"prompt": "x", "response_format": %s}' % json.dumps(FORMAT).replace("green", "\\ud800").encode()
     reply = httpx.post(url + "/v1/completions", content=halved, headers={**KEY, "Content-Type": "application/json"})
     assert reply.status_code == 400
@@ -103,7 +103,7 @@ def test_a_browser_is_asked_for_the_key_and_no_other_page_can_use_it(url: str) -
         assert browser.get(url + "/").status_code == browser.get(url + "/state").status_code == 200
         content = b'{"prompt": "x", "max_tokens": 1}'
         assert browser.post(url + "/v1/completions", json=json.loads(content)).status_code == 200
-        # What a form of another page can send.
+        # A content type that a form on another page can send.
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None):
             headers = {} if kind is None else {"Content-Type": kind}
             assert browser.post(url + "/v1/completions", content=content, headers=headers).status_code == 400

@@ -1,4 +1,4 @@
-"""The server as its clients see it: OpenAI's own client, and requests that are wrong in every way."""
+"""The server as its clients see it: through OpenAI's own client, and with requests that are wrong in many ways."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from helpers.live_server import serving, tiny_folder, wait
 from quantkit.server.app import ModelEndpoints, ServerConfig
 
 LONG = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
-#: Half of a surrogate pair as a text and as a name, and a number that Python refuses to read.
+#: JSON with half of a surrogate pair as a text and as a name, and with a number that Python refuses to read.
 ODD = [b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"\\ud800": 1}', b'{"seed": %s}' % (b"1" * 5000)]
 USER = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
 
@@ -166,7 +166,7 @@ def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
             assert refused.status_code == 429
             assert int(refused.headers["Retry-After"]) >= 1
             assert refused.json()["error"]["code"] == "queue_full"
-        # Whoever leaves in mid-stream leaves nothing behind.
+        # A client that disconnects in mid-stream leaves no request running.
         wait(lambda: endpoints.engine_thread.idle and endpoints.session.engine.stats.used_blocks == 0)
         assert client.post(url + "/v1/completions", json={"prompt": "x", "n": 2, "max_tokens": 2}).status_code == 200
 
@@ -188,11 +188,11 @@ def test_time_is_limited(folder: Path) -> None:
             yield b'x"}'
 
         assert httpx.post(url + "/v1/completions", content=drops()).status_code == 408
-        # OpenAI's client repeats a 408 unless it is told not to, because the same request would take as long again.
+        # OpenAI's client would repeat a request after status 408, and it would take as long again; the server tells it not to.
         wait(lambda: endpoints.engine_thread.idle)
         arrived = re.search(r"vllm:request_params_n_count\S* (\S+)", httpx.get(url + "/metrics").text)
         assert arrived is not None
-        assert float(arrived[1]) <= 2  # Fewer where so short a time is over before a body has come.
+        assert float(arrived[1]) <= 2  # Fewer if the short time limit passes before a body has arrived.
 
 
 def test_a_server_that_drains_says_so(folder: Path) -> None:

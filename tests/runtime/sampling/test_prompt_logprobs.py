@@ -128,7 +128,7 @@ def test_a_flawed_place_in_a_prompt_fails_its_request_alone() -> None:
     found = [out for out in outputs if out.request_id == good]
     assert all(out.error is None for out in found)
     assert len(found[0].prompt_logprobs) == 4
-    # Nobody asks for logits there: nobody is told.
+    # No request asked for these logits, so no request is told.
     (out,) = running.generate([Request([1, 2, 13, 4, 5], SamplingParams(temperature=0, max_tokens=1))])
     assert out.error is None
 

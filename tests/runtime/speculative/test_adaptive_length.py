@@ -211,7 +211,7 @@ def test_short_texts_in_a_new_engine_are_not_slowed_down_either(draft: float, to
 
 
 def stalling(seed: int, often: int) -> Callable[[float], float]:
-    """Stalls of 25 to 30 ms, so many a second, in steps of every kind."""
+    """Stalls of 25 to 30 ms in steps of every kind, at a given rate per second."""
     draw = Random(seed)
     return lambda seconds: seconds + (draw.uniform(0.025, 0.03) if draw.random() < often * seconds else 0)
 

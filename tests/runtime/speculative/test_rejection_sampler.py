@@ -20,7 +20,7 @@ from quantkit.runtime.speculative.rejection_sampler import verify_drafts
 
 VOCAB = 5
 PROMPT, OUTPUT = [3, 1], (1,)
-#: Draft length, and rounds of each test. Texts of three tokens are compared: two can be accepted, and one comes behind.
+#: Draft length, and rounds per test. Texts of three tokens are compared: two may be accepted, and one follows.
 LENGTH, ROUNDS = 2, 3000
 
 CASES = {
