@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
@@ -104,14 +105,14 @@ def imported_by(*arguments: object, status: int = 0, program: str = REPORT_IMPOR
     return set(json.loads(done.stderr.splitlines()[-1]))
 
 
-def start(log: Path, *arguments: object, fault: Callable[[], None] | None = None) -> multiprocessing.Process:
+def start(log: Path, *arguments: object, fault: Callable[[], None] | None = None) -> BaseProcess:
     """Start `quantkit ARGUMENTS` in a process of its own, whose output goes to `log`."""
     process = _SERVER.Process(target=_run, args=(log, tuple(map(str, arguments)), fault), daemon=True)
     process.start()
     return process
 
 
-def ended(process: multiprocessing.Process) -> int:
+def ended(process: BaseProcess) -> int:
     """The exit status of a process, negative if a signal ended it."""
     process.join(_PATIENCE)
     assert process.exitcode is not None, "the command hangs"

@@ -2,11 +2,15 @@
 
 from collections import Counter
 from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from quantkit.runtime.core.request import SamplingParams
+
+#: What is drawn.
+Outcome = TypeVar("Outcome", bound=Hashable)
 
 
 def kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -29,7 +33,7 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     return torch.zeros(len(logits), dtype=torch.float64).scatter(0, ids, values)
 
 
-def chi_square(counts: Counter[Hashable], wanted: Mapping[Hashable, float]) -> tuple[float, float]:
+def chi_square(counts: Counter[Outcome], wanted: Mapping[Outcome, float]) -> tuple[float, float]:
     """Pearson's statistic of draws against probabilities, and the bound that 1 of 10,000 correct runs exceeds.
 
     Outcomes that are expected fewer than 5 times are counted together; impossible outcomes must not occur. The bound is the

@@ -26,7 +26,7 @@ _TYPES = {
 _OPTIONS = {"enable_fp_fusion"}
 
 
-def jobs(module: ModuleType, kernels: tuple[str, ...], launch: Callable[[], None], capability: int) -> list[aot.Job]:
+def jobs(module: ModuleType, kernels: tuple[str, ...], launch: Callable[[], object], capability: int) -> list[aot.Job]:
     """Run `launch` on tensors of the meta device; one job for each launch of one of the `kernels` of `module`."""
     found: list[aot.Job] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,7 @@
 """Fixtures for the tests of CPU kernels: each test runs with the native kernels, and again as if there were no compiler."""
 
 import ctypes
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> int:
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Number of threads; torch's own setting is restored afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

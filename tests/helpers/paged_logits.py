@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,6 @@ from helpers import tiny
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.formats.artifact import dense_reader
 from quantkit.runtime.core.batch import Batch
-from quantkit.runtime.model.model_runner import ModelRunner
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,17 @@ def reference_logits(folder: Path, tokens: Tensor) -> Tensor:
     return logits
 
 
-def paged_logits(model: ModelRunner, tokens: Tensor, pieces: list[int]) -> Tensor:
+class PagedModel(Protocol):
+    """What `paged_logits` needs of a model."""
+
+    block_size: int
+    num_blocks: int
+
+    def forward(self, batch: Batch, /) -> Tensor:
+        """Logits of a batch."""
+
+
+def paged_logits(model: PagedModel, tokens: Tensor, pieces: list[int]) -> Tensor:
     """Logits [T, V] of one sequence that is computed in chunks, in scattered blocks."""
     table = torch.randperm(model.num_blocks, generator=torch.Generator().manual_seed(1)).int()
     out, start = [], 0

@@ -32,7 +32,7 @@ class Batch:
     seq_lens: Tensor
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return (self.query, self.key_cache, self.value_cache, self.block_table, self.query_start, self.seq_lens)
 
 

@@ -51,7 +51,7 @@ class Quantized:
     values: QuantizedKV
 
     @property
-    def tensors(self) -> tuple[object, ...]:
+    def tensors(self) -> tuple[Tensor, QuantizedKV, QuantizedKV, Tensor, Tensor, Tensor]:
         """The arguments of `paged_attention`, with quantized caches."""
         b = self.batch
         return (b.query, self.keys, self.values, b.block_table, b.query_start, b.seq_lens)
@@ -62,12 +62,12 @@ def make_quantized(scheme: str, lengths: list[int], counts: list[int], heads: He
     batch = make_batch(lengths, counts, heads, block_size)
     num_blocks = len(batch.key_cache)
     pages = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).int().to(batch.query.device)
-    common = {"device": str(batch.query.device), "pages": pages}
-    keys = make_quantized_kv(scheme, num_blocks, block_size, heads.kv, heads.dim, keys=True, **common)  # type: ignore[arg-type]
-    values = make_quantized_kv(scheme, num_blocks, block_size, heads.kv, heads.value_dim, keys=False, **common)  # type: ignore[arg-type]
+    common: dict[str, Any] = {"device": str(batch.query.device), "pages": pages}
+    keys = make_quantized_kv(scheme, num_blocks, block_size, heads.kv, heads.dim, keys=True, **common)
+    values = make_quantized_kv(scheme, num_blocks, block_size, heads.kv, heads.value_dim, keys=False, **common)
     slots = slots_of(batch)
-    tokens = (cache.flatten(0, 1)[slots] for cache in (batch.key_cache, batch.value_cache))
-    reference.kv_write(*tokens, keys, values, slots)
+    key, value = (cache.flatten(0, 1)[slots] for cache in (batch.key_cache, batch.value_cache))
+    reference.kv_write(key, value, keys, values, slots)
     return Quantized(batch, keys, values)
 
 
@@ -75,8 +75,7 @@ def assert_right(attention: Callable[..., Tensor], case: Quantized, **options: A
     """Assert that `attention` gives the reference's result. In float32, dequantization is exact (8-bit codes times 11-bit
     scales); sums differ in their order."""
     found = attention(*case.tensors, scale=SCALE, **options)
-    query, *rest = case.tensors
-    wanted = reference.paged_attention(query.double(), *rest, scale=SCALE, **options)  # type: ignore[arg-type,attr-defined]
+    wanted = reference.paged_attention(case.batch.query.double(), *case.tensors[1:], scale=SCALE, **options)
     assert bool(wanted.isfinite().all())
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
 
@@ -91,7 +90,7 @@ def slots_of(batch: Batch) -> Tensor:
 
 def empty_like(store: QuantizedKV) -> QuantizedKV:
     """A cache of the same shape and with the same tail pages, with nothing written."""
-    fresh = {
+    fresh: dict[str, Any] = {
         name: None if (found := getattr(store, name)) is None else torch.full_like(found, value)
         for name, value in (("codes", 255), ("lower", 255), ("params", float("nan")), ("tail_pages", float("nan")))
     }

@@ -1,5 +1,7 @@
 """Second moments: token-weighted means, whatever the micro-batches."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from quantkit.methods.hessian import HessianAccumulator
 
 CPU = torch.device("cpu")
 # float32 sums of 512 products: the error grows like sqrt(512) * 2^-24 of the largest entry.
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-4}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-4}
 
 
 @pytest.mark.parametrize("columns", [1, 5, 96, 100])

@@ -110,8 +110,8 @@ def test_writes_what_the_oracle_writes(heads: int, dim: int, value_dim: int, dty
     slots = torch.tensor([39, 0, -1, 7, 12, -1, 1])
     key, value = torch.randn(7, heads, dim), torch.randn(7, heads, value_dim)
     found, wanted = ([torch.full((5, 8, heads, width), 99.0, dtype=dtype) for width in (dim, value_dim)] for _ in range(2))
-    cpu_attention.kv_write(key.to(dtype), value.to(dtype), *found, slots)
-    reference.kv_write(key.to(dtype), value.to(dtype), *wanted, slots)
+    cpu_attention.kv_write(key.to(dtype), value.to(dtype), found[0], found[1], slots)
+    reference.kv_write(key.to(dtype), value.to(dtype), wanted[0], wanted[1], slots)
     assert torch.equal(found[0], wanted[0])
     assert torch.equal(found[1], wanted[1])
 

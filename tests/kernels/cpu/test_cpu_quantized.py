@@ -60,11 +60,11 @@ def test_a_draft_reads_the_upper_plane(step: str) -> None:
     both, upper = (make_quantized(scheme, [300, 70], STEPS[step], Heads()) for scheme in ("int4+4", "int4"))
     assert_right(cpu_attention.paged_attention, both, draft=True)
     draft, four = (
-        cpu_attention.paged_attention(*case.tensors, scale=SCALE, draft=draft)  # type: ignore[arg-type]
+        cpu_attention.paged_attention(*case.tensors, scale=SCALE, draft=draft)
         for case, draft in ((both, True), (upper, False))
     )
     assert torch.equal(draft, four)
-    assert not torch.equal(draft, cpu_attention.paged_attention(*both.tensors, scale=SCALE))  # type: ignore[arg-type]
+    assert not torch.equal(draft, cpu_attention.paged_attention(*both.tensors, scale=SCALE))
 
 
 @pytest.mark.parametrize("heads", [Heads(3, 1, 64, 64), Heads(2, 1, 80, 48), Heads(5, 1, 2, 6), Heads(1, 1, 34, 18)], ids=str)
@@ -79,8 +79,8 @@ def test_writes_what_the_oracle_writes(scheme: str, heads: Heads, threads: int) 
     for part in torch.arange(len(slots)).split(13):
         where = torch.cat([torch.tensor([-1]), slots[part]])
         key, value = (torch.cat([torch.full_like(new[:1], 7e4), new[part]]) for new in tokens)
-        cpu_attention.kv_write(key, value, *found, where)
-        reference.kv_write(key, value, *wanted, where)
+        cpu_attention.kv_write(key, value, found[0], found[1], where)
+        reference.kv_write(key, value, wanted[0], wanted[1], where)
     for one, other in zip(found, wanted, strict=True):
         for name in ("codes", "params", "lower", "tail_pages"):
             left, right = getattr(one, name), getattr(other, name)
@@ -93,11 +93,11 @@ def test_a_query_depends_on_nothing_but_its_text(scheme: str, kernels: str, thre
     if kernels == "torch":
         pytest.skip("torch's products may depend on their shapes")
     case = make_quantized(scheme, [300, 290], [1, 40], Heads(3, 3, 64, 64))
-    whole = cpu_attention.paged_attention(*case.tensors, scale=SCALE)  # type: ignore[arg-type]
+    whole = cpu_attention.paged_attention(*case.tensors, scale=SCALE)
     torch.set_num_threads(1)
     for count in (1, 4, 20):
         query, _, _, table, _, lengths = case.tensors
         starts = torch.tensor([0, count], dtype=torch.int32)
         stores = case.keys, case.values
-        few = cpu_attention.paged_attention(query[-count:], *stores, table[1:], starts, lengths[1:], scale=SCALE)  # type: ignore[index,arg-type]
+        few = cpu_attention.paged_attention(query[-count:], *stores, table[1:], starts, lengths[1:], scale=SCALE)
         assert torch.equal(few, whole[-count:])

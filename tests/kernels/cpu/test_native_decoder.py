@@ -19,7 +19,7 @@ from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.kv_cache.cache_format import plain
 from quantkit.runtime.model.loader import load_definition
 from quantkit.runtime.model.native_builder import describe
-from quantkit.runtime.model.native_decoder import DecoderModel, NativeDecoder, Projection
+from quantkit.runtime.model.native_decoder import DecoderLayer, DecoderModel, NativeDecoder, Projection
 
 CPU = torch.device("cpu")
 BLOCK, BLOCKS = 4, 80
@@ -54,6 +54,7 @@ class Session:
     def __init__(self, model: DecoderModel, layers: Any, dtype: torch.dtype = torch.float32) -> None:
         cache = KVCache(layers, BLOCKS, BLOCK, plain(dtype), CPU)
         for tensor in (*cache.keys, *cache.values):
+            assert isinstance(tensor, Tensor)
             tensor.fill_(float("nan"))
         self.decoder = NativeDecoder(model, cache.keys, cache.values)
         self.table = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(0)).view(4, -1).int()
@@ -144,6 +145,11 @@ def test_a_sequence_depends_on_nothing_but_itself(bits: int, threads: int, load:
     assert torch.equal(found, torch.cat([alone.step({1: token[None]}) for token in tokens]))
 
 
+def _projections(layer: DecoderLayer, change: Callable[[Projection], Projection]) -> DecoderLayer:
+    """The layer with each projection replaced by `change` of it."""
+    return replace(layer, qkv=change(layer.qkv), out=change(layer.out), gate_up=change(layer.gate_up), down=change(layer.down))
+
+
 def _quantized(model: DecoderModel, bits: int) -> DecoderModel:
     """The same model with packed weights, quantized with one scale per 16 columns; biases are unchanged."""
 
@@ -154,8 +160,7 @@ def _quantized(model: DecoderModel, bits: int) -> DecoderModel:
         codes = ((weight / scales.repeat_interleave(16, 1)).round() + middle).to(torch.uint8)
         return Projection(cpu_matmul.pack(codes, scales, torch.full_like(scales, middle).byte(), bits, 16), projection.bias)
 
-    names = ("qkv", "out", "gate_up", "down")
-    layers = [replace(layer, **{name: pack(getattr(layer, name)) for name in names}) for layer in model.layers]
+    layers = [_projections(layer, pack) for layer in model.layers]
     return replace(model, layers=layers, head=pack(model.head))
 
 
@@ -168,8 +173,7 @@ def test_packed_weights(bits: int, load: Callable[[str], Any]) -> None:
     def dense(projection: Projection) -> Projection:
         return Projection(cpu_matmul.pack_dense(cpu_matmul.dequantize(projection.weight)), projection.bias)
 
-    names = ("qkv", "out", "gate_up", "down")
-    same = [replace(layer, **{name: dense(getattr(layer, name)) for name in names}) for layer in packed.layers]
+    same = [_projections(layer, dense) for layer in packed.layers]
     first = Session(packed, layers).step({0: _tokens(20)})
     second = Session(replace(packed, layers=same, head=dense(packed.head)), layers).step({0: _tokens(20)})
     assert float((first - second).abs().max()) <= 1e-4 * float(second.abs().max())
@@ -187,13 +191,13 @@ def test_cache_types(dtype: torch.dtype, load: Callable[[str], Any]) -> None:
     assert 0 < error <= 8 * torch.finfo(dtype).eps
 
 
-def test_a_piece_of_a_prompt_without_logits(load: Callable[[str], Any]) -> None:
+def test_a_piece_of_a_prompt_without_logits(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, layers = load("llama")
     session, whole = Session(model, layers), Session(model, layers)
     full = session.step
     forward = session.decoder.forward
-    session.decoder.forward = lambda batch: forward(replace(batch, logit_rows=batch.logit_rows[:0]))  # type: ignore[method-assign]
+    monkeypatch.setattr(session.decoder, "forward", lambda batch: forward(replace(batch, logit_rows=batch.logit_rows[:0])))
     assert full({0: _tokens(20)}).shape == (0, tiny.VOCAB)
-    session.decoder.forward = lambda batch: forward(replace(batch, logit_rows=batch.logit_rows[-1:]))  # type: ignore[method-assign]
+    monkeypatch.setattr(session.decoder, "forward", lambda batch: forward(replace(batch, logit_rows=batch.logit_rows[-1:])))
     last = full({0: _tokens(9, 1)})
     assert torch.equal(last, whole.step({0: torch.cat([_tokens(20), _tokens(9, 1)])})[-1:])

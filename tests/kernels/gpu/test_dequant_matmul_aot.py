@@ -36,7 +36,7 @@ ROWS = {16: (2.3, 2.3), 32: (2.8, 2.65), 64: (3.75, 2.95), 128: (6.5, 4.6)}
 GROUPS = {32: 2.9, 64: 2.4}
 
 #: Allowed bytes of stack. At 64 rows sm_80 lacks two registers: one value is reloaded per step of 128 matrix instructions.
-SPILLS = {("rows", 64, 80): 8}
+SPILLS: dict[tuple[object, ...], int] = {("rows", 64, 80): 8}
 
 
 def _gemm(bits: int, dtype: torch.dtype, rows: int, group: int, capability: int) -> aot.Job:
@@ -79,12 +79,12 @@ def _weights(job: aot.Job) -> int:
     return int(columns * job.constexprs["LOADS"] * job.constexprs["BLOCK_N"])
 
 
-JOBS = {
+JOBS: dict[tuple[object, ...], aot.Job] = {
     **{("decode", *key, arch): _gemm(*key, 8, 128, arch) for key in DECODE for arch in (80, 90)},
     **{("rows", rows, arch): _gemm(4, torch.float16, rows, 128, arch) for rows in ROWS for arch in (80, 90)},
     **{("groups", group, 90): _gemm(4, torch.float16, 8, group, 90) for group in GROUPS},
 }
-LIMITS = {
+LIMITS: dict[tuple[object, ...], float] = {
     **{("decode", *key, arch): limit for key, limit in DECODE.items() for arch in (80, 90)},
     **{("rows", rows, arch): limit for rows, pair in ROWS.items() for arch, limit in zip((80, 90), pair, strict=True)},
     **{("groups", group, 90): limit for group, limit in GROUPS.items()},

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers.paged_samples import Heads, assert_attends, make_batch
 from helpers.quantized_samples import SCHEMES, make_quantized
@@ -63,10 +64,10 @@ def test_every_config_of_a_quantized_cache_gives_the_same(scheme: str) -> None:
     """float16 queries; see `test_paged_quantized` for the tolerance."""
     for counts, find in (([3, 1], decode_configs), ([33, 9], prefill_configs)):
         case = make_quantized(scheme, [90, 70], counts, Heads())
-        query, *rest = case.tensors
-        wanted = reference.paged_attention(query.double(), *rest, scale=SCALE)  # type: ignore[arg-type,attr-defined]
-        query = query.half()  # type: ignore[attr-defined]
-        call = AttentionArgs(query, *rest, None, torch.empty_like(query), ScoreParams.of(SCALE, 0, 0.0))  # type: ignore[arg-type]
+        query, rest = case.batch.query, case.tensors[1:]
+        wanted = reference.paged_attention(query.double(), *rest, scale=SCALE)
+        query = query.half()
+        call = AttentionArgs(query, *rest, None, torch.empty_like(query), ScoreParams.of(SCALE, 0, 0.0))
         launch = paged_decode if find is decode_configs else paged_prefill
         configs = _configs(find, call, max(counts))
         assert len(configs) >= 3
@@ -112,6 +113,7 @@ def test_calls_that_are_alike_share_a_problem() -> None:
 
 def test_the_example_is_of_the_problem_and_reads_what_is_there() -> None:
     call = _plain([1, 1], Heads())
+    assert isinstance(call.key_cache, Tensor)
     problem = _problem(2, 3, 1024)
     example = problem.example(call)
     example.check()

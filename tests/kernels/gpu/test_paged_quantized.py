@@ -42,9 +42,9 @@ def test_steps(scheme: str, step: str) -> None:
 def test_float16_queries(scheme: str, step: str) -> None:
     """Keys are off by 2^-11, scores by 16 such products times 0.3, weights by half a percent, and sums of values by 0.02."""
     case = make_quantized(scheme, [90, 70], STEPS[step], Heads())
-    query, *rest = case.tensors
-    found = paged_attention(query.half(), *rest, scale=SCALE)  # type: ignore[arg-type,attr-defined]
-    wanted = reference.paged_attention(query.double(), *rest, scale=SCALE)  # type: ignore[arg-type,attr-defined]
+    query, rest = case.batch.query, case.tensors[1:]
+    found = paged_attention(query.half(), *rest, scale=SCALE)
+    wanted = reference.paged_attention(query.double(), *rest, scale=SCALE)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-2)
 
 
@@ -60,7 +60,7 @@ def test_block_sizes_windows_and_sinks(scheme: str, block_size: int) -> None:
 def test_a_draft_reads_the_upper_plane(step: str) -> None:
     case = _float32(make_quantized("int4+4", [90, 70], STEPS[step], Heads()))
     assert_right(paged_attention, case, draft=True)
-    draft, both = (paged_attention(*case.tensors, scale=SCALE, draft=draft) for draft in (True, False))  # type: ignore[arg-type]
+    draft, both = (paged_attention(*case.tensors, scale=SCALE, draft=draft) for draft in (True, False))
     assert not torch.equal(draft, both)
 
 
@@ -70,9 +70,8 @@ def test_spans_end_inside_of_pages(scheme: str) -> None:
     case = _float32(make_quantized(scheme, [700, 130, 3], [8, 1, 2], Heads(1, 2), 32))
     out, scores = torch.full_like(case.batch.query, float("nan")), ScoreParams.of(SCALE, 0, 0.0)
     config = {"rows": 16, "tokens": 64, "warps": 4, "stages": 2, "splits": 6}
-    paged_decode(AttentionArgs(*case.tensors, None, out, scores), 8, config)  # type: ignore[arg-type]
-    query, *rest = case.tensors
-    wanted = reference.paged_attention(query.double(), *rest, scale=SCALE)  # type: ignore[arg-type,attr-defined]
+    paged_decode(AttentionArgs(*case.tensors, None, out, scores), 8, config)
+    wanted = reference.paged_attention(case.batch.query.double(), *case.tensors[1:], scale=SCALE)
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=2e-5)
 
 
@@ -80,7 +79,7 @@ def test_padding_is_zero() -> None:
     for scheme in SCHEMES:
         case = _float32(make_quantized(scheme, [40, 30], [1, 1], Heads()))
         lengths = torch.tensor([40, 0], dtype=torch.int32, device=DEVICE)
-        out = paged_attention(*case.tensors[:-1], lengths, scale=SCALE)  # type: ignore[arg-type]
+        out = paged_attention(*case.tensors[:-1], lengths, scale=SCALE)
         assert bool(out[0].all())
         assert not out[1].any()
 
@@ -100,8 +99,8 @@ def test_writes_what_the_oracle_writes(scheme: str, heads: Heads) -> None:
     for part in torch.arange(len(slots)).split(13):
         where = torch.cat([torch.tensor([-1], device=DEVICE), slots[part]])
         key, value = (torch.cat([torch.full_like(new[:1], 7e4), new[part]]) for new in tokens)
-        kv_write(key, value, *found, where)
-        reference.kv_write(key, value, *wanted, where)
+        kv_write(key, value, found[0], found[1], where)
+        reference.kv_write(key, value, wanted[0], wanted[1], where)
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one.params.view(torch.int16), other.params.view(torch.int16))
         for name in ("codes", "lower", "tail_pages"):

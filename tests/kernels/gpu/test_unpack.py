@@ -55,7 +55,8 @@ def _run(code: str, registers: dict[str, Tensor]) -> Tensor:
         elif operation == "shl.b32":
             registers[target] = value(names[0]) << int(names[1]) & 0xFFFFFFFF
         elif operation == "lop3.b32":
-            registers[target] = _lop3(*(value(name) for name in names[:3]), int(names[3], 0))
+            a, b, c = (value(name) for name in names[:3])
+            registers[target] = _lop3(a, b, c, int(names[3], 0))
         elif operation == "add.rn.f16x2":
             a, b = (_lanes(value(name), torch.float16) for name in names)
             registers[target] = _register(a + b)

@@ -4,7 +4,7 @@ The assembly is also run by an emulator of its few instructions, over all bytes.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -134,7 +134,7 @@ def test_parts_are_the_groups_of_a_load(bits: int, columns: int, group: int) -> 
 def _run(code: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
     """Execute PTX (shr, shl, and, or, xor, mov) on uint32 arrays."""
     values = {f"${i + 1}": array for i, array in enumerate(inputs)}
-    apply = {
+    apply: dict[str, Callable[..., np.ndarray]] = {
         "shr": np.right_shift,
         "shl": np.left_shift,
         "and": np.bitwise_and,

@@ -15,7 +15,7 @@ from quantkit.kernels.gpu.matmul.gemm_plan import candidates
 from quantkit.kernels.layouts.planes import PlaneWeight
 
 #: (bits, rows) -> limit of instructions per weight with groups of 128. The kernels are within 5% of it.
-LEAN = {(2, 8): 1.75, (3, 8): 2.0, (4, 8): 1.7, (8, 8): 1.7}
+LEAN: dict[tuple[int, ...], float] = {(2, 8): 1.75, (3, 8): 2.0, (4, 8): 1.7, (8, 8): 1.7}
 
 N, K, GROUP = 4096, 6144, 128
 
@@ -63,8 +63,10 @@ def _weights(job: aot.Job) -> int:
 
 #: The shapes of LEAN, groups smaller than a block, and other block sizes.
 SHAPES = [*((bits, rows, GROUP) for bits, rows in LEAN), (4, 8, 32), (4, 16, 64), (4, 128, 64)]
-GEMMS = {(*shape, arch): _gemm(*shape, arch) for shape, arch in product(SHAPES, (80, 90))}
-QUANTIZE_ROWS = {(*shape, arch): _quantize_rows(*shape, arch) for shape, arch in product([(4, 64), (3, 96)], (80, 90))}
+GEMMS: dict[tuple[int, ...], aot.Job] = {(*shape, arch): _gemm(*shape, arch) for shape, arch in product(SHAPES, (80, 90))}
+QUANTIZE_ROWS: dict[tuple[int, ...], aot.Job] = {
+    (*shape, arch): _quantize_rows(*shape, arch) for shape, arch in product([(4, 64), (3, 96)], (80, 90))
+}
 
 
 @pytest.fixture(scope="module")

@@ -85,10 +85,10 @@ def test_a_query_sees_its_own_page_in_16_bit(scheme: str) -> None:
     keys, values = torch.zeros(20, 1, DIM), torch.randn(20, 1, DIM, generator=torch.Generator().manual_seed(1))
     for seen, quantized in ((9, True), (15, True), (17, False), (18, False)):
         keys[:], keys[seen] = 0, 1
-        reference.kv_write(keys, values, *stores, torch.arange(20))
+        reference.kv_write(keys, values, stores[0], stores[1], torch.arange(20))
         query = torch.full((1, 1, DIM), 100.0)
         table, start, length = torch.tensor([[0, 1, 2]]).int(), torch.tensor([0, 1]).int(), torch.tensor([19]).int()
-        out = reference.paged_attention(query, *stores, table, start, length, scale=1.0)[0, 0]
+        out = reference.paged_attention(query, stores[0], stores[1], table, start, length, scale=1.0)[0, 0]
         half = values[seen, 0].bfloat16().float()
         assert torch.equal(out, half) != quantized
         if quantized:
@@ -102,10 +102,10 @@ def test_a_page_can_be_settled_again() -> None:
         [make_quantized_kv("int4", BLOCKS, SIZE, HEADS, DIM, keys=k, pages=pages) for k in (True, False)] for _ in "ab"
     )
     rows, wrong = _rows().flatten(0, 1)[:SIZE], _rows().flatten(0, 1)[SIZE : 2 * SIZE]
-    reference.kv_write(rows[:5], rows[:5], *found, torch.arange(5))
-    reference.kv_write(wrong[5:], wrong[5:], *found, torch.arange(5, SIZE))
-    reference.kv_write(rows[5:], rows[5:], *found, torch.arange(5, SIZE))
-    reference.kv_write(rows, rows, *wanted, torch.arange(SIZE))
+    reference.kv_write(rows[:5], rows[:5], found[0], found[1], torch.arange(5))
+    reference.kv_write(wrong[5:], wrong[5:], found[0], found[1], torch.arange(5, SIZE))
+    reference.kv_write(rows[5:], rows[5:], found[0], found[1], torch.arange(5, SIZE))
+    reference.kv_write(rows, rows, wanted[0], wanted[1], torch.arange(SIZE))
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one.codes[0], other.codes[0])
         assert torch.equal(one.params[0], other.params[0])
@@ -115,7 +115,7 @@ def test_wrong_stores_are_refused() -> None:
     codes, params = torch.zeros(1, 2, 1, 4, dtype=torch.uint8), torch.zeros(1, 2, 1, 2, dtype=torch.float16)
     for wrong in ({"lower": codes}, {"by_channel": True}, {"tail_pages": codes.bfloat16()}):
         with pytest.raises(AssertionError):
-            QuantizedKV(codes, params, **wrong)  # type: ignore[arg-type]
+            QuantizedKV(codes, params, **wrong)
 
 
 def _every_float8() -> Tensor:
