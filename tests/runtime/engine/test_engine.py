@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from typing import Any
 
 import pytest
 
@@ -309,9 +310,10 @@ def test_logprobs_are_the_models_own() -> None:
         values, ids = wanted.topk(3)
         # float32 sums over 97 tokens, in another order.
         assert each.logprob == pytest.approx(float(wanted[each.token]), abs=1e-5)
-        assert each.top == [
+        top: list[tuple[int, Any]] = [
             (token, pytest.approx(value, abs=1e-5)) for token, value in zip(ids.tolist(), values.tolist(), strict=True)
         ]
+        assert each.top == top
 
 
 def test_logprobs_of_neighbours_do_not_mix() -> None:

@@ -3,6 +3,7 @@ position alone."""
 
 import random
 import re
+from collections import abc
 
 import pytest
 
@@ -198,7 +199,7 @@ class Guesses:
         self._draw, self._dropping, self._size = draw, dropping, size
         self.accepted_tokens = 0
 
-    def propose(self, wanted: list[tuple[Sequence, int]]) -> list[Draft]:
+    def propose(self, wanted: abc.Sequence[tuple[Sequence, int]]) -> list[Draft]:
         """See `Proposer`."""
         return [Draft(self._guess(list(one.tokens), count)) for one, count in wanted]
 

@@ -1,6 +1,7 @@
 """Real attention under eviction: the engine's logits equal those of full attention under a mask of the evicted tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ BLOCK, BUDGET = 4, 64
 TOKENS = torch.randint(3, tiny.VOCAB, (200,), generator=torch.Generator().manual_seed(5)).tolist()
 
 # Sums over at most 64 keys and 128 channels in float32, in another order than the reference's; logits are of order 1 to 10.
-CLOSE = {"rtol": 1e-3, "atol": 2e-3}
+CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 2e-3}
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3_text"])

@@ -293,14 +293,14 @@ def test_a_block_of_the_cache_is_its_bytes(dtype: str | torch.dtype) -> None:
     shapes = [LayerShape(2, 8, 8), LayerShape(1, 8, 4)]
     form = cache_format(dtype, torch.float32, shapes, CPU)
     cache, other = (KVCache(shapes, 5, 4, form, CPU, tail_pages=2) for _ in range(2))
-    for plane in cache._planes:
-        plane.random_(256)
-    for plane in other._planes:
-        plane.zero_()
+    for tensor in cache._block_tensors:
+        tensor.random_(256)
+    for tensor in other._block_tensors:
+        tensor.zero_()
     data = cache.export_block(3)
     assert data.shape == (cache.block_bytes,)
     other.import_block(1, data)
-    for ours, theirs in zip(cache._planes, other._planes, strict=True):
+    for ours, theirs in zip(cache._block_tensors, other._block_tensors, strict=True):
         assert torch.equal(ours[3], theirs[1])
         assert not theirs[[0, 2, 3, 4]].any()
 

@@ -97,7 +97,9 @@ def test_without_a_compiler_and_with_a_16_bit_cache(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(library, "load", lambda: None)
     folder = tiny.make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
     model = open_model(folder, CPU, CacheOptions(memory=1 << 24, block_size=4))
-    assert model.cache.keys[0].dtype == torch.bfloat16
+    keys = model.cache.keys[0]
+    assert isinstance(keys, Tensor)
+    assert keys.dtype == torch.bfloat16
     found, expected = paged_logits(model, TOKENS, PIECES), reference_logits(folder, TOKENS)
     # Keys, values and the inputs of every product are rounded to bfloat16, 2^-9 of their size each.
     assert float((found - expected).norm() / expected.norm()) < 0.02

@@ -4,6 +4,7 @@ import itertools
 import math
 from array import array
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_impossible_tokens_are_never_drawn(temperature: float) -> None:
     logits = torch.full((1, VOCAB), -math.inf)
     logits[0, [5, 4000]] = torch.tensor([0.0, -1.0])
     for filters in ({}, {"top_k": 3000}, {"top_p": 0.9999}, {"min_p": 1e-9}):
-        params = SamplingParams(temperature=temperature, **filters)  # type: ignore[arg-type]
+        params = SamplingParams(temperature=temperature, **filters)
         found = {draw(logits, [params], [u])[0] for u in (0.0, 0.4, 0.8, 1 - 2**-24, 1 - 2**-53)}
         assert found == {5, 4000}
 
@@ -221,7 +222,8 @@ def test_sample_penalises_only_whom_it_should_and_reports_unpenalised_logprobs()
     assert found[0].logprobs is None
     assert found[1].logprobs is not None
     assert found[1].logprobs.logprob == pytest.approx(float(wanted[2]))
-    assert found[1].logprobs.top == [(1, pytest.approx(float(wanted[1]))), (2, pytest.approx(float(wanted[2])))]
+    top: list[tuple[int, Any]] = [(1, pytest.approx(float(wanted[1]))), (2, pytest.approx(float(wanted[2])))]
+    assert found[1].logprobs.top == top
 
 
 def test_only_rows_that_are_drawn_spend_random_numbers() -> None:
@@ -235,10 +237,11 @@ def test_only_rows_that_are_drawn_spend_random_numbers() -> None:
 
 def test_likeliest_tokens_come_best_first() -> None:
     logits = torch.tensor([[-3.0, -1.0, -2.0, -4.0], [-1.0, -2.0, -3.0, -4.0]])
-    low, high = top_logprobs(logits, [3, 0], [2, 0])
+    found = top_logprobs(logits, [3, 0], [2, 0])
     wanted = logits.log_softmax(-1).tolist()
-    assert low == (pytest.approx(wanted[0][3]), [(1, pytest.approx(wanted[0][1])), (2, pytest.approx(wanted[0][2]))])
-    assert high == (pytest.approx(wanted[1][0]), [])
+    low: Any = (pytest.approx(wanted[0][3]), [(1, pytest.approx(wanted[0][1])), (2, pytest.approx(wanted[0][2]))])
+    high: Any = (pytest.approx(wanted[1][0]), [])
+    assert found == [low, high]
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def run_batch(policy: AdaptiveLength, accepts: list[Accepts], tokens: int, machi
             policy.record_plain_step(texts, seconds)
         made = running + sum(accepted for _, accepted in outcomes.values())
         out.add(drafting + verifying, made * machine.step(running) / running, longest)
-        for text, (_, accepted) in outcomes.items():
-            text.tokens.extend([0] * (accepted + 1))
+        for text, (_, taken) in outcomes.items():
+            text.tokens.extend([0] * (taken + 1))
         left = [i for i, text in enumerate(texts) if len(text.tokens) < text.limit]
         texts, accepts = [texts[i] for i in left], [accepts[i] for i in left]
     return out

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable
 from itertools import product
 from random import Random
 
@@ -70,7 +70,7 @@ def drain(running: Engine, drafter: DraftModel) -> list[Output]:
     return outputs
 
 
-DRAFTS = {
+DRAFTS: dict[str, Callable[[], FakeModel]] = {
     "right": lambda: FakeModel(256),
     "doubtful": lambda: Doubtful(256),
     "small-blocks": lambda: Doubtful(300, block_size=2),
@@ -222,7 +222,7 @@ def test_samples_are_distributed_as_without_drafts(filters: dict[str, float]) ->
         logits[list(set(output))] -= params.presence_penalty
         return probabilities(logits, params).tolist()
 
-    wanted: dict[Hashable, float] = {}
+    wanted: dict[tuple[int, ...], float] = {}
     for text in product(range(vocab), repeat=4):
         wanted[text] = 1.0
         for i, token in enumerate(text):

@@ -278,6 +278,7 @@ def test_the_speed_up_is_over_steps_without_drafts(monkeypatch: pytest.MonkeyPat
     assert stats.drafted > 0
     # Not counted: the prompt's step, and six steps of one token each after which the cost of a step is known.
     assert stats.speed_up == pytest.approx((60 - 7) / (len(model.batches) - 7))
+    assert stats.speed_up is not None
     assert (stats.speed_up > 2) == (guess is right)
 
 
@@ -298,7 +299,8 @@ def test_draft_lengths_have_bounds(draft_len: int) -> None:
 
 def _random_proposer(draw: random.Random) -> Proposer:
     guess = draw.choice([right, wrong, mixed, wrong_then_right])
-    return draw.choice([Guesser(guess, whole=draw.random() < 0.5), NgramProposer(), Drawer(VOCAB)])
+    proposers: list[Proposer] = [Guesser(guess, whole=draw.random() < 0.5), NgramProposer(), Drawer(VOCAB)]
+    return draw.choice(proposers)
 
 
 @pytest.mark.parametrize("seed", range(40))
