@@ -67,7 +67,7 @@ def _scene(folder: Path, family: str) -> Iterator[Scene]:
     hidden, _ = model.embed(tokens)
     kwargs = {rows: model.embed(tokens[:rows])[1][1] for rows in (1, 2)}
     with model.block(1) as block:
-        originals = {name: block.get_submodule(name).weight.clone() for name in model.family.matrices}
+        originals = {name: block.get_parameter(f"{name}.weight").clone() for name in model.family.matrices}
         yield Scene(block, model.family.groups, list(hidden.split(2)), lambda rows: kwargs[rows], originals, model.config)
 
 
@@ -170,7 +170,7 @@ def test_a_group_sees_the_groups_before_it_changed(llama_scene: Scene, keep_paus
         assert all(not value.any() for (value,) in lockstep.inputs(1))
         # An attention of zeros leaves the residual stream alone.
         for (value,), hidden in zip(lockstep.inputs(2), scene.hidden, strict=True):
-            assert torch.equal(value, scene.block.post_attention_layernorm(hidden))
+            assert torch.equal(value, scene.block.get_submodule("post_attention_layernorm")(hidden))
 
 
 def _hooks(block: nn.Module) -> int:
@@ -297,10 +297,10 @@ def test_the_walk_goes_on_with_what_is_written(scene: Scene, method: str, keep_p
 def test_what_a_job_reports_is_what_the_outputs_lose(llama_scene: Scene, method: str) -> None:
     # Queries and keys: they are first, so their inputs are the original model's, and no later fold changes them.
     scene = llama_scene
-    norm = scene.block.input_layernorm
+    norm = scene.block.get_submodule("input_layernorm")
     job, _, reports = _job(scene, method, 4, keep_paused=True)
     old = torch.cat([norm(hidden) for hidden in scene.hidden]).flatten(0, 1).double()
-    new = old / norm.weight.double() * job.written.unquantized["input_layernorm.weight"].double()
+    new = old / norm.get_parameter("weight").double() * job.written.unquantized["input_layernorm.weight"].double()
     for name, report in zip(("self_attn.q_proj", "self_attn.k_proj"), reports, strict=False):
         wanted = old @ scene.originals[name].double().T
         lost = new @ job.written.quantized[name].dequantize().double().T - wanted

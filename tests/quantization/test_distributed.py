@@ -113,12 +113,12 @@ def _at_measurement(number: int, act: Fault) -> None:
     """From here on this process does `act` when it measures a group's inputs for the `number`th time."""
     original, seen = block_job.accumulate_hessian, 0
 
-    def accumulate_hessian(*args: Any) -> HessianAccumulator:
+    def accumulate_hessian(*args: Any, **named: Any) -> HessianAccumulator:
         nonlocal seen
         seen += 1
         if seen == number:
             act()
-        return original(*args)
+        return original(*args, **named)
 
     block_job.accumulate_hessian = accumulate_hessian
 
@@ -166,7 +166,7 @@ def test_an_error_in_every_process_is_told_once(source: Path, tmp_path: Path) ->
 
 
 def test_lack_of_memory_in_one_process_keeps_finished_blocks(source: Path, tmp_path: Path) -> None:
-    faults = {1: IN_SECOND_BLOCK(functools.partial(_fail, MemoryError()))}
+    faults: dict[int, Fault] = {1: IN_SECOND_BLOCK(functools.partial(_fail, MemoryError()))}
     assert together(tmp_path / "log", 2, *command(source, tmp_path / "out", "gptq"), faults=faults) == [2, 2]
     (line,) = (tmp_path / "log").read_text().splitlines()
     assert "memory ran out in block 1, in process 1 of 2" in line

@@ -1,18 +1,19 @@
 """Folding a channel scale into what produces it leaves the block's function alone, in every family and at every fold."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from torch import Tensor
 
 from helpers import tiny
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.methods.rtn import rtn
 from quantkit.methods.scheme import Scheme
-from quantkit.models.families import FAMILIES, MatrixGroup
+from quantkit.models.families import FAMILIES, Fold, MatrixGroup
 from quantkit.models.streaming import StreamedModel
 from quantkit.quantization.fold_scales import QuantizedBlock, effective_scale, find_channel_groups, fold_scale
 
@@ -25,15 +26,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3 with one KV head": ("phi3", {"num_key_value_heads": 1}),
     "qwen3 with wide heads": ("qwen3", {"head_dim": 32}),
 }
-FOLDS = [
-    pytest.param(name, group, id=f"{name}: {group.names[0]}")
-    for name, (family, _) in MODELS.items()
-    for group in FAMILIES[family].groups
-    if group.fold is not None
-]
+
+
+def _folds(wanted: Callable[[str, Fold], bool]) -> list[ParameterSet]:
+    """(name, group) of every fold of every model that is `wanted`."""
+    return [
+        pytest.param(name, group, id=f"{name}: {group.names[0]}")
+        for name, (family, _) in MODELS.items()
+        for group in FAMILIES[family].groups
+        if group.fold is not None and wanted(name, group.fold)
+    ]
+
+
+FOLDS = _folds(lambda name, fold: True)
 #: One fold of each kind: a norm, a norm of (1 + w), a matrix, the rows of a fused one.
-KINDS = [param for param in FOLDS if param.values[0] in ("llama", "gemma3_text", "phi3")]
-QUANTIZED_PRODUCERS = [param for param in FOLDS if "norm" not in param.values[1].fold.producer]
+KINDS = _folds(lambda name, fold: name in ("llama", "gemma3_text", "phi3"))
+QUANTIZED_PRODUCERS = _folds(lambda name, fold: "norm" not in fold.producer)
+NORMS = _folds(lambda name, fold: "norm" in fold.producer)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,7 @@ class Scene:
 
     def __init__(self, folder: Path, group: MatrixGroup) -> None:
         checkpoint = Checkpoint(folder)
+        assert group.fold is not None
         self.group, self.fold = group, group.fold
         self.model = StreamedModel(checkpoint, checkpoint.read, torch.float32, torch.device("cpu"))
         tokens = torch.randint(tiny.VOCAB, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -141,7 +151,7 @@ def test_grid_scales_are_rounded_once(folders: dict[str, Path], name: str, group
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("name", "group"), [param for param in FOLDS if "norm" in param.values[1].fold.producer])
+@pytest.mark.parametrize(("name", "group"), NORMS)
 def test_a_norm_in_16_bit_divides_by_the_acting_scale(
     folders: dict[str, Path], name: str, group: MatrixGroup, dtype: torch.dtype
 ) -> None:

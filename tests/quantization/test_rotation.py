@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def rotated_logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
     wanted = model(tokens[None]).logits[0]
     checkpoint, config = Checkpoint(folder), model.config
     config.tie_word_embeddings = False
-    rotation = Rotation(Exact(checkpoint), family_of(config.model_type, ""), config)
+    rotation = Rotation(cast(Checkpoint, Exact(checkpoint)), family_of(config.model_type, ""), config)
     other = in_float64(AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa"))
     other.load_state_dict(rotation([name for name, _ in other.named_parameters()]), strict=True)
     for name, module in other.named_modules():
@@ -69,7 +69,7 @@ def in_float64(model: nn.Module) -> Any:
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(forward, module)  # type: ignore[method-assign]
+            module.forward = partial(forward, module)
     return model.eval()
 
 

@@ -341,7 +341,7 @@ def source_bf16(tmp_path: Path) -> Path:
 
 def _multiplying_in(dtype: torch.dtype, then: Callable[[], None] = lambda: None) -> None:
     """From here on this process is one whose processor multiplies best in `dtype`."""
-    job.fastest_matmul = lambda *_: dtype
+    job.fastest_matmul = lambda *_: dtype  # type: ignore[attr-defined]
     then()
 
 
