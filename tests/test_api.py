@@ -99,7 +99,8 @@ def test_a_conversation_is_one_prompt(llm: LLM, monkeypatch: pytest.MonkeyPatch)
     talk = [{"role": "user", "content": "hi"}]
     (alone,) = llm.generate(talk, params)
     assert alone.usage.prompt == len("user: hi\n")
-    outputs = llm.generate([talk, "hi"], params, chat=True)
+    talks: list[str | list[dict[str, str]]] = [talk, "hi"]
+    outputs = llm.generate(talks, params, chat=True)
     assert [output.token_ids for output in outputs] == [alone.token_ids] * 2
 
 

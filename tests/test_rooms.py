@@ -224,7 +224,7 @@ def test_a_file_can_be_read_in_one_sitting(name: str) -> None:
     assert FILES[name].read_text(encoding="utf-8").count("\n") <= LONGEST_FILE
 
 
-def _public(body: list[ast.stmt], where: str) -> Iterator[tuple[str, ast.AST]]:
+def _public(body: list[ast.stmt], where: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
     """Public functions, classes and methods; what is nested in a function is private."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):

@@ -28,7 +28,8 @@ def test_quantize_then_eval(llama_bf16: Path, tmp_path: Path, recipe: str) -> No
 
 def test_installed_command(llama_bf16: Path, tmp_path: Path) -> None:
     """The console script in a process of its own: no library adds a line to what we print."""
-    command = [Path(sys.executable).parent / "quantkit", "quantize", llama_bf16, "-o", tmp_path / "out", *FAST]
+    arguments = ["quantize", llama_bf16, "-o", tmp_path / "out", *FAST]
+    command = [str(Path(sys.executable).parent / "quantkit"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [line.split("  ")[0] for line in done.stderr.splitlines()] == ["block 1/3", "block 2/3", "block 3/3"]

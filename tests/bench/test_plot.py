@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib", reason='needs pip install "quantkit-llm[bench]"')
@@ -31,9 +32,9 @@ def test_lines() -> None:
     for axes, name in ((left, "ttft"), (right, "tpot")):
         median, p99, *limit = axes.get_lines()
         shown = [point.figures for point in report.points[:2]]
-        assert list(median.get_xdata()) == list(p99.get_xdata()) == [each.system_tps for each in shown]
-        assert list(median.get_ydata()) == pytest.approx([1000 * getattr(each, name).median for each in shown])
-        assert list(p99.get_ydata()) == pytest.approx([1000 * getattr(each, name).p99 for each in shown])
+        assert list(np.asarray(median.get_xdata())) == list(np.asarray(p99.get_xdata())) == [each.system_tps for each in shown]
+        assert list(np.asarray(median.get_ydata())) == pytest.approx([1000 * getattr(each, name).median for each in shown])
+        assert list(np.asarray(p99.get_ydata())) == pytest.approx([1000 * getattr(each, name).p99 for each in shown])
         assert len(limit) == (name == "ttft")
         assert [text.get_text() for text in axes.texts] == ["1", "2"]
 

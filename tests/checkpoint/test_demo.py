@@ -35,7 +35,7 @@ def replace_processes(monkeypatch: pytest.MonkeyPatch, pip: Act, conversion: Act
             status, err = conversion(Path(command[-1]))
         return subprocess.CompletedProcess(command, status, "", err)
 
-    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return commands
 
 

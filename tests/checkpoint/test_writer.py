@@ -89,11 +89,11 @@ def test_lock_on_a_deleted_file_does_not_count(tmp_path: Path, monkeypatch: pyte
     first, flock = filled(tmp_path / "out"), fcntl.flock
 
     def end_then_lock(*arguments: int) -> None:
-        monkeypatch.setattr(writer.fcntl, "flock", flock)
+        monkeypatch.setattr(fcntl, "flock", flock)
         first.discard()
         flock(*arguments)
 
-    monkeypatch.setattr(writer.fcntl, "flock", end_then_lock)
+    monkeypatch.setattr(fcntl, "flock", end_then_lock)
     with Workspace(tmp_path / "out", IDENTITY, source=SOURCE, overwrite=False) as second:
         assert second.finished == []
         with pytest.raises(ArtifactError, match="another run"):

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,15 @@ def without(*patterns: str) -> Spoil:
     return spoil
 
 
+def containing(name: str, content: str | bytes) -> Spoil:
+    """The model's file `name` holds `content`."""
+
+    def spoil(folder: Path) -> None:
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return spoil
+
+
 def given_text(content: bytes, name: str = "text.txt") -> Spoil:
     """Calibrate on a file with that content."""
 
@@ -147,9 +156,9 @@ def claimed_header(length: int) -> Callable[[bytes], bytes]:
 #: What is wrong -> (how to make it so, what the line says).
 CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "no config": (without("config.json"), ("config.json: not found",)),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{") and None, ("config.json", "fetch the file again")),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]") and None, ("config.json", "JSON object")),
-    "config is not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff{}") and None, ("config.json",)),
+    "config is no JSON": (containing("config.json", "{"), ("config.json", "fetch the file again")),
+    "config is a list": (containing("config.json", "[]"), ("config.json", "JSON object")),
+    "config is not UTF-8": (containing("config.json", b"\xff{}"), ("config.json",)),
     "no model_type": (in_config(model_type=None), ("config.json", "model_type")),
     "unknown architecture": (in_config(model_type="rwkv"), ("config.json", "'rwkv'", "supported: ", "llama")),
     "remote code": (in_config(auto_map={"AutoModel": "evil.Model"}), ("config.json", "trust_remote_code", "use a model")),
@@ -167,7 +176,7 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "no weights": (without("*.safetensors", INDEX), ("holds no model.safetensors",)),
     "pickle only": (pickled, ("pytorch_model.bin", "can run code", "convert them to safetensors")),
     "missing shard": (lambda f: shard_of(f, UP).unlink(), (INDEX, "missing", "fetch it")),
-    "index is no JSON": (lambda f: (f / INDEX).write_text("nope") and None, (INDEX, "fetch the file again")),
+    "index is no JSON": (containing(INDEX, "nope"), (INDEX, "fetch the file again")),
     "index without a map": (lambda f: edit_json(f / INDEX, weight_map=None), (INDEX, "weight_map", "fetch")),
     "index names a missing file": (in_index("model-9.safetensors"), (INDEX, "model-9.safetensors", "missing", "fetch it")),
     "index leaves the folder": (in_index("../model.safetensors"), (INDEX, "../model.safetensors", "outside", "refused")),
@@ -199,7 +208,7 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "weights too large for any grid": (in_tensor(lambda t: t * 1e38), ("model.layers.1.mlp.",)),
     "no tokenizer": (without("token*"), ("holds no tokenizer", "tokenizer.json", "copy the original")),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}") and None, ("tokenizer cannot be read",)),
+    "broken tokenizer": (containing("tokenizer.json", "{}"), ("tokenizer cannot be read",)),
     "empty text": (given_text(b""), ("text.txt", "gives 0 tokens", "name a longer text")),
     "short text": (given_text(b"too short"), ("text.txt", "gives 9 tokens", "lower --samples")),
     "text is not UTF-8": (given_text(b"caf\xe9" * 9999), ("text.txt", "not UTF-8 (byte 3)", "iconv")),
@@ -402,7 +411,7 @@ class TestCalibrationFile:
 
 
 @pytest.fixture(scope="module")
-def report(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[bytes]:
+def report(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A real quantkit.json."""
     out = tmp_path_factory.mktemp("artifact") / "out"
     assert quantkit("quantize", sharded, "-o", out, "--method", "rtn", "-q").status == 0

@@ -314,8 +314,8 @@ def test_tail_pages_are_part_of_the_plan(llama: Path) -> None:
 def test_drafts_budgets_and_quantized_caches_go_together(llama: Path, tmp_path: Path, dtype: str, policy: str) -> None:
     # The draft model, here the model itself, holds the whole text; what it drafts is checked within the budget.
     (tmp_path / "p.txt").write_text("some words " * 13 + "\n" + "other words " * 9)
-    options = ("--prompts", tmp_path / "p.txt", *LENGTH, "--kv-policy", policy, "--kv-budget", 96, "--kv-dtype", dtype)
-    options = (*options, "--max-batch", 2, "--kv-memory", "4MiB", "--kv-offload", "1MiB")
+    cache = ("--kv-policy", policy, "--kv-budget", 96, "--kv-dtype", dtype, "--kv-memory", "4MiB", "--kv-offload", "1MiB")
+    options = ("--prompts", tmp_path / "p.txt", *LENGTH, *cache, "--max-batch", 2)
     plain = [completion["token_ids"] for completion in completions(llama, *options)]
     for spec in ("ngram", f"draft:{llama}"):
         drafted = completions(llama, *options, "--spec", spec, "--draft-len", 3)

@@ -30,7 +30,7 @@ TOKENIZER = tiny.make_tokenizer()
 #: The model has no beginning-of-sequence token; its end-of-sequence token takes that place.
 PREFIX = 2
 
-QUIZ = [
+QUIZ: list[dict[str, Any]] = [
     {"question": "What colour is the sky?", "choices": ["blue", "green as grass", "red"], "answer": 0},
     {"question": "How many legs has a cat?", "choices": ["seven", "four"], "answer": 1},
     {"question": "Which of these is a fruit?", "choices": ["a stone", "an apple", "a cloud in the sky"], "answer": 1},
@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tasks and their documents, as the harness expects it."""
     out = tmp_path_factory.mktemp("tasks")
     texts = [{"text": f"Number {i} is", "wanted": "nothing"} for i in range(3)]
-    for name, rows in {"quiz": QUIZ, "cloze": CLOZE, "prose": PROSE, "continue": texts}.items():
+    documents: dict[str, list[Any]] = {"quiz": QUIZ, "cloze": CLOZE, "prose": PROSE, "continue": texts}
+    for name, rows in documents.items():
         data = out / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         task = (Path(__file__).parent / "harness_tasks" / f"{name}.yaml").read_text()
@@ -94,7 +95,7 @@ def _tokens(text: str) -> list[int]:
     return list(TOKENIZER(text)["input_ids"])
 
 
-def _scores(model: Path, folder: Path, tasks: str, *options: object) -> dict[str, dict[str, Any]]:
+def _scores(model: Path, folder: Path, tasks: str, *options: object) -> dict[str, Any]:
     done = quantkit("eval", model, "--tasks", tasks, "--task-dir", folder, "--kv-dtype", "auto", "--json", "-", *options)
     assert done.status == 0, done.err
     report = json.loads(done.out)["model"]

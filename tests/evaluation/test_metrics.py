@@ -1,6 +1,7 @@
 """Perplexity and divergence against their formulas, computed in float64 from all logits at once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from quantkit.models.streaming import StreamedModel
 CPU = torch.device("cpu")
 TOKENS = torch.randint(tiny.VOCAB, (5, 64), generator=torch.Generator().manual_seed(0))
 # log_softmax over 256 logits in float32 is accurate to about 1e-6 per prediction; a divergence here is about 0.5.
-CLOSE = {"rel": 1e-5}
+CLOSE: dict[str, Any] = {"rel": 1e-5}
 
 Pair = tuple[StreamedModel, Tensor]
 

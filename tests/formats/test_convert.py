@@ -128,7 +128,7 @@ def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -
 
 def convert_until(shard: int, source: Path, out: Path, form: str, error: type[BaseException] = KeyboardInterrupt) -> None:
     """Run a conversion that fails with `error` when it writes shard number `shard`."""
-    write = conversion.write_tensors
+    write = files.write_tensors
 
     def stopping(path: Path, tensors: dict[str, Tensor]) -> None:
         if path.name == f"shard-{shard:05}.safetensors":

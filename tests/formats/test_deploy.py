@@ -1,6 +1,9 @@
 """The commands that start vLLM and SGLang, and which artifacts `deploy` refuses for them."""
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -141,7 +144,7 @@ def test_how_many_gpus(artifact: Artifact, name: str, gpus: int, problem: str | 
 
 def test_heads_of_keys_and_values(tmp_path: Path) -> None:
     """Twelve heads with four KV heads: the KV heads can be neither split nor replicated evenly."""
-    sizes = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4}
+    sizes: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4}
     model = tiny.make_model(tmp_path / "model", num_hidden_layers=1, **sizes)
     with pytest.raises(RecipeError, match=r"4 KV heads and 6 GPUs do not divide each other.* fits 1, 2, 4 GPUs"):
         _deploy(model, "vllm", 6)
@@ -174,11 +177,11 @@ def test_run(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine replaces the process, if it is installed."""
     assert "vllm is not installed here" in refused("deploy", "vllm", artifact("dense"), "--run")
     became: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(verb.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(verb, "find_spec", lambda name: name)
-    monkeypatch.setattr(verb.os, "execv", lambda program, line: became.append((program, line)))
+    monkeypatch.setattr(os, "execv", lambda program, line: became.append((program, line)))
     assert quantkit("deploy", "vllm", artifact("w4"), "--run").out == ""
     assert quantkit("deploy", "sglang", artifact("w4"), "--run").out == ""
     (vllm, first), (python, second) = became
     assert (vllm, first[:2]) == ("/bin/vllm", ["/bin/vllm", "serve"])
-    assert (python, second[1:3]) == (verb.sys.executable, ["-m", "sglang.launch_server"])
+    assert (python, second[1:3]) == (sys.executable, ["-m", "sglang.launch_server"])

@@ -116,8 +116,8 @@ def test_rotated_artifacts_are_refused_by_name(tmp_path: Path) -> None:
 def test_the_transform_is_what_compressed_tensors_says_it_is(tmp_path: Path) -> None:
     """With our transform_config, compressed-tensors rotates inputs as we do; our rotation of the weights is its inverse."""
     config = add_transform({"config_groups": {}}, OnlineHadamard(r".*\.mlp\.down_proj$", 16))["transform_config"]
-    model = nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": nn.Linear(48, 5), "up_proj": nn.Linear(48, 5)})})
-    model = nn.ModuleDict({"0": model})
+    block = nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": nn.Linear(48, 5), "up_proj": nn.Linear(48, 5)})})
+    model: Any = nn.ModuleDict({"0": block})
     weight, x = model["0"]["mlp"]["down_proj"].weight.detach().clone(), torch.randn(3, 48)
     apply_transform_config(model, TransformConfig.model_validate(config))
     down = model["0"]["mlp"]["down_proj"]

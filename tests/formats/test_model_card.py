@@ -16,7 +16,6 @@ from helpers.command import quantkit, refused
 from quantkit import quantize
 from quantkit.checkpoint import files
 from quantkit.checkpoint.locate import hub_id
-from quantkit.formats import model_card
 from quantkit.formats.convert import convert
 from quantkit.formats.model_card import front_matter, require_measurable, write_measurements
 
@@ -257,6 +256,6 @@ def test_eval_refuses_what_has_no_card(made: Make, tiny_model: Path, monkeypatch
 
 def test_eval_refuses_a_folder_that_cannot_be_written(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     out = made({})
-    monkeypatch.setattr(model_card.Path, "touch", Mock(side_effect=PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(Path, "touch", Mock(side_effect=PermissionError(13, "Permission denied")))
     message = refused("eval", out, "--baseline", out, "--write-card")
     assert message == f"error: {out}: --write-card cannot write there (Permission denied); copy the artifact first"

@@ -1,6 +1,7 @@
 """The server's metrics: the parsed Prometheus text and the numbers of the page, compared with engines that ran."""
 
 import time
+from collections import abc
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -181,7 +182,7 @@ def test_samples_share_a_prompt_and_failures_count_as_such() -> None:
 class HalfRight(NgramProposer):
     """Drafts the tokens that the model will choose, and a wrong one at the end."""
 
-    def propose(self, wanted: list[tuple[Sequence, int]]) -> list[Draft]:  # type: ignore[override]
+    def propose(self, wanted: abc.Sequence[tuple[Sequence, int]]) -> list[Draft]:
         """See `Proposer`."""
         drafts = [expected(list(sequence.tokens), count) for sequence, count in wanted]
         return [Draft([*tokens[:-1], (tokens[-1] + 1) % VOCAB]) for tokens in drafts]

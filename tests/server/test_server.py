@@ -44,7 +44,8 @@ def test_a_stream_gives_what_the_whole_gives(client: openai.OpenAI) -> None:
     asked |= {"n": 2, "seed": 5, "logprobs": 2}
     whole = client.completions.create(**asked)
     parts: dict[int, str] = {}
-    reasons, usage = {}, None
+    reasons: dict[int, str | None] = {}
+    usage = None
     for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
         for choice in chunk.choices:
@@ -53,7 +54,7 @@ def test_a_stream_gives_what_the_whole_gives(client: openai.OpenAI) -> None:
     assert [parts[choice.index] for choice in whole.choices] == [choice.text for choice in whole.choices]
     assert [reasons[choice.index] for choice in whole.choices] == [choice.finish_reason for choice in whole.choices]
     assert usage is not None
-    assert usage.completion_tokens == whole.usage.completion_tokens  # type: ignore[union-attr]
+    assert usage.completion_tokens == whole.usage.completion_tokens
     assert usage.prompt_tokens == 10
     logprobs = whole.choices[0].logprobs
     assert logprobs is not None
