@@ -105,6 +105,10 @@ def assert_same(results: dict[str, Tensor]) -> None:
         assert worst < 0.02, f"{name} is off by {worst:.3g} of the largest value"
 
 
+def _number(column: str, row: Row) -> float:
+    return float(row[column])
+
+
 def goals(rows: list[Row]) -> dict[str, str]:
     """For each goal, whether it is met, and the worst of the matmul's rows."""
     one = [row for row in rows if row["rows"] == 1]
@@ -115,7 +119,7 @@ def goals(rows: list[Row]) -> dict[str, str]:
     }
     found = {}
     for name, (among, column, wanted) in cases.items():
-        worst = min(among, key=lambda row, column=column: float(row[column]))
+        worst = min(among, key=partial(_number, column))
         verdict = "met" if float(worst[column]) >= wanted else "missed"
         found[name] = f"{verdict}: worst {worst[column]} ({worst['layer']}, {worst['rows']} rows)"
     return found

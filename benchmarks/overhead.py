@@ -36,6 +36,7 @@ class Timed:
         self.model, self.forwards = model, [0.0]
         self.vocab_size, self.context, self.max_model_len = model.vocab_size, model.context, model.max_model_len
         self.block_size, self.num_blocks = model.block_size, model.num_blocks
+        self.sliding_window = model.sliding_window
         self.copy_blocks = model.copy_blocks
 
     def forward(self, batch: Batch) -> Tensor:

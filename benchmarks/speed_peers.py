@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -138,7 +139,7 @@ def measure(peer: Peer) -> dict[str, object]:
         for _ in range(NEW - 1):
             tokens = peer.step([[token] for token in tokens])
 
-    rates = {f"pp{n}": rate(n, lambda n=n: prefill(n)) for n in (128, 512)} | {"tg128": rate(128, lambda: decode(128))}
+    rates = {f"pp{n}": rate(n, partial(prefill, n)) for n in (128, 512)} | {"tg128": rate(128, lambda: decode(128))}
     ttft = statistics.median(seconds(lambda: prefill(PROMPT)) for _ in range(3))
 
     def rest() -> None:
