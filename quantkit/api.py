@@ -136,7 +136,7 @@ def quantize(
 ) -> RunReport:
     """Quantize a model and write an artifact that quantkit and, depending on its format, other engines load.
 
-    An interrupted call goes on after the last finished block when it is repeated.
+    If it is interrupted, the same call continues after the last finished block.
 
     Example:
         >>> from quantkit import quantize

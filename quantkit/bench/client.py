@@ -104,7 +104,7 @@ class Client:
             ) from None
         record = await self.send(name, -1, asyncio.get_running_loop().time())
         if record.error is not None:
-            raise QuantkitError(f"{self.url}: a first request to {name} failed ({record.error}); no load was put on it")
+            raise QuantkitError(f"{self.url}: the first request to {name} failed ({record.error}); the benchmark was not run")
         return name
 
     async def send(self, model: str, number: int, arrival: float) -> RequestRecord:

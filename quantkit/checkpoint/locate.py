@@ -28,7 +28,7 @@ def locate(model: str) -> Path:
     except Exception as error:  # the Hub client raises exceptions of three libraries
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{model}: no such folder, and the Hub does not give it ({reason}); check the name and the network"
+            f"{model}: no such folder, and it cannot be fetched from the Hub ({reason}); check the name and the network"
         ) from error
 
 

@@ -94,7 +94,9 @@ class EngineOptions:
         if self.kv_offload is None and self.kv_offload_dir is not None:
             raise RequestError("--kv-offload-dir holds what does not fit into host memory; add --kv-offload SIZE")
         if self.spec is None and self.draft_len != "auto":
-            raise RequestError("--draft-len sets the length of drafts, but nothing drafts; add --spec, or drop --draft-len")
+            raise RequestError(
+                "--draft-len sets the length of drafts, but without --spec there are none; add --spec, or drop --draft-len"
+            )
         if self.spec != "qspec" and self.draft_act_bits is not None:
             raise RequestError("--draft-act-bits applies to --spec qspec only; add that, or drop --draft-act-bits")
 

@@ -51,7 +51,7 @@ class Format:
         decode: (suffix -> tensor, the first one an int32 matrix, scheme, quantization_config) -> weight.
         config: schemes of all modules -> the `quantization_config` of config.json.
         schemes: (quantization_config, module paths) -> schemes of these modules.
-        unsupported_reason: (scheme, rows, columns) -> why the format cannot hold such a matrix; None where it can.
+        unsupported_reason: (scheme, rows, columns) -> why the format cannot hold such a matrix; None if it can.
         engines: schemes in use -> which engines load the artifact.
         dense_shape: (shape of the first suffix's tensor, bits) -> (N, K), with K rounded up to whole words.
         stored_bytes: (scheme, rows, columns, bytes per value of the model's dtype) -> bytes of a matrix's tensors.
@@ -117,23 +117,25 @@ def parse_scheme(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
     """The scheme that a config states.
 
     Raises:
-        FormatError: it is not one that can be read.
+        FormatError: quantkit cannot read such a scheme.
     """
     whole = isinstance(bits, int) and isinstance(group_size, int)
     if not whole or bits not in (2, 3, 4, 8) or not (group_size == -1 or group_size > 0):
         found = f"bits {bits!r:.20} and group size {group_size!r:.20}"
-        raise FormatError(f"{found} cannot be read; bits are 2, 3, 4 or 8, a group is -1 (a row) or some columns")
+        raise FormatError(f"{found} cannot be read; bits must be 2, 3, 4 or 8, the group size -1 (whole rows) or positive")
     return Scheme(bits, group_size, bool(symmetric))
 
 
 def count_groups(scheme: Scheme, columns: int) -> int:
-    """Groups in a stored row.
+    """Number of groups in a stored row.
 
     Raises:
-        FormatError: the last one would be shorter than the others.
+        FormatError: the last group would be shorter than the others.
     """
     if columns % scheme.group_columns(columns):
-        raise FormatError(f"groups of {scheme.group_size} do not divide its {columns} columns, which cannot be read")
+        raise FormatError(
+            f"its {columns} columns are not a multiple of the group size {scheme.group_size}; that cannot be read"
+        )
     return scheme.groups(columns)
 
 

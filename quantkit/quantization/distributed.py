@@ -96,7 +96,7 @@ class DistributedProcessGroup(ProcessGroup):
             return device
         local, count = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
         if str(device) != "cuda":
-            raise RecipeError(f"--device {device}: of several processes each takes a GPU of its own; write --device cuda")
+            raise RecipeError(f"--device {device}: each of several processes takes its own GPU; write --device cuda")
         if local >= count:
             raise RecipeError(f"{local + 1} or more processes share {count} GPUs; start no more than one per GPU")
         torch.cuda.set_device(local)
@@ -144,7 +144,7 @@ class DistributedProcessGroup(ProcessGroup):
             # torch says: "[file:line] what happened. What may have caused it."
             reason = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split())).split(". ")[0]
             raise PeerError(
-                f"another of the {self.size} processes ended or no longer answers ({reason:.150}); the same command goes on "
+                f"another of the {self.size} processes ended or no longer answers ({reason:.150}); the same command continues "
                 "after the last finished block"
             ) from None
 

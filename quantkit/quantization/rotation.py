@@ -48,7 +48,7 @@ class Rotation:
         """
         if not family.rotatable:
             raise RecipeError(
-                f"rotate: {config.model_type} norms what its blocks add to the residual stream, so it cannot be rotated; "
+                f"rotate: {config.model_type} normalizes what its blocks add to the residual stream, so it cannot be rotated; "
                 "use a recipe without rotate"
             )
         self._checkpoint, self._family = checkpoint, family

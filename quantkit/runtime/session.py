@@ -162,7 +162,7 @@ class Session:
         except UnicodeEncodeError as error:
             # Such a string can come from JSON: "\\ud800" is accepted by Python's parser.
             wrong = f"half of a surrogate pair, U+{ord(text[error.start]):X}"
-            raise RequestError(f"the prompt holds {wrong}, which is no character; send whole characters") from None
+            raise RequestError(f"the prompt holds {wrong}, which is not a character; send whole characters") from None
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def summary(self, outputs: Sequence[Output], seconds: float) -> Summary:

@@ -1,4 +1,4 @@
-"""Hidden states between blocks: the same values in memory and on disk, and nothing taken for saved that was not."""
+"""Hidden states between blocks: the same values in memory and on disk; only complete files count as saved."""
 
 from pathlib import Path
 

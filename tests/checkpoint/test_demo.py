@@ -23,7 +23,7 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def replace_processes(monkeypatch: pytest.MonkeyPatch, pip: Act, conversion: Act | None = None) -> list[list[str]]:
-    """Processes do what the test says; their commands."""
+    """Fake subprocesses, whose results the test chooses. Gives the list of their commands."""
     commands: list[list[str]] = []
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:

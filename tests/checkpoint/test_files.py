@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said when they cannot be."""
+"""Files are written completely or not at all; the error says why one could not be written."""
 
 import errno
 from collections.abc import Callable

@@ -103,12 +103,12 @@ def test_fetched_once_then_without_a_hub(stub: Path, monkeypatch: pytest.MonkeyP
 
 def test_unknown_repository(stub: Path) -> None:
     line = refused("inspect", "owner/nothing")
-    assert "owner/nothing: no such folder, and the Hub does not give it" in line
+    assert "owner/nothing: no such folder, and it cannot be fetched from the Hub" in line
 
 
 def test_unreachable_hub(hub_cache: Path) -> None:
     line = refused("inspect", NAME)
-    assert f"{NAME}: no such folder, and the Hub does not give it" in line
+    assert f"{NAME}: no such folder, and it cannot be fetched from the Hub" in line
     assert "check the name and the network" in line
     assert len(line) < 400
 

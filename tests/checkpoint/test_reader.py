@@ -1,4 +1,4 @@
-"""A folder of a stranger's: whatever is wrong with it becomes one line, and nothing else happens."""
+"""Untrusted folders: every defect gives one error line and has no other effect."""
 
 import json
 import resource
@@ -24,7 +24,7 @@ HEADER_BYTES = struct.unpack("<Q", GOOD[:8])[0]
 HEADER, BODY = json.loads(GOOD[8 : 8 + HEADER_BYTES]), GOOD[8 + HEADER_BYTES :]
 
 _UNCHECKED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-#: The examples of a property share one folder; each writes anew what it changes.
+#: All examples of a property test share one folder; each rewrites the files that it changes.
 SHARED = settings(max_examples=100, deadline=None, suppress_health_check=_UNCHECKED)
 
 

@@ -19,7 +19,7 @@ URL = "http://stub:1"
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """A server that every command reaches, on a clock of its own."""
+    """A fake server with simulated time, which every command reaches."""
     stub = Stub()
     monkeypatch.delenv("QUANTKIT_API_KEY", raising=False)
     monkeypatch.setattr(runs, "run", lambda request, advance: run(runs.measure(request, advance, stub)))

@@ -1,4 +1,4 @@
-"""`quantkit eval`: gates for CI, and what is shown."""
+"""`quantkit eval`: gates for CI, and its output."""
 
 import json
 from pathlib import Path
@@ -128,7 +128,7 @@ def test_what_a_kv_cache_costs(llama: Path, two_bits: Path) -> None:
 
 
 def test_what_a_kv_budget_costs(llama: Path) -> None:
-    """A budget that holds the windows drops nothing; a smaller one is not free, and tells so."""
+    """A budget that holds the windows drops nothing; a smaller one changes the reported numbers."""
     sizes = ("--windows", 2, "--seq-len", 128)
     costs = {}
     for tokens in (128, 64):

@@ -1,4 +1,4 @@
-"""A batch of `quantkit generate` that does not end as it should: what has ended is there, and what has not is named."""
+"""A batch of `quantkit generate` that fails or is interrupted: finished completions are written, others are named."""
 
 import json
 from collections.abc import Callable

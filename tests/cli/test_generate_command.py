@@ -193,20 +193,20 @@ def test_a_draft_model_with_another_tokenizer_is_refused(llama: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("x", "--spec", "fast"), "--spec fast: no such speculation; use off, ngram, draft:MODEL, qspec or quantspec"),
+        (("x", "--spec", "fast"), "--spec fast: no such proposer; use off, ngram, draft:MODEL, qspec or quantspec"),
         (("x", "--spec", "qspec"), "--spec qspec: drafts with packed weights, and this model has none; quantize it first"),
         (("x", "--spec", "qspec", "--draft-act-bits", "5"), "--draft-act-bits 5: activations are quantized to 4 or 8 bits"),
         (
             ("x", "--spec", "quantspec", "--kv-dtype", "int8"),
             "drafts from an int4+4 cache, and --kv-dtype is int8; leave it out",
         ),
-        (("x", "--spec", "draft:"), "--spec draft:: no such speculation"),
+        (("x", "--spec", "draft:"), "--spec draft:: no such proposer"),
         (("x", "--spec", "draft:nowhere"), "nowhere: no such folder"),
         (("x", "--spec", "ngram", "--draft-len", "0"), "--draft-len 0: write a number from 1 to 15, or auto"),
         (("x", "--spec", "ngram", "--draft-len", "many"), "--draft-len many: write a number"),
         (
             ("x", "--draft-len", "4"),
-            "--draft-len sets the length of drafts, but nothing drafts; add --spec, or drop --draft-len",
+            "--draft-len sets the length of drafts, but without --spec there are none; add --spec, or drop --draft-len",
         ),
         (("x", "--draft-act-bits", "8"), "--draft-act-bits applies to --spec qspec only; add that, or drop --draft-act-bits"),
         (("x", "--spec", "ngram", "--draft-act-bits", "8"), "--draft-act-bits applies to --spec qspec only"),

@@ -1,4 +1,4 @@
-"""Help, version, and the verbs that list what ships."""
+"""Help, version, and the verbs that list built-in recipes and texts."""
 
 import json
 from importlib import resources

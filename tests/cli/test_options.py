@@ -1,4 +1,4 @@
-"""How options are read: other programs' names for ours, and what is checked before anything is loaded."""
+"""Options: names that other programs use, and checks before anything is loaded."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""`quantkit quantize --plan`: says what a run would take, and changes nothing."""
+"""`quantkit quantize --plan`: reports time and memory of a run, and changes nothing."""
 
 import json
 from pathlib import Path

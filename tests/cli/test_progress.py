@@ -1,4 +1,4 @@
-"""Long commands tell what is done of what: in a log a line now and then, on stderr only, and none after the end."""
+"""Progress of long commands: in a log one line now and then, on stderr only, and none after the end."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""`quantkit quantize`: options over recipes, what is shown, what is stored."""
+"""`quantkit quantize`: options override recipes; its output; what is stored."""
 
 import json
 from pathlib import Path

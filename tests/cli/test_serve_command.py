@@ -1,4 +1,4 @@
-"""`quantkit serve`: what it is told, and what it warns of; that it serves is seen in tests/server."""
+"""`quantkit serve`: its options and warnings. The server itself is tested in tests/server."""
 
 from pathlib import Path
 from typing import Any

@@ -86,7 +86,7 @@ def test_rows_are_the_first_tokens_of_the_whole(
 
 
 def test_no_token_at_a_cut_is_used(tmp_path: Path, merging: PreTrainedTokenizerFast) -> None:
-    """Wherever the text is cut for tokenizing, the tokens before the margin are those of the whole."""
+    """Wherever the text is cut for tokenizing, the tokens before the margin are those of the whole text."""
     path = tmp_path / "text.txt"
     path.write_text(("=" * 79 + "\n") * 1000)
     ids = merging(path.read_text(), add_special_tokens=False)["input_ids"]
@@ -166,7 +166,7 @@ class TestSeed:
 
 
 class FakeHub:
-    """Stands in for the datasets library; remembers what was asked for."""
+    """A fake of the datasets library that records the calls."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows, self.asked = rows, list[tuple[str, str | None, str]]()

@@ -1,4 +1,4 @@
-"""Files of prompts: which lines are prompts, where each stands, and what is refused."""
+"""Files of prompts: which lines are prompts, the position of each, and what is refused."""
 
 import json
 from pathlib import Path

@@ -30,7 +30,7 @@ _INLINE = re.compile(r"`((?:quantkit|make|pip|python -m|torchrun|pytest|mkdocs) 
 
 
 class Snippet(NamedTuple):
-    """A command line or a Python example, and where it stands."""
+    """A command line or a Python example, and its position."""
 
     where: str
     text: str
@@ -233,7 +233,7 @@ def _check_pre_commit(arguments: list[str]) -> None:
     assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
 
 
-#: First word -> what can be said of the rest without running it.
+#: First word of a command -> the check of the rest that is possible without running it.
 _CHECKS: dict[str, Callable[[list[str]], None]] = {
     "quantkit": _parse_quantkit,
     "pip": _check_pip,
@@ -271,7 +271,7 @@ def test_a_command_works(line: str, desk: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("line", _named(_inline()))
 def test_a_command_within_a_sentence_is_understood(line: str) -> None:
-    """Capital letters stand for what the user fills in, so values are not looked at."""
+    """Values are not checked, because words in capital letters stand for what the user fills in."""
     words = _words(line)
     if words[0] != "quantkit" or len(words) == 1:
         _CHECKS[words[0]](words[1:])

@@ -1,4 +1,4 @@
-"""The documentation is complete and names what there is."""
+"""The documentation is complete, and everything that it names exists."""
 
 import os
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))}
 PAGES |= {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")}
 ALL = "\n".join(PAGES.values())
-#: Pages for those who change the code: what they name must exist.
+#: Pages for contributors; the modules and files that they name must exist.
 NAMING = [page for page in PAGES if page.startswith("docs/extend/") or page in ("docs/architecture.md", "CONTRIBUTING.md")]
 
 
@@ -65,7 +65,7 @@ def test_names_of_the_code_exist() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    """mkdocs checks those within docs/, and their anchors."""
+    """mkdocs checks links within docs/, and their anchors."""
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if "://" not in target]
     assert [target for target in targets if target and not (ROOT / page).parent.joinpath(target).exists()] == []
 

@@ -1,4 +1,4 @@
-"""An event loop whose time passes only while everything sleeps: what would take minutes is exact and over at once."""
+"""An event loop with simulated time, which passes only while everything sleeps. Tests that would take minutes end at once."""
 
 import asyncio
 import selectors
@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 
 
 class _Jump(selectors.SelectSelector):
-    """Instead of waiting for the next timer it says that the time has come."""
+    """Does not wait for the next timer, but advances the clock to it."""
 
     def __init__(self) -> None:
         super().__init__()

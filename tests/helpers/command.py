@@ -1,4 +1,4 @@
-"""The command line as the tests run it: in this process, or in one of its own that can be killed.
+"""Runs the command line for tests: in this process, or in a separate one that can be killed.
 
 Processes are forked from a server that has everything imported, so each costs a fraction of a second. A test gives such a
 process a fault: a callable that runs in it before the command does.
@@ -27,7 +27,7 @@ FAST = ("--samples", "80", "--seq-len", "64")
 
 _PATIENCE = 120.0
 _SERVER = multiprocessing.get_context("forkserver")
-#: A verb imports what it runs only when it runs; the server has it all.
+#: Verbs import their modules only when they run; the fork server imports them once for all.
 _SERVER.set_forkserver_preload(
     [
         "pytest",
@@ -98,7 +98,7 @@ def refused(*arguments: object) -> str:
 
 
 def imported_by(*arguments: object, status: int = 0, program: str = REPORT_IMPORTS) -> set[str]:
-    """The modules that `quantkit ARGUMENTS` imports in an interpreter of its own."""
+    """The modules that `quantkit ARGUMENTS` imports in a separate interpreter."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
@@ -106,7 +106,7 @@ def imported_by(*arguments: object, status: int = 0, program: str = REPORT_IMPOR
 
 
 def start(log: Path, *arguments: object, fault: Callable[[], None] | None = None) -> BaseProcess:
-    """Start `quantkit ARGUMENTS` in a process of its own, whose output goes to `log`."""
+    """Start `quantkit ARGUMENTS` in a separate process, whose output goes to `log`."""
     process = _SERVER.Process(target=_run, args=(log, tuple(map(str, arguments)), fault), daemon=True)
     process.start()
     return process

@@ -1,4 +1,4 @@
-"""A model for eviction, and what it must give: its logits depend on every token that is held, with its position.
+"""A model for tests of eviction, and its expected output: its logits depend on every token that is held, with its position.
 
 `expected` follows the rules position by position, without blocks, batches or a cache: what `runtime.eviction` says, in
 tokens.

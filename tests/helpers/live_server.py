@@ -46,7 +46,7 @@ def listening(app: Any) -> Iterator[str]:
 
 @contextmanager
 def serving(folder: Path, config: ServerConfig, spec: str = "off") -> Iterator[tuple[str, ModelEndpoints]]:
-    """Its address and what it serves; at the end nothing may be left of any request."""
+    """The URL and the endpoints of a running server. At the end no request may be left."""
     cache = CacheOptions(memory=2**22, max_batch=config.max_batch, step_tokens=64)
     session = Session(folder, torch.device("cpu"), cache, EngineConfig(config.max_batch, token_budget=64), None, spec)
     app = create_app(session, config)

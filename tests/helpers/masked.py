@@ -1,4 +1,4 @@
-"""transformers' own attention with a mask that says, position by position, what eviction has left to see."""
+"""transformers' own attention with a mask of the keys that eviction has left for each position."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A server with OpenAI's protocol and known times: every token comes when it should, by the event loop's clock."""
+"""A server with OpenAI's protocol that sends every token at a known time of the event loop's clock."""
 
 import asyncio
 import json

@@ -121,7 +121,7 @@ def test_stops_see_what_a_plain_hook_sees_in_run_order(scene: Scene, keep_paused
 
 
 def _changing_walk(scene: Scene, keep_paused: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """All inputs and outputs of a walk that replaces every group's weights, and divides inputs where a fold allows it."""
+    """All inputs and outputs of a `LockstepForward` that replaces all weights and divides the inputs of groups with a fold."""
     stream, second = ActivationStream(scene.hidden), ActivationStream(scene.hidden[:2])
     changed = _noisy(scene.originals)
     seen = []
@@ -247,7 +247,7 @@ def test_hidden_states_are_not_modified(scene: Scene) -> None:
 
 
 def _job(scene: Scene, method: str, bits: int, keep_paused: bool) -> tuple[BlockQuantizer, list[Tensor], list[MatrixReport]]:
-    """Quantize the block; what was written, and the outputs that the next block would have been calibrated with."""
+    """Quantize the block. Returns what was written, and the outputs that would calibrate the next block."""
     reports: list[MatrixReport] = []
     settings = SolverSettings(
         METHODS[method],

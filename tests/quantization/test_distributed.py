@@ -1,4 +1,4 @@
-"""Several processes make, to the byte, the artifact of one; when one of them ends, all do, and one line says why."""
+"""Several processes write the same bytes as one process. If one of them ends, all end, and one line says why."""
 
 import functools
 import os
@@ -144,7 +144,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(source: Path, tmp_
     assert statuses[1 - victim] == 2
     (line,) = log.read_text().splitlines()
     assert line.startswith("error: another of the 2 processes ended or no longer answers")
-    assert "goes on after the last finished block" in line
+    assert "the same command continues after the last finished block" in line
     assert together(log, 3, *command(source, out, "gptq")) == [0, 0, 0]
     assert contents(out) == expected
     assert '"resumed_blocks": 1' in (out / "quantkit.json").read_text()

@@ -1,4 +1,4 @@
-"""Folding a channel scale into what produces it leaves the block's function alone, in every family and at every fold."""
+"""Folding a channel scale into its producer does not change the function of a block, in every family and at every fold."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

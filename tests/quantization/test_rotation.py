@@ -1,4 +1,4 @@
-"""Rotated models: the same function, artifacts that say so, and readers that must not pass over it."""
+"""Rotated models compute the same function, state the rotation, and are refused by readers that ignore it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,7 +39,7 @@ def test_rotations_are_orthogonal(columns: int) -> None:
 
 @pytest.mark.parametrize("columns", [2, 12, 48, 64, 576, 640, 768, 2880, 3584, 5120])
 def test_a_rotation_spreads_one_channel_evenly(columns: int) -> None:
-    """Where a Hadamard matrix is known, an outlier becomes as large in every channel: nothing can spread it further."""
+    """Where a Hadamard matrix is known, an outlier is spread evenly over all channels, which is the best possible result."""
     channel = torch.zeros(1, columns, dtype=torch.float64)
     channel[0, columns // 3] = 1.0
     torch.testing.assert_close(rotate(channel).abs(), torch.full_like(channel, columns**-0.5))
@@ -148,7 +148,7 @@ def test_an_interrupted_run_gives_the_same_bytes(llama_bf16: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in ROTATABLE])
 def test_families_that_cannot_be_rotated(family: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=f"rotate: {family} norms what its blocks add"):
+    with pytest.raises(RecipeError, match=f"rotate: {family} normalizes what its blocks add"):
         quantized(tiny.make_model(tmp_path / "model", family), tmp_path / "out", method="rtn")
 
 

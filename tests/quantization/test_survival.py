@@ -1,4 +1,4 @@
-"""A run may be killed at any moment, run out of memory or of disk, or meet another one: nothing is lost or half-written."""
+"""A run may be killed at any moment, run out of memory or disk space, or meet another run: nothing is lost or half-written."""
 
 import errno
 import functools
@@ -113,7 +113,7 @@ def require_absent_or_complete(out: Path) -> None:
 
 
 def finish(source: Path, out: Path, method: str, *more: object) -> dict[str, bytes]:
-    """Run the same command to its end; what it made."""
+    """Run the same command to its end and return the artifact."""
     done = quantkit(*command(source, out, method, *more))
     assert done.status == 0, done.err
     assert not partial(out).exists()
@@ -123,7 +123,7 @@ def finish(source: Path, out: Path, method: str, *more: object) -> dict[str, byt
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_random_changes_of_the_disk(source: Path, whole: Whole, tmp_path: Path, method: str, seed: int) -> None:
-    """One command, killed again and again before a random next change, until it comes to its end."""
+    """Repeat one command, killed before a random change of a file each time, until it completes."""
     chance, out = random.Random(f"{seed} {method}"), tmp_path / "work" / "out"
     kills = 0
     while True:
@@ -284,7 +284,7 @@ def test_second_run_is_turned_away_and_harms_nothing(source: Path, whole: Whole,
     wait_until(lambda: len(journal(out)) >= 3)
     assert "another run" in refused(*command(source, out, "gptq"))
     assert "another run" in refused(*command(source, out, "rtn", "--overwrite"))
-    # It may not have stopped yet; then there is nothing to continue, and nothing is lost.
+    # The first run may not have stopped yet. SIGCONT then has no effect, so it is sent repeatedly.
     while first.exitcode is None:
         assert first.pid is not None
         os.kill(first.pid, signal.SIGCONT)
@@ -340,7 +340,7 @@ def source_bf16(tmp_path: Path) -> Path:
 
 
 def _multiplying_in(dtype: torch.dtype, then: Callable[[], None] = lambda: None) -> None:
-    """From here on this process is one whose processor multiplies best in `dtype`."""
+    """From now on, this process behaves as if its processor were fastest in `dtype`."""
     job.fastest_matmul = lambda *_: dtype  # type: ignore[attr-defined]
     then()
 
@@ -578,7 +578,7 @@ def test_interrupt_from_the_keyboard(source: Path, whole: Whole, tmp_path: Path)
 
 
 def _fails_at(number: int, error: Exception, original: Callable[..., Any] = save_file) -> Callable[..., Any]:
-    """`original`, whose `number`th call fails."""
+    """A wrapper of `original` whose `number`th call fails."""
     calls = itertools.count(1)
 
     def call(*args: Any, **kwargs: Any) -> Any:

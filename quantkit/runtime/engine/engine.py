@@ -58,7 +58,7 @@ class EngineConfig:
             raise RequestError(f"{found}; max_batch must be at least 1 and token_budget at least max_batch")
         if self.draft_len is not None and not 1 <= self.draft_len <= MAX_DRAFT_LEN:
             raise RequestError(
-                f"draft_len is {self.draft_len}, it must be between 1 and {MAX_DRAFT_LEN}; or let it adapt itself"
+                f"draft_len is {self.draft_len}, it must be between 1 and {MAX_DRAFT_LEN}; or None, which adapts it"
             )
 
 
@@ -100,7 +100,7 @@ class Engine:
         if eviction is not None:
             check_windows(eviction, model.block_size, model.sliding_window)
         if offload is not None and not self._config.prefix_caching:
-            raise RequestError("--kv-offload keeps known prefixes, and prefix caching is off; leave out one or the other")
+            raise RequestError("--kv-offload saves cached prefixes, but prefix caching is off; leave one of them out")
         self._offload = offload
         self._kv = BlockManager(model.num_blocks, model.block_size, self._config.prefix_caching, eviction, offload)
         self._draft_controller = DraftController(proposer, self._config.draft_len, self._kv, self._config.token_budget)

@@ -37,7 +37,9 @@ class _Int4(KVDtype):
         """
         odd = next((width for layer in layers for width in (layer.key_width, layer.value_width) if width % 2), None)
         if odd is not None:
-            raise ResourceError(f"--kv-dtype {self._name}: packs two numbers per byte, the model's heads have {odd}; use int8")
+            raise ResourceError(
+                f"--kv-dtype {self._name}: packs two numbers per byte, but the head dimension is {odd}; use int8"
+            )
         return declared if device.type == "cuda" and declared.itemsize == 2 else torch.bfloat16
 
     def allocate(

@@ -41,7 +41,9 @@ class _BFloat16(_Plain):
             ResourceError: on a GPU, whose kernels want the cache and the activations to be of one dtype.
         """
         if device.type == "cuda" and declared != torch.bfloat16:
-            raise ResourceError(f"--kv-dtype bf16: on a GPU a {declared} model's plain cache has that type; use auto")
+            raise ResourceError(
+                f"--kv-dtype bf16: on a GPU the unquantized cache of a {declared} model has that dtype; use auto"
+            )
         return torch.bfloat16
 
 

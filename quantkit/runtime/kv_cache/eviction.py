@@ -163,6 +163,6 @@ def check_windows(chosen: Eviction, block_size: int, window: int) -> None:
     recent = chosen.recent * block_size
     if chosen.policy.holes and window > recent:
         raise RequestError(
-            f"--kv-policy: the model has layers with a window of {window:,} tokens, and only the newest {recent:,} are "
-            f"without holes; use --kv-policy window or a --kv-budget of {2 * -(-window // block_size) * block_size:,} or more"
+            f"--kv-policy: the model has layers with a window of {window:,} tokens, and only the newest {recent:,} are kept "
+            f"without gaps; use --kv-policy window or a --kv-budget of {2 * -(-window // block_size) * block_size:,} or more"
         )

@@ -93,7 +93,7 @@ def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
     ignored = _COMPUTED + sum(source.extra_quantization.values(), ())
     stray = sorted(name for name in source.unread if not name.endswith(ignored))
     if stray:
-        raise CheckpointError(f"{checkpoint.folder}: holds {quoted(stray[0])}, for which config.json has no place")
+        raise CheckpointError(f"{checkpoint.folder}: holds {quoted(stray[0])}, which the model of config.json does not have")
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), "a tensor was not loaded"
     heads = config.num_key_value_heads
     layers = [LayerShape(heads, block.self_attn.head_dim, block.self_attn.head_dim) for block in blocks]

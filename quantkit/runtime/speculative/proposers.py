@@ -83,7 +83,7 @@ def find_proposer(spec: str) -> tuple[str, str]:
         expected, _, metavar = name.partition(":")
         if kind == expected and bool(colon) == bool(argument) == bool(metavar):
             return name, argument
-    raise RequestError(f"--spec {spec}: no such speculation; use {PROPOSERS.alternatives()}")
+    raise RequestError(f"--spec {spec}: no such proposer; use {PROPOSERS.alternatives()}")
 
 
 def open_with_proposer(

@@ -278,11 +278,11 @@ def test_a_cache_is_not_asked_for_with_less_than_its_policy_needs(dtype: str, si
 def test_windows_of_layers_must_end_among_the_recent_blocks() -> None:
     check_windows(chosen("window", 3), 4, 1000)
     check_windows(chosen("sinks", 8), 4, 16)
-    message = "--kv-policy: the model has layers with a window of 17 tokens, and only the newest 16 are without holes"
+    message = "--kv-policy: the model has layers with a window of 17 tokens, and only the newest 16 are kept without gaps"
     with pytest.raises(RequestError, match=f"^{re.escape(message)}; use --kv-policy window or a --kv-budget of 40 or more$"):
         check_windows(chosen("sinks", 8), 4, 17)
     check_windows(chosen("scored", 10), 4, 17)
     model = HeldModel()
     model.sliding_window = 17
-    with pytest.raises(RequestError, match="without holes"):
+    with pytest.raises(RequestError, match="kept without gaps"):
         Engine(model, EngineConfig(eviction=chosen("scored", 8)))

@@ -324,5 +324,5 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path, monkeypatch: py
     message = f"--kv-offload-dir {missing}: cannot be written to (No such file or directory); name a folder that can"
     with pytest.raises(QuantkitError, match=f"^{re.escape(message)}$"):
         KVOffload(model, OffloadOptions(640, missing))
-    with pytest.raises(QuantkitError, match=r"^--kv-offload keeps known prefixes, and prefix caching is off"):
+    with pytest.raises(QuantkitError, match=r"^--kv-offload saves cached prefixes, but prefix caching is off"):
         Engine(model, EngineConfig(prefix_caching=False), offload=KVOffload(model, OffloadOptions(640)))

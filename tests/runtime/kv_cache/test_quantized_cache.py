@@ -196,8 +196,8 @@ def test_what_cannot_be_is_refused_by_name(llama: Path) -> None:
     for name in ("int4", "int4+4"):
         with pytest.raises(ResourceError, match=rf"--kv-dtype {name.replace('+', '.')}: packs two .* 33; use int8"):
             cache_format(name, torch.float32, [LayerShape(1, 33, 32)], CPU)
-    with pytest.raises(ResourceError, match="does not hold a block of 32 tokens beside"):
+    with pytest.raises(ResourceError, match="does not hold a block of 32 tokens next to"):
         open_model(llama, CPU, CacheOptions(dtype="int4", memory=100_000))
-    with pytest.raises(ResourceError, match=r"--kv-dtype bf16: on a GPU a torch.float16 model's plain cache"):
+    with pytest.raises(ResourceError, match=r"--kv-dtype bf16: on a GPU the unquantized cache of a torch.float16 model"):
         cache_format("bf16", torch.float16, [], torch.device("cuda"))
     assert set(QUANTIZED) < set(KV_DTYPES)

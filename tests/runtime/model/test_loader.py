@@ -134,7 +134,7 @@ def _damaged(llama: Path, folder: Path, change: dict[str, Tensor | None]) -> Che
         ({"model.norm.weight": None}, "'model.norm.weight' is missing; fetch"),
         ({"lm_head.weight": None}, "'lm_head.weight' is missing; fetch"),
         ({"model.layers.0.self_attn.q_proj.weight": torch.zeros(3, 64)}, r"has shape \[3, 64\], config.json says \[64, 64\]"),
-        ({"model.layers.3.mlp.up_proj.weight": torch.zeros(2, 2)}, "for which config.json has no place"),
+        ({"model.layers.3.mlp.up_proj.weight": torch.zeros(2, 2)}, "which the model of config.json does not have"),
     ],
 )
 def test_tensors_that_disagree_with_the_config(

@@ -42,7 +42,7 @@ def test_the_engine_computes_what_the_dequantized_weights_do(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Up to the order of sums. With 8 bits the logits are also close to those of the original."""
+    """Equal up to the order of sums. With 8 bits the logits are also close to those of the original."""
     if way == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
     if way == "definition":

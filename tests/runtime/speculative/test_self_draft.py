@@ -89,7 +89,7 @@ def test_the_draft_pass(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Quantized where the oracle quantizes.
+    """Drafts quantize the same inputs as the oracle does.
 
     Sums differ in their order, by a millionth. Where that flips an integer next to a tie, everything after it is off by as
     much as quantization itself. With 8 bits, whose steps are small, a few tokens meet no tie.

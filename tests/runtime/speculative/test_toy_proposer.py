@@ -73,7 +73,7 @@ def test_a_toy_proposer_drafts_through_the_command_line_and_changes_no_text(llam
 @pytest.mark.usefixtures("toy")
 def test_errors_name_every_proposer(llama: Path) -> None:
     line = refused("generate", llama, "x", "--spec", "dog")
-    assert line.endswith("--spec dog: no such speculation; use off, ngram, draft:MODEL, qspec, quantspec, toy or toy2:WORD")
+    assert line.endswith("--spec dog: no such proposer; use off, ngram, draft:MODEL, qspec, quantspec, toy or toy2:WORD")
     assert "--spec toy2:once: knows only 'again'" in refused("generate", llama, "x", "--spec", "toy2:once")
 
 
@@ -86,7 +86,7 @@ def test_spellings(spec: str, found: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("spec", ["", ":", "draft", "draft:", "ngram:", "ngram:x", "MODEL", "Ngram"])
 def test_what_is_no_spelling(spec: str) -> None:
-    with pytest.raises(RequestError, match=rf"^--spec {re.escape(spec)}: no such speculation; use off, "):
+    with pytest.raises(RequestError, match=rf"^--spec {re.escape(spec)}: no such proposer; use off, "):
         find_proposer(spec)
 
 
