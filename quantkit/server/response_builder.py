@@ -89,7 +89,7 @@ class CompletionResponseBuilder(_Envelope):
         return self.delta(index, output)
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprobs], first: int | None) -> dict[str, Any]:
-        """OpenAI's parallel lists. Where several tokens have the same text, `top_logprobs` keeps the likeliest.
+        """OpenAI's parallel lists. Where several tokens have the same text, `top_logprobs` keeps the most likely one.
 
         `first` is the prompt's first token, which has no log probability because nothing precedes it.
         """

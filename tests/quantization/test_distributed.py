@@ -137,7 +137,7 @@ IN_SECOND_BLOCK = functools.partial(functools.partial, _at_measurement, 5)
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(source: Path, tmp_path: Path, victim: int) -> None:
-    """By as many processes as there are then."""
+    """The second command may continue with a different number of processes."""
     expected, out, log = alone(source, tmp_path / "alone", "gptq"), tmp_path / "out", tmp_path / "log"
     statuses = together(log, 2, *command(source, out, "gptq"), faults={victim: IN_SECOND_BLOCK(_die)})
     assert statuses[victim] == -signal.SIGKILL
