@@ -104,24 +104,24 @@ def evaluate(
         require_measurable(Path(model))
     if kv_dtype is not None:
         require_kv_dtype(kv_dtype)
+    if speed and (gated or tasks is not None):
+        raise RecipeError("--speed does not measure quality, so it excludes gates and --tasks; run eval twice")
+    if speed and (kv_dtype, kv_policy, kv_budget) != (None, FULL, None):
+        raise RecipeError(
+            "--speed always uses a full KV cache of the model's own type; "
+            "leave --kv-dtype, --kv-policy and --kv-budget out, or --speed"
+        )
+    if tasks is not None and gated:
+        raise RecipeError("--tasks measures neither perplexity nor KL divergence, so it excludes those gates; run eval twice")
+    if tasks is None and (limit, task_dir, num_fewshot, chat) != (None, None, None, False):
+        raise RecipeError("--limit, --task-dir, --num-fewshot and --chat apply to --tasks only; name tasks with --tasks")
     for name in (model, baseline):
         if name is not None:
             local_folder(name)  # refuses a wrong name before torch is imported
     if speed:
-        if gated or tasks is not None:
-            raise RecipeError("--speed does not measure quality, so it excludes gates and --tasks; run eval twice")
-        if (kv_dtype, kv_policy, kv_budget) != (None, FULL, None):
-            raise RecipeError(
-                "--speed always uses a full KV cache of the model's own type; "
-                "leave --kv-dtype, --kv-policy and --kv-budget out, or --speed"
-            )
         _speed(model, baseline, device, json_file, quiet=quiet)
         return
     if tasks is not None:
-        if gated:
-            raise RecipeError(
-                "--tasks measures neither perplexity nor KL divergence, so it excludes those gates; run eval twice"
-            )
         from quantkit.cli.eval_tasks import evaluate_tasks
 
         models = {} if baseline is None else {"baseline": baseline}
@@ -129,8 +129,6 @@ def evaluate(
         wanted = {"names": tasks.split(","), "limit": limit, "folder": task_dir, "num_fewshot": num_fewshot, "chat": chat}
         evaluate_tasks(models | {"model": model}, engine, wanted, json_file, quiet=quiet)
         return
-    if (limit, task_dir, num_fewshot, chat) != (None, None, None, False):
-        raise RecipeError("--limit, --task-dir, --num-fewshot and --chat apply to --tasks only; name tasks with --tasks")
     budget = Budget(kv_policy, kv_budget)
 
     from quantkit.checkpoint.locate import locate

@@ -1,5 +1,5 @@
 """The quantization job: read a model block by block, calibrate, quantize, write the artifact, resume.
 
 `run` is the entry, `pipeline` the loop over blocks, `block` one block, `calibration` its forward passes. Only the command line
-imports this room.
+and `quantkit.api` import this room.
 """

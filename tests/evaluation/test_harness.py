@@ -251,8 +251,8 @@ def test_fewshot(llama: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--limit", 3), "name some with --tasks"),
-        (("--chat",), "name some with --tasks"),
+        (("--limit", 3), "name tasks with --tasks"),
+        (("--chat",), "name tasks with --tasks"),
         (("--tasks", "quiz", "--speed"), "run eval twice"),
         (("--tasks", "quiz", "--baseline", "x", "--max-kl", 1), "so it excludes those gates"),
         (("--tasks", "quiz", "--task-dir", "nowhere"), "--task-dir nowhere: no such folder"),

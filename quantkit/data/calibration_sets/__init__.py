@@ -1,1 +1,1 @@
-"""Calibration sets, one YAML manifest a set; `quantkit calib` lists them."""
+"""Calibration sets, one YAML manifest per set; `quantkit calib` lists them."""
