@@ -44,7 +44,7 @@ docs: setup-test
 test: lint types docs
 	mkdir -p out
 	OMP_NUM_THREADS=1 COVERAGE_CORE=$$($(BIN)/python -c "import sys; print('sysmon' if sys.version_info >= (3, 12) else 'ctrace')") \
-		$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report=
+		$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/coverage report --format=total | sed 's/.*/line coverage of quantkit: &%/'
 
 # Builds both distributions, compares the source distribution with what git tracks, and runs the wheel in an empty environment.
