@@ -83,6 +83,7 @@ def compile_all(jobs: Sequence[Job]) -> list[Compiled]:
         subprocess.CalledProcessError: a job does not compile; the compiler's output is on stderr.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # a job may name a kernel of a test
     request = json.dumps([asdict(job) for job in jobs])
     child = subprocess.run(
         [sys.executable, __file__], input=request, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=600

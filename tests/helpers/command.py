@@ -158,6 +158,7 @@ def _run(log: Path, arguments: tuple[str, ...], fault: Callable[[], None] | None
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv = ["quantkit", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
     if fault is not None:
         fault()
     main()

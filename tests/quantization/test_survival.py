@@ -207,7 +207,7 @@ def test_left_over_workspace_of_a_complete_artifact_is_deleted(
     shutil.copytree(whole("gptq"), interrupted)
     done = quantkit("quantize", source, "-o", interrupted, "--method", "gptq", *FAST)
     assert done.status == 0
-    assert "complete already" in done.err
+    assert "already complete" in done.err
     assert not partial(interrupted).exists()
     assert contents(interrupted) == contents(whole("gptq"))
 
@@ -234,7 +234,7 @@ def test_a_complete_artifact_with_old_keys_is_recognised(source: Path, whole: Wh
     shutil.copytree(whole("gptq"), interrupted)
     use_old_keys(interrupted / "quantkit.json")
     done = quantkit("quantize", source, "-o", interrupted, "--method", "gptq", *FAST, "--json", "-")
-    assert "complete already" in done.err
+    assert "already complete" in done.err
     assert json.loads(done.out)["recipe"] == json.loads((whole("gptq") / "quantkit.json").read_text())["recipe"]
 
 
@@ -558,11 +558,14 @@ def test_full_disk_anywhere_else(
 def test_out_that_appears_meanwhile_costs_no_finished_block(
     source: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    out, write_metadata = tmp_path / "out", job.write_metadata
+
+    def write_and_make_out(*arguments: Any) -> None:
+        write_metadata(*arguments)
+        out.mkdir()
+
     with monkeypatch.context() as patch:
-        patch.setattr(job, "write_metadata", lambda *_: out.mkdir())
-        patch.setattr(job, "Checkpoint", lambda _: None)
-        patch.setattr(job, "bits_per_weight", lambda _: 4.0)
+        patch.setattr(job, "write_metadata", write_and_make_out)
         assert "exists" in refused(*command(source, out, "rtn"))
     assert len(journal(out)) == BLOCKS + 1
     out.rmdir()
