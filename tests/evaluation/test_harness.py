@@ -229,7 +229,10 @@ def test_sampling_options(lm: Callable[..., EngineLM]) -> None:
     assert (model.eot_token_id, model.prefix_token_id) == (token, token)
 
 
-def test_a_baseline_beside_it(llama: Path, packed: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_baseline_beside_it(
+    llama: Path, packed: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # the header holds two paths
     done = quantkit(
         "eval", packed, "--baseline", llama, "--tasks", "cloze", "--task-dir", folder, "--json", tmp_path / "out.json"
     )
