@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from helpers import tiny
 from helpers.command import FAST, ended, quantkit, refused, signal_at_change, start, wait_until
 from quantkit.checkpoint.activations import Activations
+from quantkit.formats.artifact import write_metadata
 from quantkit.quantization import run as job
 from quantkit.quantization.calibration import LockstepForward
 from quantkit.quantization.memory import MemoryPlan
@@ -558,7 +559,7 @@ def test_full_disk_anywhere_else(
 def test_out_that_appears_meanwhile_costs_no_finished_block(
     source: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, write_metadata = tmp_path / "out", job.write_metadata
+    out = tmp_path / "out"
 
     def write_and_make_out(*arguments: Any) -> None:
         write_metadata(*arguments)
