@@ -16,7 +16,7 @@ app = typer.Typer(
     cls=VerbGroup,
     no_args_is_help=True,
     add_completion=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # plain help: importing and drawing with rich would take as long again as all the rest
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

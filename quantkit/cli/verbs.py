@@ -47,6 +47,6 @@ class VerbGroup(TyperGroup):
 
 def command(name: str) -> Any:
     """The full command (a `click.Command`) of a verb: options, help and callback."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(name, epilog=VERBS[name].example)(VERBS[name].callback)
     return typer.main.get_command(app)
