@@ -16,7 +16,6 @@ def choice(registry: Registry[Any], *names: str, help: str) -> Any:
         names: the option's names, such as "--format"; by default the parameter's name.
         help: the option's help text.
     """
-
     return typer.Option(*names, help=help, **_names_of(registry))
 
 
