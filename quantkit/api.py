@@ -1,21 +1,17 @@
 """quantkit from Python: `quantize`, `evaluate` and `LLM`.
 
 Each is a thin layer over what the command line runs: `quantization.run`, `evaluation.run` and `runtime.session`. The package
-re-exports them, so users write `from quantkit import LLM`.
+re-exports them, so users write `from quantkit import LLM`. What only one of them needs is imported inside it: `LLM` does
+without transformers' modelling code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from quantkit.checkpoint.locate import locate
 from quantkit.data.prompts import Prompt
 from quantkit.errors import RequestError
-from quantkit.evaluation.run import EvalReport, EvalRequest, run_evaluation
-from quantkit.quantization.progress import NoProgress, Progress
-from quantkit.quantization.report import RunReport
-from quantkit.quantization.run import QuantizeRequest, quantize_model
-from quantkit.recipe import Recipe, load_recipe, recorded_computing
 from quantkit.runtime.core.output import Output
 from quantkit.runtime.core.request import SamplingParams
 from quantkit.runtime.engine.engine import EngineConfig
@@ -24,6 +20,12 @@ from quantkit.runtime.kv_cache.options import CacheOptions, OffloadOptions
 from quantkit.runtime.session import Session
 from quantkit.utils.device import resolve_device
 from quantkit.utils.resources import available_memory
+
+if TYPE_CHECKING:
+    from quantkit.evaluation.run import EvalReport
+    from quantkit.quantization.progress import Progress
+    from quantkit.quantization.report import RunReport
+    from quantkit.recipe import Recipe
 
 
 class LLM:
@@ -126,14 +128,14 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def quantize(
     model: str | Path,
     out: str | Path,
-    recipe: str | Path | Recipe = "gptq-w4",
+    recipe: "str | Path | Recipe" = "gptq-w4",
     *,
     device: str = "auto",
     max_memory: int | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: "Progress | None" = None,
     **overrides: Any,
-) -> RunReport:
+) -> "RunReport":
     """Quantize a model and write an artifact that quantkit and, depending on its format, other engines load.
 
     If it is interrupted, the same call continues after the last finished block.
@@ -159,6 +161,10 @@ def quantize(
     Raises:
         QuantkitError: the model, the recipe, the text or the output folder does not allow it; the message says why.
     """
+    from quantkit.quantization.progress import NoProgress
+    from quantkit.quantization.run import QuantizeRequest, quantize_model
+    from quantkit.recipe import Recipe, load_recipe, recorded_computing
+
     recipe = str(recipe) if isinstance(recipe, Path) else recipe
     request = QuantizeRequest(
         folder=locate(str(model)),
@@ -184,7 +190,7 @@ def evaluate(
     kv_budget: int | None = None,
     device: str = "auto",
     progress: Callable[[str, int, int], None] | None = None,
-) -> EvalReport:
+) -> "EvalReport":
     """Measure a model's perplexity and, with a baseline, how far its predictions are from the baseline's.
 
     Example:
@@ -207,6 +213,8 @@ def evaluate(
     Raises:
         QuantkitError: a model or the text cannot be read, or the two models do not share a vocabulary.
     """
+    from quantkit.evaluation.run import EvalRequest, run_evaluation
+
     request = EvalRequest(
         model=locate(str(model)),
         baseline=None if baseline is None else locate(str(baseline)),

@@ -115,7 +115,7 @@ def measure(folder: Path, device: torch.device) -> SpeedReport:
     engine, vocab = Engine(model, EngineConfig(max_batch=max(CONCURRENT), prefix_caching=False)), model.vocab_size
     single = [_request_times(engine, vocab) for _ in range(3)]
     system = {str(count): _system_tps(engine, vocab, count) for count in CONCURRENT}
-    weights, peak = model.definition.weight_bytes(), peak_memory()  # before measuring the bandwidth allocates memory
+    weights, peak = model.loaded.weight_bytes(), peak_memory()  # before measuring the bandwidth allocates memory
     return SpeedReport(
         name=str(folder),
         device=str(device),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import NumericsError
 from quantkit.formats.artifact import dense_reader, online_hadamard
+from quantkit.models.config import read_model_config
 from quantkit.models.skeleton import materialize_buffers, read_config
 from quantkit.models.streaming import StreamedModel
 from quantkit.runtime.core.batch import single_sequence_batch
@@ -18,7 +19,8 @@ from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.kv_cache.cache_format import cache_format
 from quantkit.runtime.kv_cache.dtype_base import LayerShape
 from quantkit.runtime.model import attention
-from quantkit.runtime.model.loader import load_block, load_non_block_weights
+from quantkit.runtime.model.definition import put_modules
+from quantkit.runtime.model.loader import ModuleLoader
 from quantkit.runtime.model.weights import WeightReader
 
 #: Tokens that run through a block at a time.
@@ -30,17 +32,16 @@ class PackedStreamedModel(StreamedModel):
 
     def load_non_block_weights(self) -> None:
         """Read embeddings, final norm and head as the engine does, without widening dtypes. Call once."""
-        load_non_block_weights(self.module, WeightReader(self.checkpoint), self.device, self.dtype)
-        self.load_tensors(
-            self.module, "", [name for name, _ in self.module.named_parameters() if name in self.non_block_names]
-        )
+        source = WeightReader(self.checkpoint)
+        self._loader = ModuleLoader(read_model_config(self.checkpoint), source, self.device, self.dtype)
+        put_modules(self.module, self._loader.outside())
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with weights prepared for the kernels; they are released when the context ends."""
         module = copy.deepcopy(self.blocks[index])
         materialize_buffers(self.module, module, self.device)
-        load_block(module, self.prefix(index), self.family, WeightReader(self.checkpoint), self.device, self.dtype)
+        put_modules(module, self._loader.block(index))
         yield module
 
 

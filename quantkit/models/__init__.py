@@ -1,4 +1,4 @@
-"""Models as transformers defines them: families as data, a model without weights, and one that streams its blocks from disk.
+"""Models as transformers defines them: families and configs as data, and a model without weights, which streams its blocks.
 
 This room knows nothing about quantization methods or the engine.
 """

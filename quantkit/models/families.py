@@ -4,8 +4,9 @@ The unit of work is a `MatrixGroup`: matrices that read the same input. A family
 which the block runs them. To add a family, add a row to FAMILIES.
 """
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from quantkit.errors import CheckpointError
 
@@ -63,6 +64,12 @@ class Family:
         norms: the norms of a block.
         value_proj: the matrix whose last rows are attention's values.
         out_proj, down_proj: the last matrices of attention and of the MLP.
+        embedding, norm, head: paths of the embedding, of the last norm and of the output head.
+        head_norms: whether queries and keys are normalized, each head by itself or all heads of a token together.
+        qkv_bias: whether the matrices that make queries, keys and values have a bias, whatever config.json says.
+        scaled_embedding: whether embeddings are multiplied by the square root of the hidden size.
+        defaults: settings of config.json that the family has, and what they are if config.json leaves them out; those of
+            `models.config` that all families have only where they differ.
     """
 
     groups: tuple[MatrixGroup, ...]
@@ -72,6 +79,13 @@ class Family:
     value_proj: str = "self_attn.v_proj"
     out_proj: str = "self_attn.o_proj"
     down_proj: str = "mlp.down_proj"
+    embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    head_norms: Literal["each head", "all heads"] | None = None
+    qkv_bias: bool = False
+    scaled_embedding: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -120,6 +134,7 @@ GEMMA = Family(
         _DOWN,
     ),
     norms=Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    scaled_embedding=True,
 )
 PHI3 = Family(
     (
@@ -136,17 +151,83 @@ OLMO2 = Family(
     norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
 )
 
+#: Qwen's sliding windows are off unless config.json turns them on; the first `max_window_layers` never have one.
+_QWEN: dict[str, Any] = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+#: All of Gemma's layers but every n-th have a sliding window.
+_GEMMA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+
 #: `model_type` of config.json -> family.
 FAMILIES: dict[str, Family] = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "granite": LLAMA,
-    "phi3": PHI3,
-    "gemma2": replace(GEMMA, soft_cap=True),
-    "gemma3_text": GEMMA,
-    "olmo2": OLMO2,
+    "llama": replace(LLAMA, defaults={"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False}),
+    "mistral": replace(LLAMA, defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096}),
+    "qwen2": replace(LLAMA, qkv_bias=True, defaults=_QWEN),
+    "qwen3": replace(LLAMA, head_norms="each head", defaults=_QWEN | {"head_dim": 128, "attention_bias": False}),
+    "granite": replace(
+        LLAMA,
+        defaults={
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "phi3": replace(
+        PHI3,
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "partial_rotary_factor": 1.0,
+        },
+    ),
+    "gemma2": replace(
+        GEMMA,
+        soft_cap=True,
+        defaults=_GEMMA
+        | {
+            "max_position_embeddings": 8192,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma3_text": replace(
+        GEMMA,
+        head_norms="each head",
+        defaults=_GEMMA
+        | {
+            "max_position_embeddings": 131_072,
+            "sliding_window_pattern": 6,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+        },
+    ),
+    "olmo2": replace(
+        OLMO2,
+        head_norms="all heads",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "attention_bias": False},
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError
+from quantkit.models.config import context_of, refuse_remote_code
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -17,15 +18,12 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         CheckpointError: the config needs remote code, transformers refuses it, or its context length is less than 1.
     """
     path = checkpoint.folder / "config.json"
-    if "auto_map" in checkpoint.config:
-        raise CheckpointError(f"{path}: needs trust_remote_code, which quantkit never runs; use a model with built-in code")
+    refuse_remote_code(checkpoint)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     except Exception as error:  # transformers validates with many exception types
         raise CheckpointError(f"{path}: not a config that transformers accepts ({_one_line(error)})") from error
-    context = getattr(config, "max_position_embeddings", 1)  # Every supported family has one.
-    if context < 1:
-        raise CheckpointError(f"{path}: max_position_embeddings is {context}, it must be at least 1; fetch the file again")
+    context_of(getattr(config, "max_position_embeddings", 1), path)  # Every supported family has one.
     return config
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.checkpoint.tokenizer import load_tokenizer
@@ -25,6 +24,8 @@ from quantkit.runtime.speculative.proposers import open_with_proposer
 from quantkit.utils.resources import peak_memory
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from quantkit.runtime.sampling.json_schema import JsonGrammars
 
 
@@ -202,7 +203,7 @@ class Session:
         )
 
 
-def _eos_token_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _eos_token_ids(checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Collect the tokens that end a text from all of the model's files that name them.
 
     Raises:

@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from helpers import tiny
 from quantkit.cli.progress import RunProgress
 from quantkit.errors import CheckpointError, CorpusError
-from quantkit.evaluation import stream
 from quantkit.evaluation.run import KERNEL_TOLERANCE, EvalReport, EvalRequest, run_evaluation
 from quantkit.quantization.run import QuantizeRequest, quantize_model
 from quantkit.recipe import load_recipe
-from quantkit.runtime.model.loader import load_non_block_weights
+from quantkit.runtime.model.loader import ModuleLoader
 
 
 @pytest.fixture(autouse=True)
@@ -171,11 +170,14 @@ def test_packed_kernels_are_as_good_as_dequantized_weights(llama: Path, tmp_path
 def test_an_error_of_the_head_is_seen(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's head has doubled scales; that of the dequantized weights does not."""
 
-    def doubled(model: Any, *how: Any) -> None:
-        load_non_block_weights(model, *how)
-        model.get_output_embeddings().kernel_weight.scales.mul_(2)
+    outside = ModuleLoader.outside
 
-    monkeypatch.setattr(stream, "load_non_block_weights", doubled)
+    def doubled(loader: ModuleLoader) -> dict[str, Any]:
+        modules: dict[str, Any] = outside(loader)
+        modules["lm_head"].kernel_weight.scales.mul_(2)
+        return modules
+
+    monkeypatch.setattr(ModuleLoader, "outside", doubled)
     report, _ = _evaluate(_quantized(llama, tmp_path / "out", 4), None)
     assert report.kernel_difference is not None
     assert abs(report.kernel_difference) > 10 * KERNEL_TOLERANCE

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from quantkit.kernels.attention_mass import attention_mass
 from quantkit.kernels.cpu import attention as cpu_attention
@@ -104,13 +103,9 @@ def _kernels(device: str, max_query_len: int) -> tuple[Callable[..., None], Call
     return kv_write, partial(paged_attention, max_query_len=max_query_len)
 
 
-def layer_window(attention: Any, config: Any) -> int:
-    """Tokens that an attention layer of transformers sees, including the query's own; 0 for all."""
-    found = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
-    return int(found or 0)
-
-
 def register() -> str:
     """Register the implementation with transformers; returns its name."""
+    from transformers import AttentionInterface  # Imports its modelling code, which the native decoder does without.
+
     AttentionInterface.register(KEY, attend)
     return KEY

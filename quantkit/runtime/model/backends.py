@@ -15,7 +15,7 @@ from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.model.attention import AttentionContext
 from quantkit.runtime.model.layers import quantized_activations
-from quantkit.runtime.model.loader import Definition
+from quantkit.runtime.model.loader import LoadedModel
 from quantkit.runtime.model.native_builder import describe
 from quantkit.runtime.model.native_decoder import NativeDecoder
 
@@ -48,15 +48,15 @@ class EagerBackend:
 
     name = "eager"
 
-    def __init__(self, definition: Definition, cache: KVCache, activation_bits: int = 0) -> None:
+    def __init__(self, loaded: LoadedModel, cache: KVCache, activation_bits: int = 0) -> None:
         """
         Args:
-            definition: the loaded model.
+            loaded: the model.
             cache: where its attention layers read and write.
             activation_bits: 4 or 8 quantizes the inputs of packed weights to that many bits; 0 leaves them alone.
         """
-        self._definition, self._cache, self._activation_bits = definition, cache, activation_bits
-        self._linears = definition.linears() if activation_bits else set()
+        self._loaded, self._cache, self._activation_bits = loaded, cache, activation_bits
+        self._linears = loaded.linears() if activation_bits else set()
 
     def supports(self, batch: Batch) -> bool:
         """Every batch."""
@@ -66,18 +66,18 @@ class EagerBackend:
         """See `Backend`."""
         if not self._activation_bits:
             return self._forward(batch, draft)
-        with quantized_activations(self._linears, self._definition.module.get_output_embeddings(), self._activation_bits):
+        with quantized_activations(self._linears, self._loaded.head, self._activation_bits):
             return self._forward(batch, draft)
 
     def _forward(self, batch: Batch, draft: bool) -> Tensor:
-        definition, tokens, positions = self._definition, batch.token_ids[None], batch.positions[None]
+        definition, tokens, positions = self._loaded.definition, batch.token_ids[None], batch.positions[None]
         context = AttentionContext(batch, self._cache, draft)
         inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "attention_context": context}
         if not len(batch.logit_rows):
             # A chunk of a prompt that is not its last: only its keys and values are wanted.
-            definition.module.base_model(**inputs)
-            return torch.empty(0, definition.config.vocab_size, device=tokens.device)
-        logits: Tensor = definition.module(**inputs, logits_to_keep=batch.logit_rows).logits
+            definition.base_model(**inputs)
+            return torch.empty(0, self._loaded.config.vocab_size, device=tokens.device)
+        logits: Tensor = definition(**inputs, logits_to_keep=batch.logit_rows).logits
         return logits[0].float()
 
 
@@ -103,15 +103,15 @@ class NativeBackend:
         return self._decoder.forward(batch, draft)
 
 
-def native_backend(definition: Definition, cache: KVCache, activation_bits: int = 0) -> NativeBackend | None:
+def native_backend(loaded: LoadedModel, cache: KVCache, activation_bits: int = 0) -> NativeBackend | None:
     """The native backend of a model on a CPU; None where no compiler is found or the decoder cannot express the model.
 
     Args:
-        definition, cache, activation_bits: see `EagerBackend`.
+        loaded, cache, activation_bits: see `EagerBackend`.
     """
-    model = describe(definition) if library.load() is not None else None
+    model = describe(loaded) if library.load() is not None else None
     if model is None:
         return None
-    weights = [linear.kernel_weight for linear in definition.linears()]
+    weights = [linear.kernel_weight for linear in loaded.linears()]
     float32 = all(isinstance(weight, cpu_matmul.CpuWeight) and weight.is_float32 for weight in weights)
     return NativeBackend(NativeDecoder(model, cache.keys, cache.values, activation_bits), float32=float32)

@@ -1,27 +1,26 @@
-"""Load a checkpoint or artifact into transformers' model definition, one decoder block at a time.
+"""Load a checkpoint or artifact for the runtime, one decoder block at a time.
 
-The definition is built on the meta device. Every matrix is read, fused with those that read the same input, and repacked once
-for its kernel. So peak memory is the packed model plus one block in its layout on disk.
+Every matrix is read, fused with those that read the same input, and repacked once for its kernel. So peak memory is the packed
+model plus one block in its layout on disk. Nothing of transformers is imported: what a model consists of follows from its
+config.json and its family.
 """
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.safetensors_header import quoted
 from quantkit.errors import CheckpointError
 from quantkit.methods.grid import QuantizedWeight
 from quantkit.methods.threads import one_thread
-from quantkit.models.families import Family, family_of
-from quantkit.models.skeleton import build_skeleton, materialize_buffers, read_config
+from quantkit.models.config import ModelConfig, read_model_config
 from quantkit.runtime.kv_cache.dtype_base import LayerShape
 from quantkit.runtime.kv_cache.sizing import CachedModel
-from quantkit.runtime.model import attention
 from quantkit.runtime.model.layers import Embedding, FusedLinear, FusedSlice, Linear, Norm, pack_weight
 from quantkit.runtime.model.weights import WeightReader
 
@@ -32,109 +31,151 @@ _COMPUTED = (".inv_freq", ".masked_bias")
 
 
 @dataclass(frozen=True)
-class Definition:
+class LoadedModel:
     """A loaded model without a cache.
 
     Attributes:
-        module: transformers' causal language model; its attention needs the keyword argument `attention_context`.
-        config, family: of the model.
-        layers: what each layer stores in the KV cache per token.
+        checkpoint: where it was loaded from.
+        config: what config.json says.
+        modules: path -> `Linear`, `FusedSlice`, `Norm` or `Embedding`, for all modules with weights.
         dtype: of activations.
         device: of all weights and activations.
     """
 
-    module: Any
-    config: PreTrainedConfig
-    family: Family
-    layers: list[LayerShape]
+    checkpoint: Checkpoint
+    config: ModelConfig
+    modules: dict[str, nn.Module]
     dtype: torch.dtype
     device: torch.device
 
+    @cached_property
+    def definition(self) -> Any:
+        """The model as transformers defines it, with these modules; its attention needs the argument `attention_context`.
+
+        Made on first use: where the native decoder runs the model, transformers' modelling code is not imported.
+
+        Raises:
+            CheckpointError: transformers refuses the config.
+        """
+        from quantkit.runtime.model.definition import build_definition
+
+        return build_definition(self.checkpoint, self.modules, self.device, self.dtype)
+
+    @property
+    def head(self) -> Linear:
+        """The output head."""
+        head = self.modules[self.config.family.head]
+        assert isinstance(head, Linear)
+        return head
+
     def linears(self) -> set[Linear]:
         """Every linear layer; fused matrices count as one."""
-        modules = list(self.module.modules())
+        modules = self.modules.values()
         fused = {module.fused.linear for module in modules if isinstance(module, FusedSlice)}
         return fused | {module for module in modules if isinstance(module, Linear)}
 
     @property
+    def layers(self) -> list[LayerShape]:
+        """What each layer stores in the KV cache per token."""
+        config = self.config
+        return [LayerShape(config.kv_heads, config.head_dim, config.head_dim)] * len(config.windows)
+
+    @property
     def cached_model(self) -> CachedModel:
         """What a KV cache must know about the model."""
-        declared = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else self.dtype
-        return CachedModel(self.layers, declared, self.config.max_position_embeddings, self.device)
+        return CachedModel(self.layers, self.config.dtype or self.dtype, self.config.context, self.device)
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a decode step reads: all weights except the embedding table."""
-        norms = sum(module.weight.nbytes for module in self.module.modules() if isinstance(module, Norm))
+        norms = sum(module.weight.nbytes for module in self.modules.values() if isinstance(module, Norm))
         return norms + sum(layer.kernel_weight.nbytes for layer in self.linears())
 
 
 @torch.no_grad()
-def load_definition(checkpoint: Checkpoint, device: torch.device) -> Definition:
+def load_model(checkpoint: Checkpoint, device: torch.device) -> LoadedModel:
     """Load a model for the runtime. Activations are float32 on a CPU, and have the checkpoint's dtype on a GPU.
 
     Raises:
         CheckpointError, FormatError: the model is unknown or damaged, or its tensors disagree with its config.
     """
-    config = read_config(checkpoint)
-    family = family_of(checkpoint.config["model_type"], str(checkpoint.folder / "config.json"))
+    config = read_model_config(checkpoint)
     dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.bfloat16
-    model = build_skeleton(config, attention.register(), dtype)
     source = WeightReader(checkpoint)
     if source.extra_quantization:
         where, fields = checkpoint.folder / "config.json", " and ".join(source.extra_quantization)
         logger.warning("note: %s: %s are not applied; activations and KV cache stay more precise", where, fields)
-    blocks = model.get_submodule(family.blocks_path)
+    loader = ModuleLoader(config, source, device, dtype)
     with one_thread():  # Loading is thousands of small passes over memory.
-        for index, block in enumerate(blocks):
-            load_block(block, f"{family.blocks_path}.{index}.", family, source, device, dtype)
-        load_non_block_weights(model, source, device, dtype)
-        _load_norms(model, "", family, source, device, dtype)
-    materialize_buffers(model, model, device)
+        # Embedding and head are the largest matrices. What unpacking them takes is free again when the blocks come.
+        modules = loader.outside()
+        for index in range(len(config.windows)):
+            path = f"{config.family.blocks_path}.{index}"
+            modules |= {f"{path}.{name}": module for name, module in loader.block(index).items()}
     ignored = _COMPUTED + sum(source.extra_quantization.values(), ())
     stray = sorted(name for name in source.unread if not name.endswith(ignored))
     if stray:
         raise CheckpointError(f"{checkpoint.folder}: holds {quoted(stray[0])}, which the model of config.json does not have")
-    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), "a tensor was not loaded"
-    heads = config.num_key_value_heads
-    layers = [LayerShape(heads, block.self_attn.head_dim, block.self_attn.head_dim) for block in blocks]
-    return Definition(model, config, family, layers, dtype, device)
+    return LoadedModel(checkpoint, config, modules, dtype, device)
 
 
-def load_block(
-    block: nn.Module, prefix: str, family: Family, source: WeightReader, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Give a block of the skeleton its weights, packed for their kernels.
+class ModuleLoader:
+    """Makes a model's modules from its tensors."""
 
-    Args:
-        block: on the meta device; changed in place.
-        prefix: start of its tensor names.
-        family: of the model.
-        source: where tensors are read from.
-        device, dtype: see `load_definition`.
+    def __init__(self, config: ModelConfig, source: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
+        """
+        Args:
+            config: of the model.
+            source: its tensors.
+            device: of the modules.
+            dtype: of activations.
+        """
+        self._config, self._source, self._device, self._dtype = config, source, device, dtype
 
-    Raises:
-        CheckpointError, FormatError: a tensor is missing or damaged, or has another shape.
-    """
-    with source.checkpoint.prefetch(source.checkpoint.names_under(prefix)):
-        for group in family.groups:
-            matrices = [_read_linear(block.get_submodule(name), prefix + name, source) for name in group.names]
-            modules = _linears(matrices, device, dtype)
-            for name, module in zip(group.names, modules, strict=True):
-                if hadamard := source.hadamard(prefix + name):
-                    assert isinstance(module, Linear), f"{name} shares its inputs with other matrices"
-                    module.hadamard = hadamard
-                block.set_submodule(name, module)
-        _load_norms(block, prefix, family, source, device, dtype)
+    def block(self, index: int) -> dict[str, nn.Module]:
+        """The modules of block `index`, by path inside the block.
 
+        Raises:
+            CheckpointError, FormatError: a tensor is missing or damaged, or has another shape.
+        """
+        config, family, source = self._config, self._config.family, self._source
+        prefix, made = f"{family.blocks_path}.{index}.", dict[str, nn.Module]()
+        with source.checkpoint.prefetch(source.checkpoint.names_under(prefix)):
+            for group in family.groups:
+                matrices = [self._read(prefix + n, config.matrix_shape(n), bias=config.has_bias(n)) for n in group.names]
+                for name, module in zip(group.names, _linears(matrices, self._device, self._dtype), strict=True):
+                    if hadamard := source.hadamard(prefix + name):
+                        assert isinstance(module, Linear), f"{name} shares its inputs with other matrices"
+                        module.hadamard = hadamard
+                    made[name] = module
+            norms = {name: config.hidden_size for name in family.norms if name}
+            made |= {name: self._norm(prefix + name, size) for name, size in (norms | config.head_norm_sizes()).items()}
+        return made
 
-def _read_linear(
-    module: nn.Module, path: str, source: WeightReader
-) -> tuple[QuantizedWeight | Tensor, Tensor | None, Tensor | None]:
-    """Weight, bias and column permutation of a linear layer of the skeleton."""
-    assert isinstance(module.weight, Tensor)
-    weight, column_perm = source.matrix(path, module.weight.shape)
-    bias = source.tensor(f"{path}.bias", module.bias.shape) if isinstance(module.bias, Tensor) else None
-    return weight, bias, column_perm
+    def outside(self) -> dict[str, nn.Module]:
+        """Embedding, last norm and head, by path; on a CPU a tied head shares the embedding's memory.
+
+        Raises:
+            CheckpointError, FormatError: see `block`.
+        """
+        config, family, device, dtype = self._config, self._config.family, self._device, self._dtype
+        shape = config.vocab_size, config.hidden_size
+        table = self._source.tensor(f"{family.embedding}.weight", shape)
+        table = table if device.type == "cpu" else table.to(device, dtype)
+        tied = config.tied_head and not self._source.holds(family.head)
+        (head,) = _linears([(table, None, None) if tied else self._read(family.head, shape, bias=False)], device, dtype)
+        embedding = Embedding(table, dtype, config.embedding_scale)
+        return {family.embedding: embedding, family.head: head, family.norm: self._norm(family.norm, config.hidden_size)}
+
+    def _norm(self, path: str, size: int) -> Norm:
+        stored = self._source.tensor(f"{path}.weight", (size,)).float()
+        return Norm((stored + self._config.family.norm_offset).to(self._device, self._dtype), self._config.epsilon)
+
+    def _read(
+        self, path: str, shape: tuple[int, int], *, bias: bool
+    ) -> tuple[QuantizedWeight | Tensor, Tensor | None, Tensor | None]:
+        """Weight, bias and column permutation of a linear layer."""
+        weight, column_perm = self._source.matrix(path, shape)
+        return weight, self._source.tensor(f"{path}.bias", shape[:1]) if bias else None, column_perm
 
 
 def _linears(
@@ -170,45 +211,6 @@ def _fused_weight(weights: list[QuantizedWeight | Tensor]) -> QuantizedWeight | 
         return None
     codes, scales, zeros = (torch.cat([getattr(w, part) for w in packed]) for part in ("codes", "scales", "zeros"))
     return replace(packed[0], codes=codes, scales=scales, zeros=zeros)
-
-
-def _load_norms(
-    root: nn.Module, prefix: str, family: Family, source: WeightReader, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Replace every RMS norm below `root` that has not been replaced yet."""
-    for name, module in list(root.named_modules()):
-        if not type(module).__name__.endswith("RMSNorm"):
-            continue
-        assert isinstance(module.weight, Tensor)
-        stored = source.tensor(f"{prefix}{name}.weight", module.weight.shape)
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        assert isinstance(eps, float), f"{name}: an RMS norm without epsilon"
-        root.set_submodule(name, Norm((stored.float() + family.norm_offset).to(device, dtype), eps))
-
-
-def load_non_block_weights(model: Any, source: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
-    """Give the skeleton its embedding and head, ready for their kernels; a tied head shares the embedding's memory.
-
-    Args:
-        model: a skeleton; changed in place.
-        source, device, dtype: see `load_block`.
-
-    Raises:
-        CheckpointError, FormatError: a tensor is missing or damaged, or has another shape.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding_name, head_name = names[id(embedding)], names[id(head)]
-    table = source.tensor(f"{embedding_name}.weight", embedding.weight.shape)
-    table = table if device.type == "cpu" else table.to(device, dtype)
-    weight: QuantizedWeight | Tensor = table
-    bias = column_perm = None
-    if source.holds(head_name) or not getattr(model.config, "tie_word_embeddings", False):
-        weight, bias, column_perm = _read_linear(head, head_name, source)
-    model.set_submodule(embedding_name, Embedding(table, dtype, float(getattr(embedding, "scalar_embed_scale", 1.0))))
-    model.set_submodule(
-        head_name, Linear(pack_weight(weight, device, dtype), _vector(bias, device, dtype), _index(column_perm, device))
-    )
 
 
 def _vector(bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:

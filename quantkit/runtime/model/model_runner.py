@@ -19,12 +19,10 @@ from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.eviction import Budget
 from quantkit.runtime.kv_cache.options import CacheOptions
 from quantkit.runtime.kv_cache.sizing import BlockLayout, cache_memory, draft_share, plan_cache
-from quantkit.runtime.model.attention import layer_window
 from quantkit.runtime.model.backends import Backend, EagerBackend, native_backend
 from quantkit.runtime.model.cuda_graphs import CudaGraphBackend
 from quantkit.runtime.model.layers import is_packed
-from quantkit.runtime.model.loader import Definition, load_definition
-from quantkit.runtime.model.native_builder import has_fixed_ropes
+from quantkit.runtime.model.loader import LoadedModel, load_model
 from quantkit.utils.resources import keep_freed_memory, trim_memory
 
 
@@ -32,16 +30,16 @@ class ModelRunner:
     """A model that runs batches against its paged cache; implements `runtime.core.model.Model`.
 
     Attributes:
-        definition: the loaded model.
+        loaded: the model without its cache.
         cache: keys and values.
         backends: ways to compute a batch, the fastest first; the last one supports every batch.
         vocab_size, context, max_model_len, block_size, num_blocks, sliding_window: see `runtime.core.model.Model`.
     """
 
-    def __init__(self, definition: Definition, options: CacheOptions, other_bytes: int = 0) -> None:
+    def __init__(self, loaded: LoadedModel, options: CacheOptions, other_bytes: int = 0) -> None:
         """
         Args:
-            definition: the loaded model.
+            loaded: the model.
             options: of its cache.
             other_bytes: bytes that are allocated for other caches, though the system still counts them as free.
 
@@ -49,15 +47,14 @@ class ModelRunner:
             ResourceError: the cache cannot hold one sequence of max_model_len, cannot have the dtype, or is larger than the
                 free memory.
         """
-        self.definition = definition
-        self.vocab_size: int = definition.config.vocab_size
-        plan = plan_cache(definition.cached_model, options, other_bytes)
-        self.context: int = options.max_model_len or definition.cached_model.context
+        self.loaded = loaded
+        self.vocab_size = loaded.config.vocab_size
+        plan = plan_cache(loaded.cached_model, options, other_bytes)
+        self.context: int = options.max_model_len or loaded.config.context
         self.max_model_len, self.num_blocks = plan.max_model_len, plan.num_blocks
         self.block_size = plan.layout.block_size
-        self.cache = plan.allocate(definition.cached_model)
-        blocks = definition.module.get_submodule(definition.family.blocks_path)
-        self.sliding_window = max(layer_window(block.self_attn, definition.config) for block in blocks)
+        self.cache = plan.allocate(loaded.cached_model)
+        self.sliding_window = max(loaded.config.windows)
         self._max_batch = options.max_batch
         self.backends = self._backends()
 
@@ -67,14 +64,14 @@ class ModelRunner:
         Args:
             activation_bits: 4 or 8 quantizes the inputs of packed weights; 0 leaves them alone.
         """
-        definition, cache = self.definition, self.cache
-        eager = EagerBackend(definition, cache, activation_bits)
-        if definition.device.type == "cuda":
+        loaded, cache = self.loaded, self.cache
+        eager = EagerBackend(loaded, cache, activation_bits)
+        if loaded.device.type == "cuda":
             # A rotary embedding that looks at the data on the host cannot be replayed.
-            replayable = has_fixed_ropes(definition.module.base_model.rotary_emb)
+            replayable = all(rope.is_fixed for rope in loaded.config.ropes)
             graphs = CudaGraphBackend(eager.forward, cache, self.max_model_len, self._max_batch)
             return [graphs, eager] if replayable else [eager]
-        native = native_backend(definition, cache, activation_bits)
+        native = native_backend(loaded, cache, activation_bits)
         return [eager] if native is None else [native, eager]
 
     @torch.inference_mode()
@@ -94,13 +91,13 @@ class ModelRunner:
         Raises:
             RequestError: no weight is packed, so nothing would be quantized.
         """
-        if not any(is_packed(linear.kernel_weight) for linear in self.definition.linears()):
+        if not any(is_packed(linear.kernel_weight) for linear in self.loaded.linears()):
             raise RequestError("--spec qspec: drafts with packed weights, and this model has none; quantize it first")
         backends = self._backends(activation_bits)
         return torch.inference_mode()(lambda batch: self._forward(batch, True, backends))
 
     def _forward(self, batch: Batch, draft: bool, backends: Sequence[Backend]) -> Tensor:
-        device = self.definition.device
+        device = self.loaded.device
         self.cache.prepare(batch, draft)
         moved = batch.to(device)
         # Triton launches on the current device, which each thread has its own of; -1 keeps the current one.
@@ -122,7 +119,7 @@ def open_model(folder: Path, device: torch.device, options: CacheOptions) -> Mod
     Raises:
         QuantkitError: the model cannot be loaded, or the cache is too small.
     """
-    model = ModelRunner(load_definition(Checkpoint(folder), device), options)
+    model = ModelRunner(load_model(Checkpoint(folder), device), options)
     trim_memory()  # Returns what loading has left.
     keep_freed_memory()  # Every forward allocates the same sizes again.
     return model
@@ -137,7 +134,7 @@ def open_with_draft(folder: Path, draft: Path, device: torch.device, options: Ca
     Raises:
         QuantkitError: one of them cannot be loaded, or the memory is too small.
     """
-    main, small = (load_definition(Checkpoint(each), device) for each in (folder, draft))
+    main, small = (load_model(Checkpoint(each), device) for each in (folder, draft))
     trim_memory()
     memory, layout = cache_memory(options, device), BlockLayout.of(main.cached_model, options)
     dtype = "int8" if layout.format.has_tail_pages else options.dtype

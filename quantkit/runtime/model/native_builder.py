@@ -1,91 +1,84 @@
 """Describe a loaded model for the native decoder.
 
-The description is derived from transformers' modules, which remain unchanged. A model that the decoder cannot express has no
-description and runs through transformers' definition. Examples are a rotary embedding that depends on the data, and q, k and v
-that are packed in different ways or have groups on differently permuted columns.
+The description is derived from the model's config and its modules, which remain unchanged. A model that the decoder cannot
+express has no description and runs through transformers' definition. Examples are a rotary embedding that depends on the data,
+and q, k and v that are packed in different ways or have groups on differently permuted columns.
 """
-
-from typing import Any
 
 from torch import Tensor, nn
 
 from quantkit.kernels.cpu import structs
 from quantkit.kernels.cpu.matmul import CpuWeight
-from quantkit.models.families import Norms
-from quantkit.runtime.model.attention import layer_window
 from quantkit.runtime.model.layers import Embedding, FusedSlice, Linear, Norm
-from quantkit.runtime.model.loader import Definition
+from quantkit.runtime.model.loader import LoadedModel
 from quantkit.runtime.model.native_decoder import DecoderLayer, DecoderModel, Projection, Rope
 
 #: Name of an activation in transformers -> in the decoder.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
-#: Rotary embeddings whose frequencies are the same for every length.
-_FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 
-
-def describe(definition: Definition) -> DecoderModel | None:
+def describe(loaded: LoadedModel) -> DecoderModel | None:
     """The model as plain data; None if the decoder cannot express it."""
-    module, config = definition.module, definition.config
-    ropes = _ropes(module.base_model.rotary_emb)
-    activation = _ACTIVATIONS.get(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or "")
-    head = _projection([module.get_output_embeddings()])
-    blocks = module.get_submodule(definition.family.blocks_path)
-    layers = [_layer(block, definition.family.norms, config, ropes) for block in blocks]
-    if activation is None or head is None or not ropes or any(layer is None for layer in layers):
-        return None
-    embedding = module.get_input_embeddings()
+    config, family = loaded.config, loaded.config.family
+    activation, head = _ACTIVATIONS.get(config.activation), _projection([loaded.head])
+    embedding = loaded.modules[family.embedding]
     assert isinstance(embedding, Embedding)
-    if embedding.weight.dtype not in structs.TYPES:
+    fixed = all(rope.is_fixed for rope in config.ropes)
+    if activation is None or head is None or not fixed or embedding.weight.dtype not in structs.TYPES:
+        return None
+    layers = [_layer(loaded, number) for number in range(len(config.windows))]
+    norm = _norm(loaded, family.norm)
+    assert norm is not None
+    if any(layer is None for layer in layers):
         return None
     return DecoderModel(
         embedding=embedding.weight,
         layers=[layer for layer in layers if layer is not None],
-        ropes=[rope for rope, _ in ropes.values()],
-        norm=module.base_model.norm.weight,
+        ropes=[Rope(*rope.frequencies()) for rope in config.ropes],
+        norm=norm,
         head=head,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=definition.layers[0].key_width,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
         activation=activation,
-        epsilon=config.rms_norm_eps,
-        embedding_scale=embedding.scale * getattr(config, "embedding_multiplier", 1.0),
-        residual_scale=getattr(config, "residual_multiplier", 1.0),
-        logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
-        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        epsilon=config.epsilon,
+        embedding_scale=config.embedding_scale * config.embedding_multiplier,
+        residual_scale=config.residual_scale,
+        logit_scale=config.logit_scale,
+        logit_softcap=config.logit_softcap,
     )
 
 
-def _layer(block: Any, norms: Norms, config: Any, ropes: dict[str, tuple[Rope, int]]) -> DecoderLayer | None:
+def _layer(loaded: LoadedModel, number: int) -> DecoderLayer | None:
     """A block as plain data.
 
     None if its matrices are not fused, are not in a native layout, or are rotated elsewhere than in the down projection.
     """
-    attention, mlp = block.self_attn, block.mlp
-    fused = hasattr(attention, "qkv_proj")
-    qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
-    gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
-    found = [_projection(modules) for modules in (qkv, [attention.o_proj], gate_up, [mlp.down_proj])]
-    out = [projection for projection in found if projection is not None]
-    if len(out) < len(found) or any(projection.hadamard for projection in out[:3]):
+    config, family = loaded.config, loaded.config.family
+    prefix = f"{family.blocks_path}.{number}."
+    found = [_projection([loaded.modules[prefix + name] for name in group.names]) for group in family.groups]
+    matrices = [projection for projection in found if projection is not None]
+    if len(matrices) < len(found) or any(projection.hadamard for projection in matrices[:3]):
         return None
-    kind = getattr(attention, "layer_type", None)
-    pre_attention_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm = (_norm(block, name) for name in norms)
+    qkv, out, gate_up, down = matrices
+    pre_attention_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm = (
+        None if name is None else _norm(loaded, prefix + name) for name in family.norms
+    )
     return DecoderLayer(
-        qkv=out[0],
-        out=out[1],
-        gate_up=out[2],
-        down=out[3],
+        qkv=qkv,
+        out=out,
+        gate_up=gate_up,
+        down=down,
         pre_attention_norm=pre_attention_norm,
         post_attention_norm=post_attention_norm,
         pre_mlp_norm=pre_mlp_norm,
         post_mlp_norm=post_mlp_norm,
-        scale=attention.scaling,
-        query_norm=_norm(attention, "q_norm"),
-        key_norm=_norm(attention, "k_norm"),
-        window=layer_window(attention, config),
-        softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
-        rope=ropes[kind if kind in ropes else ""][1] if ropes else 0,
+        scale=config.attention_scale,
+        query_norm=_norm(loaded, f"{prefix}self_attn.q_norm"),
+        key_norm=_norm(loaded, f"{prefix}self_attn.k_norm"),
+        window=config.windows[number],
+        softcap=config.attention_softcap,
+        rope=config.layer_ropes[number],
     )
 
 
@@ -105,28 +98,6 @@ def _projection(modules: list[nn.Module]) -> Projection | None:
     return Projection(weight, linear.bias, linear.hadamard, None if linear.column_perm is None else linear.column_perm.int())
 
 
-def _norm(parent: nn.Module, name: str | None) -> Tensor | None:
-    norm = getattr(parent, name, None) if name else None
+def _norm(loaded: LoadedModel, path: str) -> Tensor | None:
+    norm = loaded.modules.get(path)
     return norm.weight if isinstance(norm, Norm) else None
-
-
-def has_fixed_ropes(rotary: Any) -> bool:
-    """Whether all rotary embeddings of a model are independent of the data."""
-    return set(_kinds(rotary).values()) <= _FIXED_ROPES
-
-
-def _kinds(rotary: Any) -> dict[str, str]:
-    """Layer type -> type of rope; the key is "" if all layers share one."""
-    return rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
-
-
-def _ropes(rotary: Any) -> dict[str, tuple[Rope, int]]:
-    """Layer type -> rope and its index; the key is "" if all layers share one. Empty if a rope depends on the data."""
-    if not has_fixed_ropes(rotary):
-        return {}
-    kinds = _kinds(rotary)
-    prefixes = {kind: f"{kind}_" if kind else "" for kind in kinds}
-    return {
-        kind: (Rope(getattr(rotary, f"{prefix}inv_freq").float(), getattr(rotary, f"{prefix}attention_scaling")), number)
-        for number, (kind, prefix) in enumerate(prefixes.items())
-    }

@@ -5,13 +5,15 @@ The only module that imports llguidance, which the extra `serve` installs.
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLParserLimits
 from llguidance.hf import from_tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from quantkit.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Allowed between two tokens of JSON: nothing, one space, or a line break with indentation. JSON allows any amount of
 #: whitespace, but small models would generate it without end.
@@ -21,7 +23,7 @@ _WHITESPACE = r"\n[ ]{0,20}|[ ]"
 class JsonGrammars:
     """Compiles JSON schemas to constraints for one model's tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, eos_token_ids: Collection[int]) -> None:
         """
         Args:
             tokenizer: the model's; reading all of its tokens takes a moment.

@@ -17,7 +17,7 @@ from quantkit.kernels.cpu import matmul as cpu_matmul
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.kv_cache.cache_format import plain
-from quantkit.runtime.model.loader import load_definition
+from quantkit.runtime.model.loader import load_model
 from quantkit.runtime.model.native_builder import describe
 from quantkit.runtime.model.native_decoder import DecoderLayer, DecoderModel, NativeDecoder, Projection
 
@@ -90,10 +90,10 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
         if name not in made:
             family, options = MODELS[name]
             folder = tiny.make_model(tmp_path_factory.mktemp("model") / "model", family, **options)
-            definition = load_definition(Checkpoint(folder), CPU)
-            model = describe(definition)
+            loaded = load_model(Checkpoint(folder), CPU)
+            model = describe(loaded)
             assert model is not None
-            made[name] = folder, model, definition.layers
+            made[name] = folder, model, loaded.layers
         return made[name]
 
     return get

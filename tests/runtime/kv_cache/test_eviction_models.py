@@ -91,7 +91,7 @@ def test_windows_wider_than_the_recent_blocks_are_refused(folder: Path) -> None:
     small = Budget("sinks", 60).eviction(BLOCK)
     assert chosen("sinks").recent * BLOCK == 32
     assert model.sliding_window in (0, 32)
-    assert (model.sliding_window == 32) == (model.definition.config.model_type == "gemma3_text")
+    assert (model.sliding_window == 32) == (model.loaded.config.model_type == "gemma3_text")
     if model.sliding_window:
         with pytest.raises(RequestError, match="a window of 32 tokens, and only the newest 28 are kept without gaps"):
             Engine(model, EngineConfig(eviction=small))

@@ -20,7 +20,7 @@ from quantkit.methods.scheme import Scheme
 from quantkit.runtime.kv_cache.eviction import Budget
 from quantkit.runtime.kv_cache.options import CacheOptions
 from quantkit.runtime.model.layers import pack_weight
-from quantkit.runtime.model.loader import load_definition
+from quantkit.runtime.model.loader import load_model
 from quantkit.runtime.model.model_runner import ModelRunner, open_model, open_with_draft
 from quantkit.runtime.model.native_builder import describe
 
@@ -87,7 +87,7 @@ def test_dynamic_act_order(tmp_path: Path, bits: int, shared: bool) -> None:
         shuffle = torch.randperm(columns, generator=torch.Generator().manual_seed(columns if shared else number))
         tensors[name] = tensors[name][shuffle].contiguous()
     save_file(tensors, path, {"format": "pt"})
-    assert (describe(load_definition(Checkpoint(tmp_path / "out"), CPU)) is not None) == shared
+    assert (describe(load_model(Checkpoint(tmp_path / "out"), CPU)) is not None) == shared
     found, expected = paged_logits(opened(tmp_path / "out"), TOKENS, PIECES), reference_logits(tmp_path / "out", TOKENS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
@@ -141,7 +141,7 @@ def test_tensors_that_disagree_with_the_config(
     llama: Path, tmp_path: Path, change: dict[str, Tensor | None], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        load_definition(_damaged(llama, tmp_path / "model", change), CPU)
+        load_model(_damaged(llama, tmp_path / "model", change), CPU)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_dense_tensors_of_other_types_are_refused(llama: Path, tmp_path: Path, n
     checkpoint = _damaged(llama, tmp_path / "model", {name: load_file(llama / "model.safetensors")[name].to(dtype)})
     found = str(dtype).removeprefix("torch.")
     with pytest.raises(CheckpointError, match=rf"model.safetensors: tensor '{name}' is {found}, only float32, .*; convert it"):
-        load_definition(checkpoint, CPU)
+        load_model(checkpoint, CPU)
 
 
 @pytest.mark.parametrize("length", [0, -4])
@@ -167,7 +167,7 @@ def test_a_context_without_tokens_is_refused(llama: Path, tmp_path: Path, length
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(checkpoint.config | {"max_position_embeddings": length}))
     with pytest.raises(CheckpointError, match=f"config.json: max_position_embeddings is {length}, it must be at least 1"):
-        load_definition(Checkpoint(tmp_path / "model"), CPU)
+        load_model(Checkpoint(tmp_path / "model"), CPU)
 
 
 def test_what_is_to_be_quantized_beside_weights_stays_precise_and_is_said(
