@@ -1,8 +1,8 @@
 """Read a Hugging Face checkpoint folder, trusting nothing in it.
 
 Opening a folder checks its index, its headers and its sizes, so that damaged files are found before any work starts. Reading
-a tensor checks its values. Tensors are copied out of the memory-mapped file: no mapping outlives the call, and peak memory is
-the size of the tensors that were asked for.
+a tensor checks its values. Tensors are copied out of the memory-mapped file, so that no mapping outlives the call, and peak
+memory is the size of the tensors that were asked for. `map` is the exception.
 
 Importing this module, and opening a folder, does not import torch; reading a tensor does.
 """
@@ -146,12 +146,39 @@ class Checkpoint:
         for file, wanted in by_file.items():
             with _opened(file) as shard:
                 for name in wanted:
-                    tensor = tensors[name] = shard.get_tensor(name).clone()
-                    expected = self.tensors[name]
-                    if (tensor.dtype, tuple(tensor.shape)) != (expected.torch_dtype, expected.shape):
-                        raise CheckpointError(f"{file}: changed while it was being read; run the command again")
-                    _require_finite(tensor, name, file)
+                    tensors[name] = self._checked(name, shard.get_tensor(name).clone())
         return tensors
+
+    def map(self, name: str) -> "Tensor":
+        """A tensor that stays in its file: a page of it takes memory once it is used, and the system can take it back.
+
+        For large tables of which few rows are read, such as embeddings. The file must not be written to meanwhile; replacing
+        it by another is harmless.
+
+        Raises:
+            CheckpointError, NumericsError: as `read`.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: tensor {quoted(name)} is missing; fetch the model again")
+        file = self.tensors[name].file
+        with _opened(file) as shard:
+            self._checked(name, shard.get_tensor(name))
+        with _opened(file) as shard:  # A new mapping, of which no page has been used.
+            tensor: Tensor = shard.get_tensor(name)
+        return tensor
+
+    def _checked(self, name: str, tensor: "Tensor") -> "Tensor":
+        """The tensor.
+
+        Raises:
+            CheckpointError: it is not what the header said when the folder was opened.
+            NumericsError: it holds NaN or Inf.
+        """
+        expected = self.tensors[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (expected.torch_dtype, expected.shape):
+            raise CheckpointError(f"{expected.file}: changed while it was being read; run the command again")
+        _require_finite(tensor, name, expected.file)
+        return tensor
 
     @contextmanager
     def prefetch(self, names: Iterable[str]) -> Iterator[None]:

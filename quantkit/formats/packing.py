@@ -54,10 +54,12 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack`: int32 [R, ceil(count * bits / 32)] -> uint8 [R, count]."""
+    """Inverse of `pack`: int32 [R, ceil(count * bits / 32)] -> uint8 [R, count]. Values of 8 bits are a view."""
     import torch
 
     rows = packed.shape[0]
+    if bits == 8:
+        return packed.contiguous().view(torch.uint8)[:, :count].contiguous()
     if 8 % bits == 0:
         stored = packed.contiguous().view(torch.uint8)
         fields = torch.empty(*stored.shape, 8 // bits, dtype=torch.uint8, device=packed.device)

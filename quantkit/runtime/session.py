@@ -21,7 +21,7 @@ from quantkit.runtime.kv_cache.offload import KVOffload
 from quantkit.runtime.kv_cache.options import CacheOptions, OffloadOptions
 from quantkit.runtime.speculative.metrics import SpeculationStats
 from quantkit.runtime.speculative.proposers import open_with_proposer
-from quantkit.utils.resources import peak_memory
+from quantkit.utils.resources import peak_memory, trim_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,11 +105,13 @@ class Session:
             QuantkitError: a model cannot be loaded, the draft model does not match the model, the KV cache is too small, or
                 there is no room for offloaded blocks.
         """
+        checkpoint = Checkpoint(folder)
+        # Before the model: what reading the tokenizer takes is free again when the weights come.
+        self.tokenizer = load_tokenizer(checkpoint)
+        trim_memory()
         started = time.monotonic()
         self.model, new_proposer, self.draft_cache = open_with_proposer(speculation, folder, device, cache, draft_act_bits)
         self.load_seconds = time.monotonic() - started
-        checkpoint = Checkpoint(folder)
-        self.tokenizer = load_tokenizer(checkpoint)
         self.eos_token_ids = _eos_token_ids(checkpoint, self.tokenizer)
         draft_bytes = 0 if self.draft_cache is None else self.draft_cache.nbytes
         kv_offload = None if offload is None else KVOffload(self.model.cache, offload, draft_bytes)

@@ -39,13 +39,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "ALLOC_FAILED"))
 
 
-def return_freed_memory() -> None:
-    """Make the C library give large freed blocks back at once.
+def return_freed_memory(at_least: int = 1 << 20) -> None:
+    """Make the C library give freed blocks of `at_least` that many bytes back at once.
 
     glibc raises its threshold for that up to 32 MB as it goes, and tensors of a few MB then leave holes that count as
     resident: a third of the peak on a small model. Other C libraries ignore this and the next two.
     """
-    _mallopt(_MMAP_THRESHOLD, 1 << 20)
+    _mallopt(_MMAP_THRESHOLD, at_least)
 
 
 def keep_freed_memory() -> None:

@@ -3,7 +3,7 @@
 import json
 import resource
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,18 @@ def test_names_under_a_prefix(model: Path) -> None:
 def test_a_read_tensor_outlives_its_file(model: Path) -> None:
     tensor = Checkpoint(model).read(["a.weight"])["a.weight"]
     (model / SINGLE).write_bytes(bytes(len(GOOD)))
+    assert torch.equal(tensor, TENSORS["a.weight"])
+
+
+def test_a_mapped_tensor_stays_in_its_file(model: Path) -> None:
+    """Also when the file is replaced. The kernel lists which addresses belong to which file."""
+    tensor = Checkpoint(model).map("a.weight")
+    assert torch.equal(tensor, TENSORS["a.weight"])
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(model / SINGLE))]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    assert any(start <= tensor.data_ptr() < stop for start, stop in ranges)
+    (model / "new").write_bytes(bytes(len(GOOD)))
+    (model / "new").rename(model / SINGLE)
     assert torch.equal(tensor, TENSORS["a.weight"])
 
 
@@ -347,6 +359,8 @@ def test_nan_and_inf_are_named(model: Path, dtype: torch.dtype, value: float, pl
     save_file({"fine": torch.randn(4).to(dtype), "layers.0.weight": weight}, model / SINGLE)
     with pytest.raises(NumericsError, match=rf"\A{model / SINGLE}: tensor 'layers.0.weight' holds NaN or Inf; .*\Z"):
         read_all(model)
+    with pytest.raises(NumericsError, match=r"tensor 'layers.0.weight' holds NaN or Inf"):
+        Checkpoint(model).map("layers.0.weight")
     assert Checkpoint(model).read(["fine"])["fine"].dtype == dtype
 
 
@@ -363,6 +377,8 @@ def test_the_largest_finite_values_are_read(model: Path, dtype: torch.dtype) -> 
 def test_a_tensor_that_is_missing(model: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"\A{model}: tensor 'x' is missing; fetch the model again\Z"):
         Checkpoint(model).read(["x"])
+    with pytest.raises(CheckpointError, match=rf"\A{model}: tensor 'x' is missing; fetch the model again\Z"):
+        Checkpoint(model).map("x")
 
 
 @pytest.mark.parametrize(
@@ -376,11 +392,12 @@ def test_a_tensor_that_is_missing(model: Path) -> None:
     ],
     ids=["gone", "cut", "other tensors", "other shape", "other dtype"],
 )
-def test_a_shard_changes_after_opening(model: Path, change: Any, message: str) -> None:
+@pytest.mark.parametrize("read", [lambda opened: opened.read(["a.weight"]), lambda opened: opened.map("a.weight")])
+def test_a_shard_changes_after_opening(model: Path, change: Any, message: str, read: Callable[[Checkpoint], Any]) -> None:
     checkpoint = Checkpoint(model)
     change(model / SINGLE)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.read(["a.weight"])
+        read(checkpoint)
     assert str(caught.value).startswith(f"{model / SINGLE}: {message}")
     assert "\n" not in str(caught.value)
 

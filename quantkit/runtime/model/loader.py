@@ -23,6 +23,7 @@ from quantkit.runtime.kv_cache.dtype_base import LayerShape
 from quantkit.runtime.kv_cache.sizing import CachedModel
 from quantkit.runtime.model.layers import Embedding, FusedLinear, FusedSlice, Linear, Norm, pack_weight
 from quantkit.runtime.model.weights import WeightReader
+from quantkit.utils.resources import return_freed_memory
 
 logger = logging.getLogger("quantkit.runtime")
 
@@ -105,6 +106,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> LoadedModel:
         where, fields = checkpoint.folder / "config.json", " and ".join(source.extra_quantization)
         logger.warning("note: %s: %s are not applied; activations and KV cache stay more precise", where, fields)
     loader = ModuleLoader(config, source, device, dtype)
+    # What unpacking a block takes would leave holes between the tensors that stay.
+    return_freed_memory(at_least=1 << 16)
     with one_thread():  # Loading is thousands of small passes over memory.
         # Embedding and head are the largest matrices. What unpacking them takes is free again when the blocks come.
         modules = loader.outside()
@@ -152,16 +155,20 @@ class ModuleLoader:
         return made
 
     def outside(self) -> dict[str, nn.Module]:
-        """Embedding, last norm and head, by path; on a CPU a tied head shares the embedding's memory.
+        """Embedding, last norm and head, by path.
+
+        On a CPU a tied head shares the embedding's memory, and an embedding that is no head stays in its file: a step reads a
+        few rows of it.
 
         Raises:
             CheckpointError, FormatError: see `block`.
         """
         config, family, device, dtype = self._config, self._config.family, self._device, self._dtype
         shape = config.vocab_size, config.hidden_size
-        table = self._source.tensor(f"{family.embedding}.weight", shape)
-        table = table if device.type == "cpu" else table.to(device, dtype)
         tied = config.tied_head and not self._source.holds(family.head)
+        read = self._source.mapped if device.type == "cpu" and not tied else self._source.tensor
+        table = read(f"{family.embedding}.weight", shape)
+        table = table if device.type == "cpu" else table.to(device, dtype)
         (head,) = _linears([(table, None, None) if tied else self._read(family.head, shape, bias=False)], device, dtype)
         embedding = Embedding(table, dtype, config.embedding_scale)
         return {family.embedding: embedding, family.head: head, family.norm: self._norm(family.norm, config.hidden_size)}
@@ -183,12 +190,9 @@ def _linears(
 ) -> list[nn.Module]:
     """Layers for matrices that read one input: fused into one if possible."""
     column_perm = matrices[0][2]
-    fused = (
-        _fused_weight([weight for weight, _, _ in matrices])
-        if all(_same(column_perm, each) for _, _, each in matrices)
-        else None
-    )
-    if fused is None or len(matrices) == 1:
+    fusible = len(matrices) > 1 and all(_same(column_perm, each) for _, _, each in matrices)
+    fused = _fused_weight([weight for weight, _, _ in matrices]) if fusible else None
+    if fused is None:
         return [Linear(pack_weight(w, device, dtype), _vector(b, device, dtype), _index(o, device)) for w, b, o in matrices]
     sizes = [weight.shape[0] if isinstance(weight, Tensor) else weight.codes.shape[0] for weight, _, _ in matrices]
     biases = [torch.zeros(n) if bias is None else bias.float() for n, (_, bias, _) in zip(sizes, matrices, strict=True)]
@@ -206,7 +210,7 @@ def _fused_weight(weights: list[QuantizedWeight | Tensor]) -> QuantizedWeight | 
     dense = [weight for weight in weights if isinstance(weight, Tensor)]
     packed = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
     if dense and not packed:
-        return torch.cat(dense) if len({weight.dtype for weight in dense}) == 1 and len(dense) > 1 else dense[0]
+        return torch.cat(dense) if len({weight.dtype for weight in dense}) == 1 else None
     if dense or len({weight.scheme for weight in packed}) != 1:
         return None
     codes, scales, zeros = (torch.cat([getattr(w, part) for w in packed]) for part in ("codes", "scales", "zeros"))

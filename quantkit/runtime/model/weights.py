@@ -46,7 +46,17 @@ class WeightReader:
         Raises:
             CheckpointError: it is missing, has another shape, or has a dtype that models do not compute in.
         """
-        tensor = self.checkpoint.read([name])[name]
+        return self._dense(name, shape, self.checkpoint.read([name])[name])
+
+    def mapped(self, name: str, shape: Sequence[int]) -> Tensor:
+        """`tensor`, but it stays in its file, see `Checkpoint.map`.
+
+        Raises:
+            CheckpointError: see `tensor`.
+        """
+        return self._dense(name, shape, self.checkpoint.map(name))
+
+    def _dense(self, name: str, shape: Sequence[int], tensor: Tensor) -> Tensor:
         self.unread.discard(name)
         self._check(name, tensor.shape, shape)
         if tensor.dtype not in _DENSE:
