@@ -178,7 +178,10 @@ def load_recipe(name: str | Recipe, overrides: dict[str, Any]) -> Recipe:
 
 
 def recorded_computing(name: str) -> dict[str, Any]:
-    """The recorded "threads" and "matmul" of the run whose quantkit.json is given as a recipe, as far as they are valid."""
+    """The recorded "threads", "matmul" and "hessian" of the run whose quantkit.json is given as a recipe, as far as valid.
+
+    Runs that recorded no "hessian" multiplied Hessians in float32.
+    """
     path = Path(name)
     if path.suffix != ".json":
         return {}
@@ -187,7 +190,10 @@ def recorded_computing(name: str) -> dict[str, Any]:
         return {}
     threads, matmul = str(versions.get("threads")), versions.get("matmul")
     known: dict[str, Any] = {"threads": int(threads)} if re.fullmatch(r"[1-9]\d{0,2}", threads) else {}
-    return known | ({"matmul": matmul} if matmul in ("float32", "bfloat16", "float16") else {})
+    if matmul in ("float32", "bfloat16", "float16"):
+        known["matmul"] = matmul
+        known["hessian"] = "bfloat16" if versions.get("hessian") == "bfloat16" else "float32"
+    return known
 
 
 def _fields(name: str) -> dict[str, Any]:

@@ -42,10 +42,14 @@ def test_json_is_read_as_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("report", "known"),
     [
-        ({"versions": {"threads": "3", "matmul": "bfloat16"}}, {"threads": 3, "matmul": "bfloat16"}),
+        (
+            {"versions": {"threads": "3", "matmul": "bfloat16", "hessian": "bfloat16"}},
+            {"threads": 3, "matmul": "bfloat16", "hessian": "bfloat16"},
+        ),
+        ({"versions": {"matmul": "bfloat16", "hessian": ["bfloat16"]}}, {"matmul": "bfloat16", "hessian": "float32"}),
         ({"versions": {"threads": "0", "matmul": "int8"}}, {}),
         ({"versions": {"threads": "99999999", "matmul": ["float32"]}}, {}),
-        ({"versions": {"threads": [3], "matmul": "float32"}}, {"matmul": "float32"}),
+        ({"versions": {"threads": [3], "matmul": "float32"}}, {"matmul": "float32", "hessian": "float32"}),
         ({"versions": {}}, {}),
         ({"versions": []}, {}),
         ({}, {}),

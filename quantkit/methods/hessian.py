@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.methods.products import products_for
+
 #: Column blocks of the triangular accumulation: 8 leave (1 + 1/8) / 2 = 56% of the full product's work.
 _BLOCKS = 8
 
@@ -31,16 +33,25 @@ class HessianAccumulator:
     Rows hold no padding: the corpus cuts one continuous stream of tokens into full rows.
     """
 
-    def __init__(self, columns: int, device: torch.device, parts: Collection[int] = range(len(PARTS))) -> None:
-        """Sums over inputs of `columns` columns, of which only `parts` (indices into PARTS) are computed here."""
-        self._blocks = [_columns(part, columns) for part in parts if part < _BLOCKS]
-        self._drift_blocks = [_columns(part, columns) for part in parts if part >= _BLOCKS]
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device,
+        parts: Collection[int] = range(len(PARTS)),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Sums over inputs of `columns` columns, of which only `parts` (indices into PARTS) are computed here.
+
+        `dtype` is the one in which they are multiplied (`fastest_products`); in bfloat16, all inputs must be bfloat16.
+        """
+        blocks = [_columns(part, columns) for part in parts if part < _BLOCKS]
+        drift_blocks = [_columns(part, columns) for part in parts if part >= _BLOCKS]
+        self._products = products_for(dtype, device, blocks, drift_blocks)
         self.tokens = self.paired_tokens = 0
         self._ended = False
         self._sum = torch.zeros(columns, columns, device=device)
         self._cross: Tensor | None = None
         self._paired_sum = self._sum
-        self._buffers: list[Tensor | None] = [None, None]
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
         """Add the rows of `inputs` [..., K]; `reference` are the same rows in the unquantized model.
@@ -48,21 +59,17 @@ class HessianAccumulator:
         Micro-batches with a reference come before those without.
         """
         assert not self._ended, "inputs came after the mean was taken"
-        x = self._widened(0, inputs)
+        x = inputs.reshape(-1, self._sum.shape[0])
         if reference is not None:
             assert self.paired_tokens == self.tokens, "a micro-batch with a reference came after one without"
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
-            difference = torch.sub(y := self._widened(1, reference), x, out=y)
-            for block in self._drift_blocks:
-                self._cross[:, block].addmm_(x.T, difference[:, block])
-            self.paired_tokens += x.shape[0]
+            self._products.add_drift(self._cross, x, reference.reshape(x.shape))
+            self.paired_tokens += len(x)
         elif self._cross is not None and self._paired_sum is self._sum:
             self._paired_sum = self._sum.clone()
-        self.tokens += x.shape[0]
-        # The product is symmetric: only blocks on and above the diagonal are computed.
-        for block in self._blocks:
-            self._sum[: block.stop, block].addmm_(x[:, : block.stop].T, x[:, block])
+        self.tokens += len(x)
+        self._products.add_square(self._sum, x)
 
     def part(self, number: int) -> list[Tensor]:
         """Views of what belongs to part `number` of the sums, to be read, or filled where another process computed it."""
@@ -71,14 +78,6 @@ class HessianAccumulator:
             return [] if self._cross is None else [self._cross[:, block]]
         sums = [self._sum] if self._paired_sum is self._sum else [self._sum, self._paired_sum]
         return [whole[: block.stop, block] for whole in sums]
-
-    def _widened(self, number: int, inputs: Tensor) -> Tensor:
-        """`inputs` as float32 [T, K] in a buffer of this object, which serves every micro-batch."""
-        rows = inputs.reshape(-1, self._sum.shape[0])
-        buffer = self._buffers[number]
-        if buffer is None or len(buffer) < len(rows):
-            buffer = self._buffers[number] = torch.empty(rows.shape, device=rows.device)
-        return buffer[: len(rows)].copy_(rows)
 
     def mean(self) -> Tensor:
         """H = X^T X / T over all tokens, float32 [K, K], symmetric. Nothing can be added afterwards."""
@@ -95,7 +94,7 @@ class HessianAccumulator:
         if self._ended:
             return
         self._ended = True
-        self._buffers = [None, None]
+        self._products.free_buffers()
         _make_symmetric_mean(self._sum, self.tokens)
         if self._cross is not None:
             self._cross /= self.paired_tokens

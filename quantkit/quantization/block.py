@@ -43,6 +43,7 @@ class BlockQuantizer:
         on_stage: called with (name of the stage, micro-batches or matrices done, how many there are).
         written: what the block will be written as. Filled group by group, with the same values in every process.
         process_group: the processes that share the work.
+        hessian_dtype: the dtype in which Hessians are multiplied.
     """
 
     block: nn.Module
@@ -54,6 +55,7 @@ class BlockQuantizer:
     on_stage: Callable[[str, int, int], None] = lambda _name, _done, _total: None
     written: QuantizedBlock = field(default_factory=lambda: QuantizedBlock({}, {}))
     process_group: ProcessGroup = SINGLE_PROCESS
+    hessian_dtype: torch.dtype = torch.float32
 
     def weight(self, name: str) -> Tensor:
         """A matrix of the block, float32 [N, K]. Callers must not modify it."""
@@ -109,7 +111,8 @@ class BlockQuantizer:
             NumericsError: an activation is NaN or Inf.
         """
         inputs = self._counted(lockstep.inputs(number), lockstep.groups[number], lockstep.micro_batches)
-        sums = accumulate_hessian(inputs, columns, next(self.block.parameters()).device, self.process_group)
+        device = next(self.block.parameters()).device
+        sums = accumulate_hessian(inputs, columns, device, self.process_group, self.hessian_dtype)
         hessian, drift = sums.mean(), sums.drift()
         # A NaN or Inf in either stream makes one of these sums NaN or Inf.
         cross_sum = 0.0 if drift is None else float(drift.cross.sum())
@@ -224,11 +227,19 @@ def stack_matrices(schemes: Mapping[str, Scheme], rows: Mapping[str, int], limit
 
 
 def accumulate_hessian(
-    inputs: Iterable[tuple[Tensor, ...]], columns: int, device: torch.device, process_group: ProcessGroup
+    inputs: Iterable[tuple[Tensor, ...]],
+    columns: int,
+    device: torch.device,
+    process_group: ProcessGroup,
+    dtype: torch.dtype,
 ) -> HessianAccumulator:
-    """The sums over all inputs. Every process sums its share of the columns; then each receives the others' sums."""
+    """The sums over all inputs, multiplied in `dtype`.
+
+    Every process sums its share of the columns; then each receives the others' sums.
+    """
     owners = process_group.assign_owners(PARTS)
-    sums = HessianAccumulator(columns, device, [part for part, owner in enumerate(owners) if owner == process_group.rank])
+    own = [part for part, owner in enumerate(owners) if owner == process_group.rank]
+    sums = HessianAccumulator(columns, device, own, dtype)
     for values in inputs:
         sums.add(*values)
     for part, owner in enumerate(owners):

@@ -56,6 +56,7 @@ def quantize_block(
             on_report=on_report,
             on_stage=progress.stage,
             process_group=process_group,
+            hessian_dtype=job.hessian_dtype,
         )
         names = job.checkpoint.names_under(prefix)
         unquantized = [name for name in names if job.schemes.get(name.removesuffix(".weight")) is None]

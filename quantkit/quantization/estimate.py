@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.checkpoint.writer import Workspace
 from quantkit.formats import FORMATS, EngineSupport
+from quantkit.methods.products import fastest_products
 from quantkit.methods.scheme import Scheme
 from quantkit.models.matmul_dtype import fastest_matmul
 from quantkit.quantization.block_step import quantize_block
@@ -70,6 +71,8 @@ def estimate_run(request: QuantizeRequest) -> RunEstimate:
     Workspace.require_free(request.out, request.folder, overwrite=request.overwrite)
     job = prepare_job(request.folder, request.recipe, request.device)
     job.model.matmul_dtype = fastest_matmul(job.model.dtype, request.device)
+    if job.tokens is not None:
+        job.hessian_dtype = fastest_products(job.model.dtype, request.device)
     block_seconds = _time_block(job)
     memory = plan_memory(job, request.max_memory, SINGLE_PROCESS)
     states, paused = job.activation_bytes() if job.tokens is not None else (0, 0)

@@ -40,7 +40,9 @@ def quantize_head(
     stats = None
     if streams:
         sums = accumulate_hessian(
-            _inputs(job, streams, progress), job.model.config.hidden_size, job.model.device, process_group
+            *(_inputs(job, streams, progress), job.model.config.hidden_size, job.model.device),
+            process_group,
+            job.hessian_dtype,
         )
         stats = InputStats(sums.mean(), sums.drift(), job.settings)
     pieces = job.model.head_weight.split(_ROWS)

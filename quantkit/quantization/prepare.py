@@ -36,7 +36,7 @@ REFERENCE_SHARE = 8
 _GROUP_SIZES = (128, 64, 32, 16)
 
 
-@dataclass(frozen=True)
+@dataclass
 class QuantizationJob:
     """A run that is ready to start.
 
@@ -48,6 +48,8 @@ class QuantizationJob:
         recipe: the recipe without any "auto".
         schemes: the scheme of every matrix of every block and of the head, by module path; None if it stays in 16 bit.
         tokens: calibration tokens, int64 [rows, T]; None if the method needs no data.
+        hessian_dtype: the dtype in which Hessians are multiplied. Like the model's `matmul_dtype`, it is decided when the run
+            starts.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +59,7 @@ class QuantizationJob:
     recipe: Recipe
     schemes: Mapping[str, Scheme | None]
     tokens: Tensor | None
+    hessian_dtype: torch.dtype = torch.float32
 
     @cached_property
     def settings(self) -> SolverSettings:

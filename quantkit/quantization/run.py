@@ -14,6 +14,7 @@ from quantkit.checkpoint.writer import Workspace
 from quantkit.errors import CheckpointError
 from quantkit.formats.artifact import bits_per_weight, write_metadata
 from quantkit.formats.model_card import write_model_card
+from quantkit.methods.products import fastest_products
 from quantkit.models.matmul_dtype import fastest_matmul
 from quantkit.quantization.distributed import SINGLE_PROCESS, ProcessGroup
 from quantkit.quantization.memory import plan_memory
@@ -37,9 +38,9 @@ class QuantizeRequest:
         device: where blocks are computed.
         max_memory: bytes of host memory for calibration activations.
         overwrite: replace OUT, or an unfinished run with other settings.
-        compute_settings: "threads" and "matmul" (the dtype in which matrices are multiplied) of a recorded run that is
-            repeated, because they decide the last bits. Missing ones are chosen for this machine. An interrupted run
-            continues with the settings it began with.
+        compute_settings: "threads", "matmul" and "hessian" (the dtypes in which the model's matrices and the Hessians are
+            multiplied) of a recorded run that is repeated, because they decide the last bits. Missing ones are chosen for
+            this machine. An interrupted run continues with the settings it began with.
     """
 
     folder: Path
@@ -71,8 +72,7 @@ def quantize_model(request: QuantizeRequest, progress: Progress, process_group: 
             process_group.broadcast_object(None)
             progress.note(f"{request.out} was already complete; deleted what a killed run had left next to it")
             return complete
-    matmul = fastest_matmul(job.model.dtype, request.device)
-    best: dict[str, Any] = {"threads": torch.get_num_threads(), "matmul": str(matmul).removeprefix("torch.")}
+    best = _fastest_compute_settings(job)
     settings = best | dict(request.compute_settings)
     with Workspace(
         request.out,
@@ -82,9 +82,9 @@ def quantize_model(request: QuantizeRequest, progress: Progress, process_group: 
         settings=settings,
         upgrade=_upgraded,
     ) as workspace:
-        settings = workspace.settings
+        settings = workspace.settings = {"hessian": "float32"} | workspace.settings  # Older versions knew no other.
         if settings != best:
-            how = f"{settings['threads']} threads, products in {settings['matmul']}"
+            how = f"{settings['threads']} threads, products in {settings['matmul']}, Hessians in {settings['hessian']}"
             progress.note(f"computing with {how}, like the run that is continued or repeated")
         process_group.broadcast_object((settings, workspace.finished))
         _apply_compute_settings(job, settings)
@@ -114,10 +114,21 @@ def _upgraded(identity: dict[str, Any]) -> dict[str, Any]:
         return identity  # Damaged: it will differ from every run's.
 
 
+def _fastest_compute_settings(job: QuantizationJob) -> dict[str, Any]:
+    """The settings with which this machine is fastest, among those that decide the last bits."""
+    dtype, device = job.model.dtype, job.model.device
+    hessian = torch.float32 if job.tokens is None else fastest_products(dtype, device)
+    chosen = {"matmul": fastest_matmul(dtype, device), "hessian": hessian}
+    names = {key: str(value).removeprefix("torch.") for key, value in chosen.items()}
+    return {"threads": torch.get_num_threads()} | names
+
+
 def _apply_compute_settings(job: QuantizationJob, settings: Mapping[str, Any]) -> None:
     """Apply the settings that decide the last bits."""
     torch.set_num_threads(settings["threads"])
     job.model.matmul_dtype = getattr(torch, settings["matmul"])
+    # A recorded run of a bfloat16 model may be repeated with a model of another dtype.
+    job.hessian_dtype = getattr(torch, settings["hessian"]) if job.model.dtype == torch.bfloat16 else torch.float32
 
 
 def _quantize_and_publish(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.method_samples import activations
+from quantkit.kernels.cpu import gram
 from quantkit.methods.hessian import HessianAccumulator
 
 CPU = torch.device("cpu")
@@ -83,3 +84,23 @@ def test_equal_streams_do_not_drift() -> None:
     drift = paired.drift()
     assert drift is not None
     assert not drift.cross.any()
+
+
+@pytest.mark.skipif(not gram.supported(), reason="no native products of bfloat16 here")
+def test_products_in_bfloat16_are_the_same_sums() -> None:
+    """Of bfloat16 inputs; only the difference from the reference is rounded once more."""
+    x = activations(100).bfloat16()
+    reference = (x + 0.1 * activations(100, seed=1)).bfloat16()
+    native, plain = HessianAccumulator(100, CPU, dtype=torch.bfloat16), HessianAccumulator(100, CPU)
+    for sums in (native, plain):
+        sums.add(x[:101], reference[:101])
+        sums.add(x[101:130].view(1, 29, 100), reference[101:130].view(1, 29, 100))
+        for batch in x[130:].split(200):
+            sums.add(batch)
+    torch.testing.assert_close(native.mean(), plain.mean(), **TOLERANCE)
+    found, expected = native.drift(), plain.drift()
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found.hessian, expected.hessian, **TOLERANCE)
+    rounded = x[:130].float().abs().T @ (reference - x)[:130].float().abs() / 130 * 2**-8
+    assert bool(((found.cross - expected.cross).abs() <= rounded).all())

@@ -202,16 +202,15 @@ def test_jobs_are_shared_out_evenly(costs: list[int], size: int) -> None:
 
 @pytest.mark.parametrize("columns", [5, 24, 36])
 @pytest.mark.parametrize("size", [2, 3])
-def test_sums_of_shares_are_the_whole_sums(columns: int, size: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_shares_are_the_whole_sums(columns: int, size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(2, 7, columns, generator=generator) for _ in range(6)]
+    batches = [torch.randn(2, 7, columns, generator=generator).to(dtype) for _ in range(6)]
     inputs = [(batches[0], batches[4]), (batches[1], batches[5]), (batches[2],), (batches[3],)]
     owners = _Of(0, size).assign_owners(PARTS)
-    whole = HessianAccumulator(columns, torch.device("cpu"))
-    shares = [
-        HessianAccumulator(columns, torch.device("cpu"), [part for part, owner in enumerate(owners) if owner == rank])
-        for rank in range(size)
-    ]
+    parts = [[part for part, owner in enumerate(owners) if owner == rank] for rank in range(size)]
+    whole = HessianAccumulator(columns, torch.device("cpu"), dtype=dtype)
+    shares = [HessianAccumulator(columns, torch.device("cpu"), own, dtype) for own in parts]
     for sums in (whole, *shares):
         for values in inputs:
             sums.add(*values)

@@ -22,6 +22,7 @@ from helpers import tiny
 from helpers.command import FAST, ended, quantkit, refused, signal_at_change, start, wait_until
 from quantkit.checkpoint.activations import Activations
 from quantkit.formats.artifact import write_metadata
+from quantkit.kernels.cpu import gram
 from quantkit.quantization import run as job
 from quantkit.quantization.calibration import LockstepForward
 from quantkit.quantization.memory import MemoryPlan
@@ -340,25 +341,30 @@ def source_bf16(tmp_path: Path) -> Path:
     return tiny.make_model(tmp_path / "bf16", dtype=torch.bfloat16)
 
 
-def _multiplying_in(dtype: torch.dtype, then: Callable[[], None] = lambda: None) -> None:
-    """From now on, this process behaves as if its processor were fastest in `dtype`."""
-    job.fastest_matmul = lambda *_: dtype  # type: ignore[attr-defined]
+def _multiplying_in(choice: str, dtype: torch.dtype, then: Callable[[], None] = lambda: None) -> None:
+    """From now on, this process behaves as if `choice`, a function that names the fastest dtype, named `dtype`."""
+    setattr(job, choice, lambda *_: dtype)
     then()
 
 
-def test_products_are_the_interrupted_runs(source_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("choice", "said"), [("fastest_matmul", "products"), ("fastest_products", "Hessians")])
+def test_products_are_the_interrupted_runs(
+    source_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str, said: str
+) -> None:
     """They decide the last bits too."""
+    if choice == "fastest_products" and not gram.supported():
+        pytest.skip("no native products of bfloat16 here")
     source, work = source_bf16, tmp_path / "work"
-    monkeypatch.setattr(job, "fastest_matmul", None)
+    monkeypatch.setattr(job, choice, None)
     expected = {}
     for dtype in (torch.float32, torch.bfloat16):
-        _multiplying_in(dtype)
+        _multiplying_in(choice, dtype)
         expected[dtype] = finish(source, tmp_path / str(dtype), "gptq")
     assert expected[torch.float32] != expected[torch.bfloat16]
-    fault = functools.partial(_multiplying_in, torch.float32, at_line(work / "out", 3))
+    fault = functools.partial(_multiplying_in, choice, torch.float32, at_line(work / "out", 3))
     assert ended(start(tmp_path / "log", *command(source, work / "out", "gptq"), fault=fault)) == -signal.SIGKILL
     done = quantkit(*command(source, work / "out", "gptq")[:-1])
-    assert "products in float32" in done.err
+    assert f"{said} in float32" in done.err
     assert contents(work / "out") == expected[torch.float32]
     recipe = ("--recipe", work / "out" / "quantkit.json")
     assert quantkit("quantize", source, "-o", work / "again", *recipe, "-q").status == 0

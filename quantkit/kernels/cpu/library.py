@@ -28,6 +28,7 @@ _SOURCES = (
     "attention_plan.c",
     "decoder.c",
     "dense.c",
+    "gram.c",
     "hadamard.c",
     "kv_read.c",
     "kv_write.c",
@@ -77,7 +78,8 @@ def load() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.warning("no native CPU kernels (%s): using torch's slower ones; install a C compiler such as gcc", error)
         return None
-    loaded.quantkit_prepared_floats.restype = ctypes.c_int64
+    for function in (loaded.quantkit_prepared_floats, loaded.quantkit_gram_words):
+        function.restype = ctypes.c_int64
     return loaded
 
 
