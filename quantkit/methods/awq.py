@@ -4,7 +4,7 @@ Lin et al., "AWQ: Activation-aware Weight Quantization" (arXiv 2306.00978). The 
 every candidate. The squared output error that it measures is tr(dW H dW^T), so here each candidate costs one product with H.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantkit.methods.base import CLIP_RATIOS, InputStats, Method, SolverSettings
 from quantkit.methods.grid import QuantizedWeight, minmax_qparams, round_to_grid
+from quantkit.methods.products import output_error
 from quantkit.methods.rtn import quantize_on_grid, rtn
 from quantkit.methods.scheme import Scheme
 
@@ -45,6 +46,7 @@ def search_channel_scale(
     channel_groups: Tensor,
     column_costs: Tensor | None = None,
     parallel_map: Callable[[Callable[[float], float], Sequence[float]], Iterable[float]] = map,
+    product_dtype: torch.dtype = torch.float32,
 ) -> ChannelScale:
     """Best s = rms(x)^ratio for the matrices that read x.
 
@@ -56,6 +58,7 @@ def search_channel_scale(
         column_costs: float32 [K], the loss that an error in each column causes in GPTQ (`HessianFactor.cost`); None for plain
             rounding. A scale that is best for rounding can be worse than none where the error is compensated.
         parallel_map: like `map`; may spread the candidates over processes.
+        product_dtype: the dtype in which errors of rounding are multiplied with the Hessian (`fastest_products`).
     """
     count = int(channel_groups.max()) + 1
     power = torch.zeros(count, device=hessian.device).index_add_(0, channel_groups, hessian.diagonal())
@@ -66,7 +69,8 @@ def search_channel_scale(
     def loss(ratio: float) -> float:
         scale = _normalized(magnitude, ratio)
         if column_costs is None:
-            return sum((_rounding_loss(weight, scale, hessian, scheme, dtype) for weight, scheme in parts), 0.0)
+            changes = (_rounding_errors(weight, scale, scheme, dtype) for weight, scheme in parts)
+            return sum((output_error(change, hessian, product_dtype) for change in changes), 0.0)
         return sum((_compensated_loss(weight, scale, column_costs, scheme) for weight, scheme in parts), 0.0)
 
     errors: dict[float, float] = {}
@@ -80,18 +84,15 @@ def search_channel_scale(
     return ChannelScale(_normalized(magnitude, best), best, errors[best] / max(errors[0.0], 1e-30))
 
 
-def _rounding_loss(weight: Tensor, scale: Tensor, hessian: Tensor, scheme: Scheme, dtype: torch.dtype) -> float:
-    """tr(dW H dW^T) of rounding weight * scale to nearest and dividing by scale again, computed slice by slice in cache."""
-    loss = 0.0
+def _rounding_errors(weight: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The change from rounding weight * scale to nearest and dividing by scale again, slice by slice in cache."""
     groups = scheme.groups(weight.shape[1])
     for part in weight.split(_SLICE_ROWS):
         scaled = (part * scale).view(len(part), groups, -1)
         low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
         scales, zeros = (grid[..., None] for grid in minmax_qparams(low, high, scheme, dtype))
         codes = round_to_grid(scaled, scales, zeros, scheme.levels)
-        change = codes.sub_(zeros).mul_(scales).view(part.shape).div_(scale).sub_(part)
-        loss += float((change @ hessian).mul_(change).sum())
-    return loss
+        yield codes.sub_(zeros).mul_(scales).view(part.shape).div_(scale).sub_(part)
 
 
 def _compensated_loss(weight: Tensor, scale: Tensor, column_costs: Tensor, scheme: Scheme) -> float:

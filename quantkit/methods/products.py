@@ -1,11 +1,11 @@
-"""How the sums of a Hessian are multiplied: by torch in float32, or by the native kernel in bfloat16 with float32 sums.
+"""How Hessians are multiplied: by torch in float32, or by the native kernel in bfloat16 with float32 sums.
 
 Where activations are bfloat16 anyway, products of two of them are exact in float32, so both ways compute the same sums, up to
 the order in which terms are added. On processors with AVX512_BF16 the kernel is several times faster.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -102,8 +102,31 @@ def products_for(
     dtype: torch.dtype, device: torch.device, blocks: Sequence[slice], drift_blocks: Sequence[slice]
 ) -> TorchProducts | NativeProducts:
     """What multiplies in `dtype`, as `fastest_products` names it. Where the kernel does not run, torch computes the sums."""
-    native = dtype == torch.bfloat16 and device.type == "cpu" and gram.supported()
-    return (NativeProducts if native else TorchProducts)(blocks, drift_blocks)
+    return (NativeProducts if _is_native(dtype, device) else TorchProducts)(blocks, drift_blocks)
+
+
+def output_error(changes: Iterable[Tensor], hessian: Tensor, dtype: torch.dtype) -> float:
+    """tr(D H D^T), the squared output error of changing a weight by D.
+
+    Args:
+        changes: D in slices of rows, float32 [n, K] each.
+        hessian: H, float32 [K, K], symmetric.
+        dtype: the one to multiply in, as in `products_for`. In bfloat16 D is rounded, H is not: tr(D H D^T) is the inner
+            product of H and D^T D, of which only half needs to be computed.
+    """
+    if not _is_native(dtype, hessian.device):
+        return sum((float((change @ hessian).mul_(change).sum()) for change in changes), 0.0)
+    whole, square, words = [slice(0, len(hessian))], torch.zeros_like(hessian), None
+    for change in changes:
+        packed = gram.pack_rows(change.bfloat16(), words)
+        gram.add_product(square, packed, packed, whole, upper=True)
+        words = packed.words
+    terms = square.triu_().mul_(hessian)
+    return 2 * float(terms.sum()) - float(terms.diagonal().sum())
+
+
+def _is_native(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.bfloat16 and device.type == "cpu" and gram.supported()
 
 
 def fastest_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:

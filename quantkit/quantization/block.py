@@ -43,7 +43,7 @@ class BlockQuantizer:
         on_stage: called with (name of the stage, micro-batches or matrices done, how many there are).
         written: what the block will be written as. Filled group by group, with the same values in every process.
         process_group: the processes that share the work.
-        hessian_dtype: the dtype in which Hessians are multiplied.
+        hessian_dtype: the dtype in which Hessians are multiplied (`fastest_products`).
     """
 
     block: nn.Module
@@ -144,7 +144,11 @@ class BlockQuantizer:
         hessian, cost = stats.hessian, None if stats.factor is None else stats.factor.cost
         channel_groups = find_channel_groups(fold, hessian.shape[0], self.config).to(hessian.device)
         parts = [(weight, self.schemes[name]) for name, weight in weights.items() if name in self.schemes]
-        found = search_channel_scale(parts, hessian, self.settings.dtype, channel_groups, cost, self.process_group.map)
+        found = search_channel_scale(
+            *(parts, hessian, self.settings.dtype, channel_groups, cost),
+            parallel_map=self.process_group.map,
+            product_dtype=self.hessian_dtype,
+        )
         scale = effective_scale(fold, self.block, found.scale, self.settings.dtype)
         fold_scale(fold, self.block, scale, channel_groups, self.written, self.settings.dtype)
         for name, weight in weights.items():

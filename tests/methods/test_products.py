@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.method_samples import activations
 from quantkit.kernels.cpu import gram
 from quantkit.methods import products
-from quantkit.methods.products import NativeProducts, TorchProducts, fastest_products, products_for
+from quantkit.methods.products import NativeProducts, TorchProducts, fastest_products, output_error, products_for
 
 CPU = torch.device("cpu")
 
@@ -51,3 +52,12 @@ def test_measuring_comes_to_an_end() -> None:
 def test_who_multiplies(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, supported: bool, kind: type[Any]) -> None:
     monkeypatch.setattr(gram, "supported", lambda: supported)
     assert isinstance(products_for(dtype, CPU, [], []), kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [7, 96, 100])
+def test_output_error_in_slices(dtype: torch.dtype, columns: int) -> None:
+    x, change = activations(columns), torch.randn(70, columns, generator=torch.Generator().manual_seed(0))
+    expected = float((x.double() @ change.double().T).square().sum()) / len(x)
+    found = output_error(change.split(32), x.T @ x / len(x), dtype)
+    assert found == pytest.approx(expected, rel=1e-3)
