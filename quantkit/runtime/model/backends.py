@@ -4,7 +4,7 @@
 supports every batch and is always the last.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,14 @@ class EagerBackend:
         self._loaded, self._cache, self._activation_bits = loaded, cache, activation_bits
         self._linears = loaded.linears() if activation_bits else set()
 
+    def definition(self) -> Any:
+        """transformers' model, which the first call builds.
+
+        Raises:
+            CheckpointError: transformers refuses the config.
+        """
+        return self._loaded.definition
+
     def supports(self, batch: Batch) -> bool:
         """Every batch."""
         return True
@@ -70,7 +78,7 @@ class EagerBackend:
             return self._forward(batch, draft)
 
     def _forward(self, batch: Batch, draft: bool) -> Tensor:
-        definition, tokens, positions = self._loaded.definition, batch.token_ids[None], batch.positions[None]
+        definition, tokens, positions = self.definition(), batch.token_ids[None], batch.positions[None]
         context = AttentionContext(batch, self._cache, draft)
         inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False, "attention_context": context}
         if not len(batch.logit_rows):

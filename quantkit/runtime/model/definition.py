@@ -11,6 +11,7 @@ from quantkit.models.skeleton import build_skeleton, materialize_buffers, read_c
 from quantkit.runtime.model import attention
 
 
+@torch.no_grad()
 def build_definition(
     checkpoint: Checkpoint, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype
 ) -> Any:

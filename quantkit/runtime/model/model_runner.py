@@ -66,13 +66,16 @@ class ModelRunner:
         """
         loaded, cache = self.loaded, self.cache
         eager = EagerBackend(loaded, cache, activation_bits)
+        native = native_backend(loaded, cache, activation_bits) if loaded.device.type == "cpu" else None
+        if native is not None:
+            return [native, eager]
+        eager.definition()  # It runs from the first batch on: what is wrong with it shows while the model is loaded.
         if loaded.device.type == "cuda":
             # A rotary embedding that looks at the data on the host cannot be replayed.
             replayable = all(rope.is_fixed for rope in loaded.config.ropes)
             graphs = CudaGraphBackend(eager.forward, cache, self.max_model_len, self._max_batch)
             return [graphs, eager] if replayable else [eager]
-        native = native_backend(loaded, cache, activation_bits)
-        return [eager] if native is None else [native, eager]
+        return [eager]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, draft: bool = False) -> Tensor:
