@@ -8,8 +8,6 @@
 #include "threads.h"
 #include "vec.h"
 
-#include <stddef.h>
-
 /* Columns per panel of the packed layout, and rows of the result per tile: 24 vectors of sums in 32 registers. */
 #define PANEL 48
 #define ROWS 8
@@ -39,6 +37,7 @@ static void pack_body(void *argument) {
     }
 }
 
+/* Size of a packed matrix in words. */
 EXPORT int64_t quantkit_gram_words(int64_t rows, int64_t columns) {
     return round_up(columns, PANEL) * ((rows + 1) / 2);
 }
