@@ -107,7 +107,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> LoadedModel:
         logger.warning("note: %s: %s are not applied; activations and KV cache stay more precise", where, fields)
     loader = ModuleLoader(config, source, device, dtype)
     # What unpacking a block takes would leave holes between the tensors that stay.
-    return_freed_memory(at_least=1 << 16)
+    return_freed_memory(at_least=1 << 18)
     with one_thread():  # Loading is thousands of small passes over memory.
         # Embedding and head are the largest matrices. What unpacking them takes is free again when the blocks come.
         modules = loader.outside()
