@@ -8,7 +8,6 @@ integers relative to the largest of their group (csrc/packed_input.c), and sums 
 
 from ctypes import CDLL, byref, c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,12 +18,6 @@ from quantkit.kernels.cpu import library, structs
 
 #: Rows of a packed weight that are interleaved (TILE in matrix.h).
 _TILE = 32
-
-#: From about this many rows on, torch's matrix product is faster than ours on processors that multiply bfloat16.
-_BF16_ROWS = 64
-
-#: Weight rows that are dequantized at a time: few enough to stay in the processor's cache until they are used.
-_PANEL_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -56,11 +49,6 @@ class CpuWeight:
     def nbytes(self) -> int:
         """Bytes of the weight that a product reads."""
         return sum(tensor.nbytes for tensor in (self.data, self.scales, self.zeros) if tensor is not None)
-
-    @property
-    def is_float32(self) -> bool:
-        """Whether it is dense and float32: then products are computed in float32 for any number of rows."""
-        return self.layout == "dense" and self.data.dtype == torch.float32
 
     def matrix(
         self, bias: Tensor | None = None, activation_bits: int = 0, column_perm: Tensor | None = None
@@ -193,10 +181,8 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     assert x.shape[1] == weight.shape[1], f"{tuple(x.shape)} against {weight.shape}"
     lib = library.load()
     if lib is not None and weight.layout in ("dense", "tiles"):
-        if native_is_best(x.shape[0], float32=weight.is_float32):
-            return native_matmul(lib, x, weight, bias)
-        out = _panel_matmul(x, weight)
-    elif weight.layout == "int4":
+        return native_matmul(lib, x, weight, bias)
+    if weight.layout == "int4":
         out = _int4_matmul(x, weight)
     elif weight.layout == "dense":
         out = linear(x.to(weight.data.dtype), weight.data)
@@ -221,32 +207,6 @@ def native_matmul(lib: CDLL, x: Tensor, weight: CpuWeight, bias: Tensor | None, 
         library.threads(),
     )
     return out.to(x.dtype)
-
-
-def native_is_best(rows: int, *, float32: bool) -> bool:
-    """Whether to use the native kernels: they exist, and torch would not be faster in bfloat16.
-
-    Args:
-        rows: number of input rows.
-        float32: whether the weights are float32 (see `CpuWeight.is_float32`): then multiplying in bfloat16 would lose
-            accuracy.
-    """
-    return library.load() is not None and (float32 or rows < _BF16_ROWS or not _multiplies_bf16())
-
-
-@cache
-def _multiplies_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _panel_matmul(x: Tensor, weight: CpuWeight) -> Tensor:
-    """Multiplies many rows in bfloat16. The weight is dequantized panel by panel, so that there is never a copy of all of
-    it.
-    """
-    half = x.to(torch.bfloat16)
-    starts = range(0, weight.shape[0], _PANEL_ROWS)
-    panels = (dequantize(weight, at, min(at + _PANEL_ROWS, weight.shape[0]), torch.bfloat16) for at in starts)
-    return torch.cat([linear(half, panel) for panel in panels], dim=1)
 
 
 def _int4_matmul(x: Tensor, weight: CpuWeight) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.cpu import library
-from quantkit.kernels.cpu import matmul as cpu_matmul
 from quantkit.runtime.core.batch import Batch
 from quantkit.runtime.kv_cache.cache import KVCache
 from quantkit.runtime.model.attention import AttentionContext
@@ -94,17 +93,16 @@ class NativeBackend:
 
     name = "native"
 
-    def __init__(self, decoder: NativeDecoder, *, float32: bool) -> None:
+    def __init__(self, decoder: NativeDecoder) -> None:
         """
         Args:
             decoder: the model, laid out for the native kernels.
-            float32: all weights are float32. Otherwise torch may multiply many rows faster, in bfloat16.
         """
-        self._decoder, self._float32 = decoder, float32
+        self._decoder = decoder
 
     def supports(self, batch: Batch) -> bool:
-        """Batches of so few tokens that the native kernels are the fastest."""
-        return cpu_matmul.native_is_best(len(batch.token_ids), float32=self._float32)
+        """Every batch."""
+        return True
 
     def forward(self, batch: Batch, draft: bool) -> Tensor:
         """See `Backend`."""
@@ -120,6 +118,4 @@ def native_backend(loaded: LoadedModel, cache: KVCache, activation_bits: int = 0
     model = describe(loaded) if library.load() is not None else None
     if model is None:
         return None
-    weights = [linear.kernel_weight for linear in loaded.linears()]
-    float32 = all(isinstance(weight, cpu_matmul.CpuWeight) and weight.is_float32 for weight in weights)
-    return NativeBackend(NativeDecoder(model, cache.keys, cache.values, activation_bits), float32=float32)
+    return NativeBackend(NativeDecoder(model, cache.keys, cache.values, activation_bits))

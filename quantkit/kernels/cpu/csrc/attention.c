@@ -27,70 +27,102 @@ static void locate_keys(const PagedBatch *p, int64_t sequence, int64_t first, in
     }
 }
 
-/* Scores of one query row against all CHUNK keys, 8 keys at a time; lanes run along the head dimension. */
-static NOINLINE void score_keys(const float *query, const float *keys, int64_t dim, float *scores) {
-    for (int64_t j = 0; j < CHUNK; j += 8) {
-        vf acc[8] = {0};
-        for (int64_t d = 0; d < dim; d += LANES) {
-            vf q = load(query + d);
+/* Rows that are multiplied at a time: with four vectors each, their sums fill most vector registers. */
+#define BLOCK_ROWS (LANES == 16 ? 6 : 3)
+#define MOST_BLOCK_ROWS 6
+
+/* out [rows, vectors * LANES] = a [rows, count] @ b [count, vectors * LANES]; rows of b are b_stride floats apart, and so on.
+   Each sum is over `count` in order. rows and vectors are compile-time constants. */
+INLINE void block_product(int rows, int vectors, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
+                          int64_t count, float *out, int64_t out_stride) {
+    vf acc[MOST_BLOCK_ROWS][4] = {0};
+    for (int64_t k = 0; k < count; k++, b += b_stride) {
+        vf column[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) column[v] = load_once(b + v * LANES);
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) acc[i] += q * load(keys + (j + i) * dim + d);
+        for (int m = 0; m < rows; m++) {
+            const vf factor = splat(a[m * a_stride + k]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) acc[m][v] += factor * column[v];
         }
+    }
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) scores[j + i] = lane_sum(acc[i]);
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) store(out + m * out_stride + v * LANES, acc[m][v]);
+}
+
+typedef void BlockProduct(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t count, float *out,
+                          int64_t out_stride);
+
+#define INSTANCE(ROWS, VECTORS)                                                                                             \
+    static NOINLINE void product_##ROWS##_##VECTORS(const float *a, int64_t a_stride, const float *b, int64_t b_stride,     \
+                                                    int64_t count, float *out, int64_t out_stride) {                        \
+        block_product(ROWS, VECTORS, a, a_stride, b, b_stride, count, out, out_stride);                                     \
+    }
+#define INSTANCES(VECTORS)                                                                                                  \
+    INSTANCE(1, VECTORS) INSTANCE(2, VECTORS) INSTANCE(3, VECTORS) INSTANCE(4, VECTORS) INSTANCE(5, VECTORS) INSTANCE(6, VECTORS)
+INSTANCES(2) INSTANCES(4)
+
+/* By vectors / 4 and rows. */
+static BlockProduct *const BLOCK_PRODUCT[2][MOST_BLOCK_ROWS + 1] = {
+    {0, product_1_2, product_2_2, product_3_2, product_4_2, product_5_2, product_6_2},
+    {0, product_1_4, product_2_4, product_3_4, product_4_4, product_5_4, product_6_4},
+};
+
+/* out [rows, width] = a [rows, count] @ b [count, width] for rows <= BLOCK_ROWS; width is a multiple of 2 * LANES. */
+static void rows_product(int64_t rows, int64_t width, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
+                         int64_t count, float *out, int64_t out_stride) {
+    for (int64_t n = 0, step; n < width; n += step) {
+        step = width - n >= 4 * LANES ? 4 * LANES : 2 * LANES;
+        BLOCK_PRODUCT[step == 4 * LANES][rows](a, a_stride, b + n, b_stride, count, out + n, out_stride);
     }
 }
 
-/* The part of `add_weighted_values` for `vectors` vectors of the value; each vector is a separate chain of additions. */
-INLINE void add_weighted_part(int vectors, const float *weights, const float *values, int64_t dim, int64_t low, int64_t high,
-                              float *value) {
-    vf acc[8];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; v++) acc[v] = load(value + v * LANES);
-    for (int64_t j = low; j < high; j++) {
-        vf weight = splat(weights[j]);
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) acc[v] += weight * load(values + j * dim + v * LANES);
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; v++) store(value + v * LANES, acc[v]);
+/* keys [CHUNK, dim] -> transposed [dim, CHUNK]. */
+static NOINLINE void transpose_keys(const float *keys, int64_t dim, float *transposed) {
+    for (int64_t d = 0; d < dim; d += LANES)
+        for (int64_t j = 0; j < CHUNK; j += LANES) {
+            vf block[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) block[i] = load(keys + (j + i) * dim + d);
+            transpose_lanes(block);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(transposed + (d + i) * CHUNK + j, block[i]);
+        }
 }
 
-/* value += weights [CHUNK] @ values [CHUNK, dim], over keys low .. high-1. */
-static NOINLINE void add_weighted_values(const float *weights, const float *values, int64_t dim, int64_t low, int64_t high,
-                                         float *value) {
-    int64_t d = 0;
-    for (; d + 8 * LANES <= dim; d += 8 * LANES) add_weighted_part(8, weights, values + d, dim, low, high, value + d);
-    for (; d < dim; d += 2 * LANES) add_weighted_part(2, weights, values + d, dim, low, high, value + d);
-}
-
-/* Turns scores into weights e^(score - maximum) for keys low .. high-1, and into 0 elsewhere. Sets the partial result to their
-   maximum, their sum and a value of 0. */
+/* Turns scores into weights e^(score - maximum) for keys low .. high-1, and into 0 elsewhere. Sets the maximum and the sum of
+   the partial result. */
 static NOINLINE void softmax_weights(const AttentionConfig *config, float *scores, int64_t low, int64_t high, float *partial) {
-    vf largest = splat(-INFINITY), sum = {0};
-    if (config->softcap > 0)
-        for (int64_t j = 0; j < CHUNK; j += LANES)
-            store(scores + j, config->softcap * vec_tanh(load(scores + j) / config->softcap));
-    for (int64_t j = 0; j < low; j++) scores[j] = -INFINITY;
-    for (int64_t j = high; j < CHUNK; j++) scores[j] = -INFINITY;
-    for (int64_t j = 0; j < CHUNK; j += LANES) largest = vec_max(load(scores + j), largest);
+    vf row[CHUNK / LANES], largest = splat(-INFINITY), sum = {0};
+    vi lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+#pragma GCC unroll 8
+    for (int v = 0; v < CHUNK / LANES; v++) {
+        vf score = load(scores + v * LANES);
+        if (config->softcap > 0) score = config->softcap * vec_tanh(score / config->softcap);
+        const vi key = lane + v * LANES, visible = (key >= (int32_t)low) & (key < (int32_t)high);
+        row[v] = vec_select(visible, score, splat(-INFINITY));
+        largest = vec_max(row[v], largest);
+    }
     const float maximum = lane_max(largest);
-    for (int64_t j = 0; j < CHUNK; j += LANES) {
-        const vf score = load(scores + j), weight = vec_select(score == -INFINITY, splat(0), vec_exp(score - maximum));
-        store(scores + j, weight);
+#pragma GCC unroll 8
+    for (int v = 0; v < CHUNK / LANES; v++) {
+        const vf weight = vec_select(row[v] == -INFINITY, splat(0), vec_exp(row[v] - maximum));
+        store(scores + v * LANES, weight);
         sum += weight;
     }
     partial[0] = maximum;
     partial[1] = lane_sum(sum);
-    memset(partial + 2, 0, sizeof(float) * padded_dim(config->value_dim));
 }
 
 /* Merges a partial result of later keys into `total`; an empty one (maximum -inf) changes nothing. */
 static NOINLINE void merge_partial(const AttentionConfig *config, float *total, const float *partial) {
     if (partial[0] == -INFINITY) return;
-    const float maximum = total[0] > partial[0] ? total[0] : partial[0];
-    const float keep = expf(total[0] - maximum), add = expf(partial[0] - maximum);
-    total[0] = maximum;
+    const float later = partial[0] - total[0], keep = later > 0 ? expf(-later) : 1.0f, add = later > 0 ? 1.0f : expf(later);
+    total[0] = later > 0 ? partial[0] : total[0];
     for (int64_t d = 1; d < partial_floats(config); d++) total[d] = total[d] * keep + partial[d] * add;
 }
 
@@ -107,7 +139,8 @@ static void attend_chunk(const Attention *a, int64_t head, int64_t heads, const 
     const int64_t repeat = config->heads / config->kv_heads, dim = padded_dim(config->dim), size = partial_floats(config);
     const KVSide key_rows = key_side(config, a->paged, a->keys), value_rows = value_side(config, a->paged, a->values);
     float chunk[heads * CHUNK * max_i64(dim, size - 2)] __attribute__((aligned(64)));
-    float weights[heads * rows * CHUNK], partial[heads * rows * size];
+    float transposed[dim * CHUNK] __attribute__((aligned(64)));
+    float weights[heads * rows * CHUNK] __attribute__((aligned(64))), partial[heads * rows * size];
     int64_t low[rows], high[rows];
     for (int64_t r = 0; r < rows; r++) {
         const int64_t end = position + r / repeat + 1 - keys->first; /* counted from the chunk's first key */
@@ -115,20 +148,28 @@ static void attend_chunk(const Attention *a, int64_t head, int64_t heads, const 
         high[r] = min_i64(keys->count, end);
     }
     gather_rows(&key_rows, head, heads, keys, chunk);
-    for (int64_t i = 0; i < heads * rows; i++) {
-        const int64_t r = i % rows;
-        if (low[r] >= high[r]) continue;
-        score_keys(query + i * dim, chunk + i / rows * CHUNK * dim, dim, weights + i * CHUNK);
-        softmax_weights(config, weights + i * CHUNK, low[r], high[r], partial + i * size);
+    for (int64_t h = 0; h < heads; h++) {
+        transpose_keys(chunk + h * CHUNK * dim, dim, transposed);
+        for (int64_t r = 0, i = h * rows, count; r < rows; r += count, i += count) {
+            count = even_block(rows - r, BLOCK_ROWS);
+            const int64_t seen = high[r + count - 1]; /* later rows see more keys */
+            if (seen <= 0) continue;
+            rows_product(count, round_up(seen, 2 * LANES), query + i * dim, dim, transposed, CHUNK, dim, weights + i * CHUNK,
+                         CHUNK);
+            for (int64_t m = 0; m < count; m++)
+                softmax_weights(config, weights + (i + m) * CHUNK, low[r + m], high[r + m], partial + (i + m) * size);
+        }
     }
     gather_rows(&value_rows, head, heads, keys, chunk);
-    for (int64_t i = 0; i < heads * rows; i++) {
-        const int64_t r = i % rows;
-        if (low[r] >= high[r]) continue;
-        add_weighted_values(weights + i * CHUNK, chunk + i / rows * CHUNK * (size - 2), size - 2, low[r], high[r],
-                            partial + i * size + 2);
-        merge_partial(config, total[i], partial + i * size);
-    }
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t r = 0, i = h * rows, count; r < rows; r += count, i += count) {
+            count = even_block(rows - r, BLOCK_ROWS);
+            const int64_t from = low[r], seen = high[r + count - 1];
+            if (seen <= from) continue;
+            rows_product(count, size - 2, weights + i * CHUNK + from, CHUNK, chunk + (h * CHUNK + from) * (size - 2), size - 2,
+                         seen - from, partial + i * size + 2, size);
+            for (int64_t m = 0; m < count; m++) merge_partial(config, total[i + m], partial + (i + m) * size);
+        }
 }
 
 /* Loads the queries of a work item for KV heads head .. head+heads-1 as [heads, rows, padded_dim(dim)], and points total

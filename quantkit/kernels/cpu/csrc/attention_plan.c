@@ -5,7 +5,7 @@
 #include <stdlib.h>
 
 /* Rows (queries times query heads per KV head) that share one pass over the keys. */
-#define ROWS 24
+#define ROWS 48
 
 /* A sequence with few queries gets one item per chunk of keys. One with many gets items of ROWS rows over all their keys,
    which are enough to keep all threads busy. With tail pages, a query sees its own page in 16 bit and later queries see that

@@ -14,6 +14,9 @@
 #include <math.h>
 #include <stdlib.h>
 
+/* Tokens that go through an MLP at a time: few enough for its widest activations to stay in the cache of a core. */
+#define MLP_TOKENS 96
+
 /* What all threads share during a forward pass. `widest` is the size of the widest row of any step. */
 typedef struct {
     const Decoder *model;
@@ -134,9 +137,10 @@ static void token_barrier(const Worker *w) {
     if (!w->single_token) thread_barrier();
 }
 
-static void project(const Worker *w, const Matrix *matrix, float *out) {
+/* Multiplies the prepared rows of `count` tokens from `first` on. */
+static void project(const Worker *w, const Matrix *matrix, int64_t first, int64_t count, float *out) {
     token_barrier(w);
-    matmul_share(matrix, w->prepared, w->forward->batch->tokens, out);
+    matmul_share(matrix, w->prepared + first * prepared_floats(matrix), count, out);
     thread_barrier();
 }
 
@@ -161,21 +165,23 @@ static void attention(const Worker *w, const Layer *l) {
         finish_query(&a, t, w->row);
         prepare(&l->out, w->row, w->prepared + t * prepared_floats(&l->out));
     }
-    project(w, &l->out, f->delta);
+    project(w, &l->out, 0, f->batch->tokens, f->delta);
 }
 
-static void mlp(const Worker *w, const Layer *l) {
+/* The MLP of tokens first .. first+count-1. */
+static void mlp(const Worker *w, const Layer *l, int64_t first, int64_t count) {
     const Forward *f = w->forward;
     const int64_t inner = f->model->intermediate_size;
-    for (int64_t t = w->tokens.first; t < w->tokens.last; t++)
+    const Range mine = w->single_token ? (Range){0, 1} : thread_range(count);
+    for (int64_t t = first + mine.first; t < first + mine.last; t++)
         add_residual_norm(w, t, 1, l->post_attention_norm, l->pre_mlp_norm, &l->gate_up);
-    project(w, &l->gate_up, f->projected);
-    for (int64_t t = w->tokens.first; t < w->tokens.last; t++) {
+    project(w, &l->gate_up, first, count, f->projected);
+    for (int64_t t = mine.first; t < mine.last; t++) {
         activate(f->model->activation, f->projected + t * 2 * inner, inner, w->row);
         hadamard_row(w->row, inner, l->down_hadamard);
-        prepare(&l->down, w->row, w->prepared + t * prepared_floats(&l->down));
+        prepare(&l->down, w->row, w->prepared + (first + t) * prepared_floats(&l->down));
     }
-    project(w, &l->down, f->delta);
+    project(w, &l->down, first, count, f->delta + first * f->model->hidden_size);
 }
 
 /* Logits of the rows that the batch asks for. */
@@ -213,9 +219,9 @@ static void forward_body(void *argument) {
         const Layer *l = model->layers + i;
         for (int64_t t = w.tokens.first; t < w.tokens.last; t++)
             add_residual_norm(&w, t, i > 0, delta_norm, l->pre_attention_norm, &l->qkv);
-        project(&w, &l->qkv, f->projected);
+        project(&w, &l->qkv, 0, tokens, f->projected);
         attention(&w, l);
-        mlp(&w, l);
+        for (int64_t first = 0; first < tokens; first += MLP_TOKENS) mlp(&w, l, first, min_i64(MLP_TOKENS, tokens - first));
         delta_norm = l->post_mlp_norm;
     }
     for (int64_t t = w.tokens.first; t < w.tokens.last; t++) add_residual_norm(&w, t, 1, delta_norm, NULL, NULL);

@@ -47,12 +47,6 @@ static inline int64_t prepared_floats(const Matrix *w) {
     return round_up(padded_columns(w) / 2 + 2 * runs(w), LANES);
 }
 
-/* Size of the next block when `left` rows remain and a block holds at most `most`: as few blocks as possible, of even size. */
-static inline int64_t even_block(int64_t left, int64_t most) {
-    const int64_t blocks = (left + most - 1) / most;
-    return (left + blocks - 1) / blocks;
-}
-
 /* Weights are read once, in order, and faster than the processor's own prefetching delivers them (measured: 14 instead of
    7 GB/s per thread). The distance is long enough for main memory and short enough for the first-level cache; prefetching past
    the end does no harm. */

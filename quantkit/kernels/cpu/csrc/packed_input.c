@@ -1,14 +1,19 @@
 /* Quantizes the inputs of packed weights to 16-bit integers, with one scale per run of columns.
 
-   A prepared row: pairs [padded columns / 2], two inputs per word; scales float [runs]; sums of the integers int32 [runs]. The
-   largest magnitude of a run becomes 32767, so rounding changes an input by at most 2^-16 of that magnitude. Within each F =
-   32/bits columns, columns j and j + F/2 form a pair, like the two codes that one mask extracts from a word. */
+   A prepared row: the integers, in words [padded columns / 2]; scales float [runs]; sums of the integers int32
+   [runs], multiplied by the zero point if the weight has just one. The largest magnitude of a run becomes LARGEST_INPUT, so rounding changes an input by at most 2^-15.99 of that magnitude.
+
+   Words hold the columns whose codes one mask extracts from a word of the weight, with F = 32/bits. For instructions on 16-bit
+   integers, columns j and j + F/2 of each F columns are a word. For instructions on bytes, columns b * F/4 + j, b = 0..3, are
+   two words: their upper bytes, rounded to nearest, then their lower bytes, both signed. */
+#include "dot.h"
 #include "packed.h"
 #include "vec.h"
 
 #include <math.h>
 
-#define INT16_LARGEST 32767.0f
+/* 127 * 256 + 127: the largest integer whose upper and lower byte are both signed. */
+#define LARGEST_INPUT 32639.0f
 
 /* Below this magnitude the inverse of a scale would overflow; such inputs become zero. */
 #define SMALLEST 1e-30f
@@ -16,29 +21,45 @@
 /* Adding this to a float below 2^22 leaves the nearest integer in the lowest bits of the sum. */
 #define ROUNDER 12582912.0f /* 1.5 * 2^23 */
 
-/* Quantizes a run: `given` columns of x, then zeros up to `length`. Returns the sum of the integers. */
-static int32_t quantize_run(const float *x, int64_t given, int64_t length, float inverse, uint32_t *integers) {
-    vu sum = {0};
-    for (int64_t k = 0; k < length; k += LANES) {
-        const vu integer = (vu)(load_partial(x + k, given - k) * inverse + ROUNDER) - float_to_bits(ROUNDER);
-        sum += integer;
-        memcpy(integers + k, &integer, sizeof integer);
-    }
-    uint32_t total = 0;
-    for (int i = 0; i < LANES; i++) total += sum[i];
-    return (int32_t)total;
+typedef uint16_t vh __attribute__((vector_size(4 * LANES)));
+typedef uint8_t vb __attribute__((vector_size(4 * LANES)));
+
+/* LANES columns of x as integers; the last ones are zeros if fewer are given. */
+INLINE vi quantize(const float *x, int64_t given, float inverse) {
+    return (vi)(load_partial(x, given) * inverse + ROUNDER) - (int32_t)float_to_bits(ROUNDER);
 }
 
-INLINE void interleave_pairs(int fields, const uint32_t *integers, int64_t length, uint32_t *pairs) {
-    const int half = fields / 2;
-    for (int64_t word = 0; word < length; word += fields, pairs += half)
-        for (int j = 0; j < half; j++) pairs[j] = (integers[word + j] & 0xffffu) | integers[word + half + j] << 16;
+/* The byte of 2 * LANES 16-bit integers in column order that goes to byte i, F = fields. */
+INLINE int byte_source(int fields, int i) {
+    const int group = i / (2 * fields) * fields, word = i % (2 * fields) / 4, b = i % 4;
+    if (HAS_BYTE_DOT) return 2 * (group + b * fields / 4 + word / 2) + (word % 2 ? 0 : 1);
+    return 2 * (group + b / 2 * fields / 2 + word) + b % 2;
+}
+
+/* Quantizes a run to words: `given` columns of x, then zeros up to `length`. Returns the sum of the integers. */
+INLINE uint32_t quantize_run(int fields, const float *x, int64_t given, int64_t length, float inverse, uint32_t *words) {
+    vu sum = {0};
+    vh even;
+    vb order;
+    for (int i = 0; i < 2 * LANES; i++) even[i] = (uint16_t)(2 * i);
+    for (int i = 0; i < 4 * LANES; i++) order[i] = (uint8_t)byte_source(fields, i);
+    for (int64_t k = 0; k < length; k += 2 * LANES) {
+        const vi low = quantize(x + k, given - k, inverse), high = quantize(x + k + LANES, given - k - LANES, inverse);
+        vh integers = SHUFFLE((vh)low, (vh)high, even);
+        /* Adding 128 rounds the upper byte to nearest and flips the sign bit of the lower byte, which is flipped back. */
+        if (HAS_BYTE_DOT) integers = (integers + 128) ^ 128;
+        const vb bytes = SHUFFLE((vb)integers, (vb)integers, order);
+        if (length - k >= 2 * LANES) memcpy(words + k / 2, &bytes, sizeof bytes); /* a length that the compiler knows */
+        else memcpy(words + k / 2, &bytes, 2 * (length - k));
+        sum += (vu)low + (vu)high;
+    }
+    return lane_sum_integers(sum);
 }
 
 /* A run that holds infinity or NaN gets the scale NaN, so that the row's result is NaN. */
 void prepare_packed(const Matrix *w, const float *x, float *prepared) {
     const int64_t padded = padded_group(w);
-    uint32_t *pairs = (uint32_t *)prepared, integers[RUN + LANES];
+    uint32_t *words = (uint32_t *)prepared;
     float gathered[RUN];
     float *scales = prepared + padded_columns(w) / 2;
     int32_t *sums = (int32_t *)(scales + runs(w));
@@ -47,11 +68,12 @@ void prepare_packed(const Matrix *w, const float *x, float *prepared) {
             const int64_t given = w->group - first, length = min_i64(RUN, padded - first);
             const float *part = gather_inputs(w, x, g * w->group + first, min_i64(given, length), gathered);
             const float largest = max_abs(part, min_i64(given, length));
-            *scales++ = largest < INFINITY ? largest / INT16_LARGEST : NAN;
-            *sums++ = quantize_run(part, given, length, largest > SMALLEST ? INT16_LARGEST / largest : 0.0f, integers);
-            if (w->bits == 2) interleave_pairs(16, integers, length, pairs);
-            else if (w->bits == 4) interleave_pairs(8, integers, length, pairs);
-            else interleave_pairs(4, integers, length, pairs);
-            pairs += length / 2;
+            const float inverse = largest > SMALLEST ? LARGEST_INPUT / largest : 0.0f;
+            const uint32_t sum = w->bits == 2   ? quantize_run(16, part, given, length, inverse, words)
+                                 : w->bits == 4 ? quantize_run(8, part, given, length, inverse, words)
+                                                : quantize_run(4, part, given, length, inverse, words);
+            *scales++ = largest < INFINITY ? largest / LARGEST_INPUT : NAN;
+            *sums++ = (int32_t)(w->zeros ? sum : sum * (uint32_t)w->zero);
+            words += length / 2;
         }
 }

@@ -8,6 +8,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#include <arm_neon.h>
+#endif
+
 #ifndef LANES /* -DLANES=n tests another width than the processor's own */
 #ifdef __AVX512F__
 #define LANES 16
@@ -24,6 +30,12 @@
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+/* Size of the next block when `left` rows remain and a block holds at most `most`: as few blocks as possible, of even size. */
+static inline int64_t even_block(int64_t left, int64_t most) {
+    const int64_t blocks = (left + most - 1) / most;
+    return (left + blocks - 1) / blocks;
+}
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
@@ -119,37 +131,84 @@ INLINE uint16_t to_half(float value) {
     return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
-INLINE float lane_sum(vf v) {
-    float part[LANES];
-    memcpy(part, &v, sizeof part);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) part[i] += part[i + width];
-    return part[0];
-}
+/* Lane i of the result is lane order[i] of a, or lane order[i] - LANES of b; order is a compile-time constant. */
+#ifdef __clang__
+#define SHUFFLE(a, b, order)                                                                                                \
+    ({                                                                                                                      \
+        __typeof__(a) out_;                                                                                                 \
+        enum { COUNT = sizeof out_ / sizeof out_[0] };                                                                      \
+        for (int i_ = 0; i_ < COUNT; i_++) out_[i_] = order[i_] < COUNT ? (a)[order[i_]] : (b)[order[i_] - COUNT];          \
+        out_;                                                                                                               \
+    })
+#else
+#define SHUFFLE(a, b, order) __builtin_shuffle(a, b, order)
+#endif
 
-INLINE float lane_max(vf v) {
-    float largest = v[0];
-    for (int i = 1; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
-    return largest;
-}
+/* Combines the lanes of v: each lane of the lower half with its counterpart in the upper half, until one is left. */
+#define REDUCE_LANES(v, combine)                                                                                            \
+    ({                                                                                                                      \
+        _Pragma("GCC unroll 4") for (int half_ = LANES / 2; half_; half_ /= 2) {                                            \
+            vi order_;                                                                                                      \
+            for (int i_ = 0; i_ < LANES; i_++) order_[i_] = (i_ + half_) % LANES;                                           \
+            const __typeof__(v) other_ = SHUFFLE(v, v, order_);                                                             \
+            v = combine(v, other_);                                                                                         \
+        }                                                                                                                   \
+        v[0];                                                                                                               \
+    })
+#define ADD(a, b) ((a) + (b))
+
+INLINE float lane_sum(vf v) { return REDUCE_LANES(v, ADD); }
+INLINE uint32_t lane_sum_integers(vu v) { return REDUCE_LANES(v, ADD); }
+
+INLINE vf vec_select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+/* The larger, or smaller, of v and a limit, element by element; NaN in v stays. */
+#if defined(__AVX512F__) && LANES == 16
+INLINE vf vec_max(vf v, vf floor) { return (vf)_mm512_max_ps((__m512)floor, (__m512)v); }
+INLINE vf vec_min(vf v, vf ceiling) { return (vf)_mm512_min_ps((__m512)ceiling, (__m512)v); }
+INLINE vi vec_max_integers(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__) && LANES == 8
+INLINE vf vec_max(vf v, vf floor) { return (vf)_mm256_max_ps((__m256)floor, (__m256)v); }
+INLINE vf vec_min(vf v, vf ceiling) { return (vf)_mm256_min_ps((__m256)ceiling, (__m256)v); }
+INLINE vi vec_max_integers(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+#else
+INLINE vf vec_max(vf v, vf floor) { return vec_select(v < floor, floor, v); }
+INLINE vf vec_min(vf v, vf ceiling) { return vec_select(v > ceiling, ceiling, v); }
+INLINE vi vec_max_integers(vi a, vi b) { return ((a > b) & a) | (~(a > b) & b); }
+#endif
+
+INLINE float lane_max(vf v) { return REDUCE_LANES(v, vec_max); }
 
 /* The largest magnitude of x [n]; NaN if x holds a NaN. Magnitudes are compared as integers, which orders NaN above
    infinity. */
 INLINE float max_abs(const float *x, int64_t n) {
     vi maxima = {0};
     for (int64_t k = 0; k < n; k += LANES) {
-        const vi magnitude = (vi)load_partial(x + k, n - k) & 0x7fffffff, more = magnitude > maxima;
-        maxima = (more & magnitude) | (~more & maxima);
+        const vi magnitude = (vi)load_partial(x + k, n - k) & 0x7fffffff;
+        maxima = vec_max_integers(magnitude, maxima);
     }
-    int32_t largest = maxima[0];
-    for (int i = 1; i < LANES; i++) largest = maxima[i] > largest ? maxima[i] : largest;
-    return bits_to_float((uint32_t)largest);
+    return bits_to_float((uint32_t)REDUCE_LANES(maxima, vec_max_integers));
 }
 
-INLINE vf vec_select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-/* Element by element; NaN in v stays. */
-INLINE vf vec_max(vf v, vf floor) { return vec_select(v < floor, floor, v); }
-INLINE vf vec_min(vf v, vf ceiling) { return vec_select(v > ceiling, ceiling, v); }
+/* Transposes LANES vectors of LANES floats: in each step, the upper half of a vector's block is exchanged with the lower half
+   of its partner's, for ever smaller blocks. */
+INLINE void transpose_lanes(vf v[LANES]) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2) {
+        vi low, high;
+        for (int i = 0; i < LANES; i++) {
+            low[i] = i & half ? LANES + i - half : i;
+            high[i] = i & half ? LANES + i : i + half;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & half)) {
+                const vf a = v[i], b = v[i + half];
+                v[i] = SHUFFLE(a, b, low);
+                v[i + half] = SHUFFLE(a, b, high);
+            }
+    }
+}
 
 /* e^x to about 1 unit in the last place (Cephes expf). x is clamped to -87.33654 .. 88.37, so the result stays in about 1e-38
    .. 2e38; NaN stays NaN. */

@@ -6,14 +6,10 @@
    sums before they must be widened. 8-bit codes are multiplied in two halves of 4 bits, since 2 * 255 * 127 overflows 16 bits.
    Sums are exact for groups of up to 65536 columns. */
 #include "w4a8.h"
+#include "dot.h"
 #include "threads.h"
-#include "vec.h"
 
 #include <math.h>
-
-#if (defined(__AVX2__) && LANES == 8) || (defined(__AVX512BW__) && LANES == 16)
-#include <immintrin.h>
-#endif
 
 /* Rows of x per block. */
 #define BLOCK_ROWS 4
@@ -23,7 +19,9 @@
 
 /* Adds to the sums the products of the four bytes of each word: `codes`, below 16, times `x`, signed. */
 INLINE vi add_products(vi sums, vu codes, vi x) {
-#if defined(__AVX512BW__) && LANES == 16
+#if HAS_BYTE_DOT
+    return byte_dot(sums, codes, x);
+#elif defined(__AVX512BW__) && LANES == 16
     return (vi)_mm512_add_epi16((__m512i)sums, _mm512_maddubs_epi16((__m512i)codes, (__m512i)x));
 #elif defined(__AVX2__) && LANES == 8
     return (vi)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x));
@@ -35,7 +33,9 @@ INLINE vi add_products(vi sums, vu codes, vi x) {
 
 /* The sums of `add_products`, widened to one int32 per word and multiplied by `factor` (1 or 16). */
 INLINE vi widened(vi sums, int factor) {
-#if defined(__AVX512BW__) && LANES == 16
+#if HAS_BYTE_DOT
+    return sums * factor;
+#elif defined(__AVX512BW__) && LANES == 16
     return (vi)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16((short)factor));
 #elif defined(__AVX2__) && LANES == 8
     return (vi)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16((short)factor));

@@ -1,0 +1,44 @@
+/* Products of small integers, and of bfloat16, by the instructions that the processor has for them.
+
+   HAS_BYTE_DOT: there is an instruction that multiplies four unsigned bytes with four signed ones and adds the products to an
+   int32 (AVX-512 VNNI, AVX-VNNI, Arm's i8mm). HAS_BF16_DOT: the same for two pairs of bfloat16 and a float (AVX512_BF16). */
+#ifndef QUANTKIT_DOT_H
+#define QUANTKIT_DOT_H
+
+#include "vec.h"
+
+#if defined(__AVX512VNNI__) && LANES == 16
+#define HAS_BYTE_DOT 1
+INLINE vi byte_dot(vi sums, vu unsigned_bytes, vi signed_bytes) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
+}
+#elif defined(__AVXVNNI__) && LANES == 8
+#define HAS_BYTE_DOT 1
+INLINE vi byte_dot(vi sums, vu unsigned_bytes, vi signed_bytes) {
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)unsigned_bytes, (__m256i)signed_bytes);
+}
+#elif defined(__ARM_FEATURE_MATMUL_INT8) && LANES == 8
+#define HAS_BYTE_DOT 1
+INLINE vi byte_dot(vi sums, vu unsigned_bytes, vi signed_bytes) {
+    int32x4_t half[2];
+    uint8x16_t codes[2];
+    int8x16_t inputs[2];
+    memcpy(half, &sums, sizeof sums);
+    memcpy(codes, &unsigned_bytes, sizeof sums);
+    memcpy(inputs, &signed_bytes, sizeof sums);
+    for (int i = 0; i < 2; i++) half[i] = vusdotq_s32(half[i], codes[i], inputs[i]);
+    memcpy(&sums, half, sizeof sums);
+    return sums;
+}
+#else
+#define HAS_BYTE_DOT 0
+#endif
+
+#if defined(__AVX512BF16__) && LANES == 16
+#define HAS_BF16_DOT 1
+INLINE vf bf16_dot(vf sums, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b); }
+#else
+#define HAS_BF16_DOT 0
+#endif
+
+#endif
