@@ -113,17 +113,21 @@ def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch, bits: int, rows: i
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
-@pytest.mark.parametrize(("rows", "columns"), [(33, 64), (50, 101), (7, 13), (1, 1), (9, 48)])
-def test_dense_products_round_nothing(dtype: torch.dtype, rows: int, columns: int) -> None:
-    assert library.load() is not None
+@pytest.mark.parametrize(("rows", "columns"), [(33, 64), (50, 101), (7, 13), (1, 1), (9, 48), (11, 2500)])
+def test_dense_products_are_sums_of_floats(dtype: torch.dtype, rows: int, columns: int) -> None:
+    """Nothing is rounded but sums, and inputs to the type of the weight where the processor multiplies bfloat16."""
+    lib = library.load()
+    assert lib is not None
     # Some halves are subnormal.
     weight = (torch.randn(rows, columns) * 10.0 ** torch.randint(-7, 2, (rows, columns))).to(dtype)
+    rounds = dtype == BFLOAT16 and bool(lib.quantkit_rounds_inputs())
     for count in ROWS:
         x = _rows(count, columns)
-        wanted = x.double() @ weight.double().T
-        # float32 sums: at most K roundings of 2^-24 of the sum of magnitudes.
-        bound = columns * 2.0**-24 * (x.double().abs() @ weight.double().abs().T)
-        assert bool(((cpu_matmul.matmul(x, cpu_matmul.pack_dense(weight)).double() - wanted).abs() <= bound).all())
+        used = (x.to(BFLOAT16) if rounds else x).double()
+        # float32 sums: at most K roundings of 2^-24 of the sum of magnitudes; a product of two bfloat16 is rounded, too.
+        bound = 2 * columns * 2.0**-24 * (used.abs() @ weight.double().abs().T)
+        found = cpu_matmul.matmul(x, cpu_matmul.pack_dense(weight)).double()
+        assert bool(((found - used @ weight.double().T).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
@@ -155,8 +159,8 @@ def test_dense_weights_may_lie_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8, 0])
 def test_a_row_depends_on_nothing_but_itself(bits: int, threads: int) -> None:  # noqa: F811
     """Greedy decoding must give the same text alone and in a batch, on one thread and on many."""
-    weight = _packed(_sample(100, 320, 64, bits)) if bits else cpu_matmul.pack_dense(torch.randn(100, 320).to(BFLOAT16))
-    x = _rows(200, 320)
+    weight = _packed(_sample(100, 2560, 64, bits)) if bits else cpu_matmul.pack_dense(torch.randn(100, 2560).to(BFLOAT16))
+    x = _rows(200, 2560)
     found = [cpu_matmul.matmul(x[:rows], weight) for rows in ROWS]
     torch.set_num_threads(1)
     alone = torch.cat([cpu_matmul.matmul(row[None], weight) for row in x])

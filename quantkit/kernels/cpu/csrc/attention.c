@@ -97,13 +97,11 @@ static NOINLINE void transpose_keys(const float *keys, int64_t dim, float *trans
    the partial result. */
 static NOINLINE void softmax_weights(const AttentionConfig *config, float *scores, int64_t low, int64_t high, float *partial) {
     vf row[CHUNK / LANES], largest = splat(-INFINITY), sum = {0};
-    vi lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
 #pragma GCC unroll 8
     for (int v = 0; v < CHUNK / LANES; v++) {
         vf score = load(scores + v * LANES);
         if (config->softcap > 0) score = config->softcap * vec_tanh(score / config->softcap);
-        const vi key = lane + v * LANES, visible = (key >= (int32_t)low) & (key < (int32_t)high);
+        const vi key = LANE_NUMBERS + v * LANES, visible = (key >= (int32_t)low) & (key < (int32_t)high);
         row[v] = vec_select(visible, score, splat(-INFINITY));
         largest = vec_max(row[v], largest);
     }

@@ -37,8 +37,12 @@ INLINE vi byte_dot(vi sums, vu unsigned_bytes, vi signed_bytes) {
 #if defined(__AVX512BF16__) && LANES == 16
 #define HAS_BF16_DOT 1
 INLINE vf bf16_dot(vf sums, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b); }
+/* 2 * LANES floats, rounded to nearest even. */
+INLINE vu round_to_bf16(vf low, vf high) { return (vu)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 #else
 #define HAS_BF16_DOT 0
+INLINE vf bf16_dot(vf sums, vu a, vu b) { return sums; }
+INLINE vu round_to_bf16(vf low, vf high) { return (vu)low; }
 #endif
 
 #endif

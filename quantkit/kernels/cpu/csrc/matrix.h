@@ -69,9 +69,7 @@ static inline int64_t tile_zeros(const Matrix *w, int64_t tile) { return tile * 
 /* LANES scales from index `at` on. */
 INLINE vf load_scales(const Matrix *w, int64_t at) {
     if (w->type == F32) return load((const float *)w->scales + at);
-    vs halves;
-    memcpy(&halves, (const uint16_t *)w->scales + at, sizeof halves);
-    return half_to_float(__builtin_convertvector(halves, vu));
+    return load_halves((const uint16_t *)w->scales + at);
 }
 
 /* LANES zero points of group g; the words that hold those of the rows' first four groups begin at index `at`. */

@@ -24,7 +24,7 @@ static void tile_totals(TileRuns *p, int64_t m, float *totals) {
             p->words += count * p->length * w->bits / 32 * TILE;
             p->x += count * p->length / 2;
             p->x_scales += count;
-            p->x_sums += count;
+            p->x_offsets += count;
         }
     }
 }
@@ -47,7 +47,7 @@ void packed_share(const Matrix *w, const float *prepared, int64_t m, float *out)
             TileRuns piece = {.weight = w, .scales = tile_scales(w, r.first), .zeros = tile_zeros(w, r.first),
                               .words = (const uint32_t *)w->data + r.first * tile_words(w),
                               .x = (const int32_t *)x, .x_scales = x_scales,
-                              .x_sums = (const int32_t *)x_scales + runs(w), .stride = stride};
+                              .x_offsets = (const int32_t *)x_scales + runs(w), .stride = stride};
             tile_totals(&piece, rows, totals);
             for (int64_t i = 0; i < rows; i++)
                 store_row(totals + i * TILE, w->bias ? w->bias + base : NULL, count, out + (row + i) * w->rows + base);

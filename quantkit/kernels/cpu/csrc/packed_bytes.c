@@ -14,13 +14,17 @@ INLINE vu extract_bytes(vu word, int bits, int j) {
     return bits == 8 ? word : (word >> bits * j) & ((1u << bits) - 1) * 0x01010101u;
 }
 
-/* bits and rows are compile-time constants. */
-INLINE void add_runs(int bits, int rows, const TileRuns *p, float *totals) {
+/* bits, rows and own_zeros are compile-time constants. */
+INLINE void add_runs(int bits, int rows, int own_zeros, const TileRuns *p, float *totals) {
     const int quads = 8 / bits, vectors = 2;
     const int64_t steps = p->length / (4 * quads);
     for (int part = 0; part < TILE; part += vectors * LANES)
         for (int64_t run = 0; run < p->runs; run++) {
-            vi upper[MOST_BLOCK_ROWS][2] = {0}, lower[MOST_BLOCK_ROWS][2] = {0};
+            vi upper[MOST_BLOCK_ROWS][2] = {0}, lower[MOST_BLOCK_ROWS][2];
+#pragma GCC unroll 8
+            for (int m = 0; m < rows; m++)
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; v++) lower[m][v] = first_sums(own_zeros, p, run, m, part + v * LANES);
             const uint32_t *words = p->words + run * steps * TILE + part;
             const int32_t *x = p->x + run * p->length / 2;
             for (int64_t step = 0; step < steps; step++, words += TILE, x += 2 * quads) {
@@ -52,7 +56,10 @@ INLINE void add_runs(int bits, int rows, const TileRuns *p, float *totals) {
 typedef void AddRuns(const TileRuns *runs, float *totals);
 
 #define INSTANCE(BITS, ROWS)                                                                                                \
-    static NOINLINE void add_##BITS##_##ROWS(const TileRuns *runs, float *totals) { add_runs(BITS, ROWS, runs, totals); }
+    static NOINLINE void add_##BITS##_##ROWS(const TileRuns *runs, float *totals) {                                         \
+        if (runs->weight->zeros) add_runs(BITS, ROWS, 1, runs, totals);                                                     \
+        else add_runs(BITS, ROWS, 0, runs, totals);                                                                         \
+    }
 #define INSTANCES(BITS)                                                                                                     \
     INSTANCE(BITS, 1) INSTANCE(BITS, 2) INSTANCE(BITS, 3) INSTANCE(BITS, 4) INSTANCE(BITS, 5) INSTANCE(BITS, 6)
 INSTANCES(2) INSTANCES(4) INSTANCES(8)
@@ -72,7 +79,7 @@ void add_rows(const TileRuns *p, int64_t m, float *totals) {
         rows = even_block(m - row, BLOCK_ROWS);
         block.x = p->x + row * p->stride;
         block.x_scales = p->x_scales + row * p->stride;
-        block.x_sums = p->x_sums + row * p->stride;
+        block.x_offsets = p->x_offsets + row * p->stride;
         ADD_RUNS[p->weight->bits / 4][rows](&block, totals + row * TILE);
     }
 }

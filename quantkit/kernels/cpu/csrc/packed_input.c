@@ -1,7 +1,7 @@
 /* Quantizes the inputs of packed weights to 16-bit integers, with one scale per run of columns.
 
-   A prepared row: the integers, in words [padded columns / 2]; scales float [runs]; sums of the integers int32
-   [runs], multiplied by the zero point if the weight has just one. The largest magnitude of a run becomes LARGEST_INPUT, so rounding changes an input by at most 2^-15.99 of that magnitude.
+   A prepared row: the integers, in words [padded columns / 2]; scales float [runs]; offsets int32 [runs], minus
+   the sum of the integers, multiplied by the zero point if the weight has just one. The largest magnitude of a run becomes LARGEST_INPUT, so rounding changes an input by at most 2^-15.99 of that magnitude.
 
    Words hold the columns whose codes one mask extracts from a word of the weight, with F = 32/bits. For instructions on 16-bit
    integers, columns j and j + F/2 of each F columns are a word. For instructions on bytes, columns b * F/4 + j, b = 0..3, are
@@ -29,26 +29,32 @@ INLINE vi quantize(const float *x, int64_t given, float inverse) {
     return (vi)(load_partial(x, given) * inverse + ROUNDER) - (int32_t)float_to_bits(ROUNDER);
 }
 
-/* The byte of 2 * LANES 16-bit integers in column order that goes to byte i, F = fields. */
-INLINE int byte_source(int fields, int i) {
-    const int group = i / (2 * fields) * fields, word = i % (2 * fields) / 4, b = i % 4;
-    if (HAS_BYTE_DOT) return 2 * (group + b * fields / 4 + word / 2) + (word % 2 ? 0 : 1);
-    return 2 * (group + b / 2 * fields / 2 + word) + b % 2;
+#if LANES == 16
+#define BYTE_NUMBERS                                                                                                        \
+    ((vb){COUNT_8(0), COUNT_8(8), COUNT_8(16), COUNT_8(24), COUNT_8(32), COUNT_8(40), COUNT_8(48), COUNT_8(56)})
+#define EVEN_NUMBERS                                                                                                        \
+    ((vh){COUNT_8(0), COUNT_8(8), COUNT_8(16), COUNT_8(24)} * 2)
+#else
+#define BYTE_NUMBERS ((vb){COUNT_8(0), COUNT_8(8), COUNT_8(16), COUNT_8(24)})
+#define EVEN_NUMBERS ((vh){COUNT_8(0), COUNT_8(8)} * 2)
+#endif
+
+/* Which bytes of 2 * LANES 16-bit integers, in column order, become the bytes of their words; fields = F. */
+INLINE vb byte_order(int fields) {
+    const vb i = BYTE_NUMBERS, group = i / (uint8_t)(2 * fields) * (uint8_t)fields, word = i % (uint8_t)(2 * fields) / 4;
+    if (HAS_BYTE_DOT) return 2 * (group + i % 4 * (uint8_t)(fields / 4) + word / 2) + 1 - word % 2;
+    return 2 * (group + i % 4 / 2 * (uint8_t)(fields / 2) + word) + i % 2;
 }
 
 /* Quantizes a run to words: `given` columns of x, then zeros up to `length`. Returns the sum of the integers. */
 INLINE uint32_t quantize_run(int fields, const float *x, int64_t given, int64_t length, float inverse, uint32_t *words) {
     vu sum = {0};
-    vh even;
-    vb order;
-    for (int i = 0; i < 2 * LANES; i++) even[i] = (uint16_t)(2 * i);
-    for (int i = 0; i < 4 * LANES; i++) order[i] = (uint8_t)byte_source(fields, i);
     for (int64_t k = 0; k < length; k += 2 * LANES) {
         const vi low = quantize(x + k, given - k, inverse), high = quantize(x + k + LANES, given - k - LANES, inverse);
-        vh integers = SHUFFLE((vh)low, (vh)high, even);
+        vh integers = SHUFFLE((vh)low, (vh)high, EVEN_NUMBERS);
         /* Adding 128 rounds the upper byte to nearest and flips the sign bit of the lower byte, which is flipped back. */
         if (HAS_BYTE_DOT) integers = (integers + 128) ^ 128;
-        const vb bytes = SHUFFLE((vb)integers, (vb)integers, order);
+        const vb bytes = SHUFFLE((vb)integers, (vb)integers, byte_order(fields));
         if (length - k >= 2 * LANES) memcpy(words + k / 2, &bytes, sizeof bytes); /* a length that the compiler knows */
         else memcpy(words + k / 2, &bytes, 2 * (length - k));
         sum += (vu)low + (vu)high;
@@ -62,7 +68,7 @@ void prepare_packed(const Matrix *w, const float *x, float *prepared) {
     uint32_t *words = (uint32_t *)prepared;
     float gathered[RUN];
     float *scales = prepared + padded_columns(w) / 2;
-    int32_t *sums = (int32_t *)(scales + runs(w));
+    uint32_t *offsets = (uint32_t *)(scales + runs(w));
     for (int64_t g = 0; g < groups(w); g++)
         for (int64_t first = 0; first < padded; first += RUN) {
             const int64_t given = w->group - first, length = min_i64(RUN, padded - first);
@@ -73,7 +79,7 @@ void prepare_packed(const Matrix *w, const float *x, float *prepared) {
                                  : w->bits == 4 ? quantize_run(8, part, given, length, inverse, words)
                                                 : quantize_run(4, part, given, length, inverse, words);
             *scales++ = largest < INFINITY ? largest / LARGEST_INPUT : NAN;
-            *sums++ = (int32_t)(w->zeros ? sum : sum * (uint32_t)w->zero);
+            *offsets++ = w->zeros ? -sum : -sum * (uint32_t)w->zero;
             words += length / 2;
         }
 }

@@ -29,13 +29,18 @@ INLINE vh extract_pairs(vu word, int bits, int j) {
     return bits * (j + 1) == 16 ? shifted : shifted & (uint16_t)((1u << bits) - 1);
 }
 
-/* Adds the products of the runs to totals [rows, TILE]. bits (0: unpacked) and rows are compile-time constants. */
-INLINE void add_runs(int bits, int rows, const TileRuns *p, float *totals) {
+/* Adds the products of the runs to totals [rows, TILE]. bits (0: unpacked), rows and own_zeros are
+   compile-time constants. */
+INLINE void add_runs(int bits, int rows, int own_zeros, const TileRuns *p, float *totals) {
     const int pairs = bits ? 16 / bits : 1, vectors = rows == 1 ? TILE / LANES : 2;
     const int64_t steps = p->length / (2 * pairs);
     for (int part = 0; part < TILE; part += vectors * LANES)
         for (int64_t run = 0; run < p->runs; run++) {
-            vi acc[BLOCK_ROWS][TILE / LANES] = {0};
+            vi acc[BLOCK_ROWS][TILE / LANES];
+#pragma GCC unroll 8
+            for (int m = 0; m < rows; m++)
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; v++) acc[m][v] = first_sums(own_zeros, p, run, m, part + v * LANES);
             const uint32_t *words = p->words + run * steps * TILE + part;
             const int32_t *x = p->x + run * p->length / 2;
             for (int64_t step = 0; step < steps; step++, words += TILE, x += pairs) {
@@ -59,10 +64,13 @@ INLINE void add_runs(int bits, int rows, const TileRuns *p, float *totals) {
         }
 }
 
-typedef void AddRuns(const TileRuns *piece, float *totals);
+typedef void AddRuns(const TileRuns *runs, float *totals);
 
 #define INSTANCE(BITS, ROWS)                                                                                                \
-    static NOINLINE void add_##BITS##_##ROWS(const TileRuns *piece, float *totals) { add_runs(BITS, ROWS, piece, totals); }
+    static NOINLINE void add_##BITS##_##ROWS(const TileRuns *runs, float *totals) {                                         \
+        if (runs->weight->zeros) add_runs(BITS, ROWS, 1, runs, totals);                                                     \
+        else add_runs(BITS, ROWS, 0, runs, totals);                                                                         \
+    }
 #define INSTANCES(BITS) INSTANCE(BITS, 1) INSTANCE(BITS, 2) INSTANCE(BITS, 3) INSTANCE(BITS, 4) INSTANCE(BITS, 5)
 INSTANCES(0) INSTANCE(0, 6) INSTANCES(2) INSTANCES(4) INSTANCES(8)
 
@@ -110,7 +118,7 @@ void add_rows(const TileRuns *p, int64_t m, float *totals) {
         rows = even_block(m - row, BLOCK_ROWS);
         block.x = p->x + row * p->stride;
         block.x_scales = p->x_scales + row * p->stride;
-        block.x_sums = p->x_sums + row * p->stride;
+        block.x_offsets = p->x_offsets + row * p->stride;
         ADD_RUNS[0][rows](&block, totals + row * TILE);
     }
 }

@@ -16,7 +16,7 @@ typedef struct {
     const uint32_t *words; /* of the first run */
     const int32_t *x;      /* integers, see packed_input.c */
     const float *x_scales;
-    const int32_t *x_sums; /* multiplied by the zero point, if the weight has just one */
+    const int32_t *x_offsets;
     int64_t stride;        /* from one row of x to the next, in words */
     int64_t runs, length;
 } TileRuns;
@@ -27,41 +27,34 @@ int64_t groups_at_once(int64_t m, int64_t padded, int64_t all);
 /* Adds the products of the runs with m <= MOST_ROWS rows of x to totals [m, TILE]. */
 void add_rows(const TileRuns *runs, int64_t m, float *totals);
 
-/* `add_scaled`; own_zeros: the weight has zero points of its own for each row and group. */
-INLINE void add_scaled_sums(int own_zeros, const TileRuns *p, int64_t run, int rows, int first, int vectors, int most,
-                            const vi *sums, float *totals) {
-    const Matrix *w = p->weight;
+/* What the sums of one run start from: minus zero points times x's sum; for LANES lanes from lane `first` on and row m of x.
+   Integers wrap around where a sum overflows in between. own_zeros: each group of a row of the weight has its own zero point. */
+INLINE vi first_sums(int own_zeros, const TileRuns *p, int64_t run, int64_t m, int first) {
+    const uint32_t offset = (uint32_t)p->x_offsets[m * p->stride + run];
+    if (!own_zeros) return (vi)(offset - (vu){0});
+    return (vi)((vu)load_zeros(p->weight, p->zeros + first, p->group + run) * offset);
+}
+
+/* totals [rows, TILE] += scales * x's scales * sums, for `vectors` vectors of one run from lane `first` on; sums [rows, most].
+   rows, vectors and most are compile-time constants. Pointers are copied from *p beforehand: as far as the compiler knows, a
+   store to `totals` may change them. */
+INLINE void add_scaled(const TileRuns *p, int64_t run, int rows, int first, int vectors, int most, const vi *sums,
+                       float *totals) {
     const float *x_scales = p->x_scales + run;
-    const int32_t *x_sums = p->x_sums + run;
     const int64_t stride = p->stride;
     vf scales[TILE / LANES];
-    vi zeros[TILE / LANES];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; v++) {
-        scales[v] = load_scales(w, p->scales + (p->group + run) * TILE + first + v * LANES);
-        if (own_zeros) zeros[v] = load_zeros(w, p->zeros + first + v * LANES, p->group + run);
-    }
+    for (int v = 0; v < vectors; v++)
+        scales[v] = load_scales(p->weight, p->scales + (p->group + run) * TILE + first + v * LANES);
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++) {
-        const vi x_sum = x_sums[m * stride] - (vi){0};
         const vf x_scale = splat(x_scales[m * stride]);
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) {
-            const vi sum = (vi)((vu)sums[m * most + v] - (own_zeros ? (vu)zeros[v] * (vu)x_sum : (vu)x_sum));
             float *total = totals + m * TILE + first + v * LANES;
-            store(total, load(total) + scales[v] * x_scale * __builtin_convertvector(sum, vf));
+            store(total, load(total) + scales[v] * x_scale * __builtin_convertvector(sums[m * most + v], vf));
         }
     }
-}
-
-/* totals [rows, TILE] += scales * x's scales * (sums - zero points * x's sums), for `vectors` vectors of one run from lane
-   `first` on; sums [rows, most]. Integers wrap around where a sum overflows before its zero points are subtracted. rows,
-   vectors and most are compile-time constants. Pointers are copied from *p beforehand: as far as the compiler knows, a store to
-   `totals` may change them. */
-INLINE void add_scaled(const TileRuns *p, int64_t run, int rows, int first, int vectors, int most, const vi *sums,
-                       float *totals) {
-    if (p->weight->zeros) add_scaled_sums(1, p, run, rows, first, vectors, most, sums, totals);
-    else add_scaled_sums(0, p, run, rows, first, vectors, most, sums, totals);
 }
 
 #endif

@@ -77,6 +77,19 @@ INLINE vf half_to_float(vu half) {
     return (vf)((vu)magnitude | (half & 0x8000u) << 16);
 }
 
+/* LANES halves to floats. */
+INLINE vf load_halves(const uint16_t *from) {
+    vs halves;
+    memcpy(&halves, from, sizeof halves);
+#if defined(__AVX512F__) && LANES == 16
+    return (vf)_mm512_cvtph_ps((__m256i)halves);
+#elif defined(__F16C__) && LANES == 8
+    return (vf)_mm256_cvtph_ps((__m128i)halves);
+#else
+    return half_to_float(__builtin_convertvector(halves, vu));
+#endif
+}
+
 INLINE float from_half(uint16_t half) {
     const float magnitude = bits_to_float((half & 0x7fffu) << 13) * HALF_REBIAS;
     return bits_to_float(float_to_bits(magnitude) | (half & 0x8000u) << 16);
@@ -131,6 +144,14 @@ INLINE uint16_t to_half(float value) {
     return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
+/* 0, 1, 2, ... A literal, and arithmetic on it, since compilers fold that into constants, but not loops over lanes. */
+#define COUNT_8(from) (from), (from) + 1, (from) + 2, (from) + 3, (from) + 4, (from) + 5, (from) + 6, (from) + 7
+#if LANES == 16
+#define LANE_NUMBERS ((vi){COUNT_8(0), COUNT_8(8)})
+#else
+#define LANE_NUMBERS ((vi){COUNT_8(0)})
+#endif
+
 /* Lane i of the result is lane order[i] of a, or lane order[i] - LANES of b; order is a compile-time constant. */
 #ifdef __clang__
 #define SHUFFLE(a, b, order)                                                                                                \
@@ -148,9 +169,7 @@ INLINE uint16_t to_half(float value) {
 #define REDUCE_LANES(v, combine)                                                                                            \
     ({                                                                                                                      \
         _Pragma("GCC unroll 4") for (int half_ = LANES / 2; half_; half_ /= 2) {                                            \
-            vi order_;                                                                                                      \
-            for (int i_ = 0; i_ < LANES; i_++) order_[i_] = (i_ + half_) % LANES;                                           \
-            const __typeof__(v) other_ = SHUFFLE(v, v, order_);                                                             \
+            const __typeof__(v) other_ = SHUFFLE(v, v, ((LANE_NUMBERS + half_) & (LANES - 1)));                             \
             v = combine(v, other_);                                                                                         \
         }                                                                                                                   \
         v[0];                                                                                                               \
@@ -195,11 +214,8 @@ INLINE float max_abs(const float *x, int64_t n) {
 INLINE void transpose_lanes(vf v[LANES]) {
 #pragma GCC unroll 4
     for (int half = LANES / 2; half; half /= 2) {
-        vi low, high;
-        for (int i = 0; i < LANES; i++) {
-            low[i] = i & half ? LANES + i - half : i;
-            high[i] = i & half ? LANES + i : i + half;
-        }
+        const vi second = (LANE_NUMBERS & half) == half; /* lanes of the second half of a block */
+        const vi low = LANE_NUMBERS + (second & (LANES - half)), high = LANE_NUMBERS + half + (second & (LANES - half));
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++)
             if (!(i & half)) {
@@ -208,6 +224,18 @@ INLINE void transpose_lanes(vf v[LANES]) {
                 v[i + half] = SHUFFLE(a, b, high);
             }
     }
+}
+
+/* Lane i of the result is lane_sum(v[i]), for all vectors at once. */
+INLINE vf lane_sums(vf v[LANES]) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2) {
+        const vi second = (LANE_NUMBERS & half) == half;
+        const vi low = LANE_NUMBERS + (second & (LANES - half)), high = LANE_NUMBERS + half + (second & (LANES - half));
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++) v[i] = SHUFFLE(v[i], v[i + half], low) + SHUFFLE(v[i], v[i + half], high);
+    }
+    return v[0];
 }
 
 /* e^x to about 1 unit in the last place (Cephes expf). x is clamped to -87.33654 .. 88.37, so the result stays in about 1e-38
