@@ -48,3 +48,9 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def other_lanes(narrow: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test runs with the `narrow` kernels."""
     monkeypatch.setattr(library, "load", lambda: narrow)
+
+
+def rounds_inputs() -> bool:
+    """Whether the native kernels round the inputs of bfloat16 weights, because the processor multiplies bfloat16."""
+    lib = library.load()
+    return lib is not None and bool(lib.quantkit_rounds_inputs())

@@ -1,7 +1,8 @@
 """Matrix products on a CPU: by our native kernels if there is a C compiler, else by torch's.
 
 The native kernels accumulate in float32 for all types of weights and inputs. A row's result depends neither on the other rows
-of the call nor on the number of threads. Packed weights are multiplied without dequantizing them (W4A16): per group, the sum
+of the call nor on the number of threads. Where the processor multiplies bfloat16, inputs of bfloat16 weights are rounded to
+bfloat16. Packed weights are multiplied without dequantizing them (W4A16): per group, the sum
 of codes times inputs, minus the zero point times the sum of inputs, times the scale. For that, inputs are quantized to 16-bit
 integers relative to the largest of their group (csrc/packed_input.c), and sums within a group are exact.
 """
@@ -174,8 +175,8 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
         bias: [N] in any floating type.
 
     Returns:
-        [M, N] in x's dtype, accumulated in float32. The native kernels round inputs for packed weights only, by at most 2^-16
-        of the largest of their group; a row that holds NaN or infinity gives NaN. Without them, torch rounds inputs to the
+        [M, N] in x's dtype, accumulated in float32. The native kernels round inputs for packed weights, by at most 2^-15.99
+        of the largest of their group, and for bfloat16 weights where the processor multiplies bfloat16; a row that holds NaN or infinity gives NaN. Without them, torch rounds inputs to the
         type of a dense weight, and to bfloat16 for "int4".
     """
     assert x.shape[1] == weight.shape[1], f"{tuple(x.shape)} against {weight.shape}"

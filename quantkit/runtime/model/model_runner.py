@@ -1,9 +1,7 @@
 """A loaded model with its paged cache: what the engine steps.
 
-Each batch goes to the first backend that supports it, see `ModelRunner._backends`. On a CPU that is the native decoder
-wherever its kernels are the fastest. Long prompts on a processor that multiplies bfloat16 (unless all weights are float32),
-and models that the native decoder cannot express, go through transformers' definition. On a GPU decode steps replay CUDA
-graphs.
+Each batch goes to the first backend that supports it, see `ModelRunner._backends`. On a CPU that is the native decoder; models
+that it cannot express go through transformers' definition. On a GPU decode steps replay CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence

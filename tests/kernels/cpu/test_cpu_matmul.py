@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.native_cases import kernels, narrow, threads  # noqa: F401
+from helpers.native_cases import kernels, narrow, rounds_inputs, threads  # noqa: F401
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import library
 from quantkit.kernels.cpu import matmul as cpu_matmul
@@ -116,11 +116,10 @@ def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch, bits: int, rows: i
 @pytest.mark.parametrize(("rows", "columns"), [(33, 64), (50, 101), (7, 13), (1, 1), (9, 48), (11, 2500)])
 def test_dense_products_are_sums_of_floats(dtype: torch.dtype, rows: int, columns: int) -> None:
     """Nothing is rounded but sums, and inputs to the type of the weight where the processor multiplies bfloat16."""
-    lib = library.load()
-    assert lib is not None
+    assert library.load() is not None
     # Some halves are subnormal.
     weight = (torch.randn(rows, columns) * 10.0 ** torch.randint(-7, 2, (rows, columns))).to(dtype)
-    rounds = dtype == BFLOAT16 and bool(lib.quantkit_rounds_inputs())
+    rounds = dtype == BFLOAT16 and rounds_inputs()
     for count in ROWS:
         x = _rows(count, columns)
         used = (x.to(BFLOAT16) if rounds else x).double()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers import tiny
-from helpers.native_cases import threads  # noqa: F401
+from helpers.native_cases import rounds_inputs, threads  # noqa: F401
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.kernels.cpu import matmul as cpu_matmul
 from quantkit.runtime.core.batch import Batch
@@ -100,8 +100,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
 
 
 @torch.no_grad()
-def _wanted(folder: Path, tokens: Tensor) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+def _wanted(folder: Path, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
     logits: Tensor = model(tokens[None]).logits[0]
     return logits
 
@@ -115,7 +115,8 @@ def test_families(name: str, load: Callable[[str], Any]) -> None:
     """A prompt in two pieces, then token by token, past all windows; a second sequence in the same batch begins later.
 
     Both decoders compute in float32 and differ in the order of sums. Three layers with matrices 4 times their usual size
-    amplify that to about 1e-5 of the size of the logits.
+    amplify that to about 1e-5 of the size of the logits. Where the native kernels round the inputs of bfloat16 weights, they
+    are at least as close as transformers is in bfloat16.
     """
     folder, model, layers = load(name)
     first, second = _tokens(60), _tokens(41, 1)
@@ -128,7 +129,10 @@ def test_families(name: str, load: Callable[[str], Any]) -> None:
     other.append(session.step({0: second[40:]}))
     for tokens, logits in ((first, found), (second, other)):
         wanted = _wanted(folder, tokens)
-        assert float((torch.cat(logits) - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+        allowed = 1e-4 * float(wanted.abs().max())
+        if name == "llama bfloat16" and rounds_inputs():
+            allowed = float((_wanted(folder, tokens, torch.bfloat16) - wanted).abs().max())
+        assert float((torch.cat(logits) - wanted).abs().max()) <= allowed
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8])

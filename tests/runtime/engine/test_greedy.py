@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from helpers import tiny
 from helpers.greedy import GREEDY, PROMPTS
-from quantkit.kernels.cpu import matmul as cpu_matmul
 from quantkit.runtime.core.request import Request, SamplingParams
 from quantkit.runtime.engine.engine import Engine, EngineConfig
 from quantkit.runtime.kv_cache.options import CacheOptions
@@ -72,14 +71,12 @@ def test_any_batch_and_any_chunks(folder: Path, alone: list[list[int]], config: 
     assert [found[index] for index in range(len(PROMPTS))] == alone
 
 
-def test_where_the_processor_multiplies_bfloat16(
-    folder: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights in float32 are still multiplied in float32, in steps of 150 tokens as well as of 11."""
-    monkeypatch.setattr(cpu_matmul, "_multiplies_bf16", lambda: True)
+def test_bfloat16_weights(tmp_path: Path) -> None:
+    """In steps of 150 tokens as well as of one; and wherever the inputs of bfloat16 weights are rounded, they always are."""
+    half = tiny.make_model(tmp_path / "model", dtype=torch.bfloat16)
+    one = generated(engine(half, EngineConfig(max_batch=1, token_budget=1, prefix_caching=False)), [0, 1, 2, 3, 4, 5])
     for config in (EngineConfig(max_batch=1), EngineConfig(max_batch=6), EngineConfig(max_batch=3, token_budget=11)):
-        found = generated(engine(folder, config), [4, 0, 5, 2, 1, 3])
-        assert [found[index] for index in range(len(PROMPTS))] == alone
+        assert generated(engine(half, config), [4, 0, 5, 2, 1, 3]) == one
 
 
 def test_a_warm_prefix_cache(folder: Path, alone: list[list[int]]) -> None:
