@@ -9,7 +9,6 @@ import torch
 
 from quantkit.kernels.cpu import library
 
-
 #: Overrides -march=native. Fused multiply-adds stay, because results differ without them.
 OLDEST = ("-march=armv8-a",) if platform.machine() in ("aarch64", "arm64") else ("-march=x86-64", "-mfma")
 

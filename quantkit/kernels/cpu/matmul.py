@@ -175,9 +175,9 @@ def matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
         bias: [N] in any floating type.
 
     Returns:
-        [M, N] in x's dtype, accumulated in float32. The native kernels round inputs for packed weights, by at most 2^-15.99
-        of the largest of their group, and for bfloat16 weights where the processor multiplies bfloat16; a row that holds NaN or infinity gives NaN. Without them, torch rounds inputs to the
-        type of a dense weight, and to bfloat16 for "int4".
+        [M, N] in x's dtype, accumulated in float32. The native kernels round inputs for packed weights, by at most 2^-15.99 of
+        the largest of their group, and for bfloat16 weights where the processor multiplies bfloat16; a row that holds NaN or
+        infinity gives NaN. Without them, torch rounds inputs to the type of a dense weight, and to bfloat16 for "int4".
     """
     assert x.shape[1] == weight.shape[1], f"{tuple(x.shape)} against {weight.shape}"
     lib = library.load()
