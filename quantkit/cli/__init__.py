@@ -3,8 +3,6 @@
 Exit status: 0 done; 1 a gate failed (`eval --max-ppl-increase`, `--max-kl`) or a request of `generate` failed; 2 bad input.
 """
 
-import atexit
-import gc
 import os
 
 import typer
@@ -41,9 +39,6 @@ def main() -> None:
     """Entry point."""
     _shorten_idle_spinning()
     return_freed_memory()
-    # Python's last collections would visit all objects of torch and transformers, which takes half a second. What is alive at
-    # the end goes back to the system with the process.
-    atexit.register(gc.freeze)
     app(prog_name="quantkit")
 
 
