@@ -1,16 +1,14 @@
 """Fixtures for the tests of CPU kernels: each test runs with the native kernels, and again as if there were no compiler."""
 
 import ctypes
-import platform
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from quantkit.kernels.cpu import library
-
-#: Overrides -march=native. Fused multiply-adds stay, because results differ without them.
-OLDEST = ("-march=armv8-a",) if platform.machine() in ("aarch64", "arm64") else ("-march=x86-64", "-mfma")
+from quantkit.kernels.cpu import library, variants
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -32,21 +30,29 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels, built for an old processor, without instructions for products of bytes or 16-bit integers."""
+@pytest.fixture(scope="session", params=[*variants.runnable(), "clang"])
+def variant_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels, compiled for each kind of processor whose instructions this one has, and once by clang."""
+    if request.param == "clang" and not shutil.which("clang"):
+        pytest.skip("clang is not installed")
+    variant = variants.runnable().get(request.param, variants.NATIVE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.getbasetemp() / "narrow"))
-        patch.setattr(library, "_FLAGS", (*library._FLAGS, "-O2", *OLDEST))
-        lib = ctypes.CDLL(str(library._built()))
-    lib.quantkit_prepared_floats.restype = ctypes.c_int64
-    return lib
+        patch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.getbasetemp() / "variants"))
+        if request.param == "clang":
+            patch.setenv("CC", "clang")
+        try:
+            return library.load_variant(replace(variant, flags=(*variant.flags, "-O2")))
+        except OSError as error:
+            if "unrecognized" in str(error) or "unknown argument" in str(error):
+                pytest.skip(f"the compiler is too old: {error}")
+            raise
 
 
 @pytest.fixture
-def other_lanes(narrow: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test runs with the `narrow` kernels."""
-    monkeypatch.setattr(library, "load", lambda: narrow)
+def variant(variant_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """The test runs with each of the variants."""
+    monkeypatch.setattr(library, "load", lambda: variant_library)
+    return variant_library
 
 
 def rounds_inputs() -> bool:

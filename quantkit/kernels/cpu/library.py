@@ -9,7 +9,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from quantkit.kernels.cpu.variants import NATIVE, Variant, processor
 from quantkit.utils.cache_dir import cache_dir
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ _HEADERS = (
 #: Without -ffast-math, so that sums keep their order and NaN and infinity their meaning. Multiplications and additions are
 #: contracted to fused multiply-adds.
 _FLAGS = (
-    *("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
+    *("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
 
@@ -78,10 +78,20 @@ def load() -> ctypes.CDLL | None:
     The first call on a machine takes several seconds, for the compiler; the library is kept in the user's cache.
     """
     try:
-        loaded = ctypes.CDLL(str(_built()))
+        return load_variant(NATIVE)
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.warning("no native CPU kernels (%s): using torch's slower ones; install a C compiler such as gcc", error)
         return None
+
+
+def load_variant(variant: Variant) -> ctypes.CDLL:
+    """The kernels, compiled for one kind of processor; kept in the user's cache, too.
+
+    Raises:
+        OSError: there is no compiler, it does not know the variant's flags, or the library cannot be loaded.
+        subprocess.SubprocessError: the compiler does not tell its version, or does not end.
+    """
+    loaded = ctypes.CDLL(str(_built(variant)))
     for function in (loaded.quantkit_prepared_floats, loaded.quantkit_gram_words):
         function.restype = ctypes.c_int64
     return loaded
@@ -92,12 +102,12 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def _built() -> Path:
+def _built(variant: Variant) -> Path:
     """Path of the shared library, which is compiled unless the cache has it already."""
     command = _compiler()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    flags = _FLAGS if "clang" in version else _FLAGS + _GCC_FLAGS
-    recipe = hashlib.sha256(repr((command, version, flags, _processor())).encode())
+    flags = (*_FLAGS, *variant.flags) if "clang" in version else (*_FLAGS, *_GCC_FLAGS, *variant.flags)
+    recipe = hashlib.sha256(repr((command, version, flags, processor())).encode())
     for name in _SOURCES + _HEADERS:
         recipe.update((_FOLDER / name).read_bytes())
     path = cache_dir() / "native" / f"{recipe.hexdigest()[:24]}.so"
@@ -135,13 +145,3 @@ def _compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise OSError("no C compiler found")
-
-
-def _processor() -> str:
-    """A description of the processor: what -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)})) + platform.machine() + platform.processor()

@@ -1,55 +1,20 @@
 """CPU matrix products against the reference, by the native kernels and by torch's."""
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from helpers.native_cases import kernels, narrow, rounds_inputs, threads  # noqa: F401
+from helpers.matmul_samples import ROWS, SHAPES, Weight, assert_dense_close, make_dense, make_rows, make_weight, packed_weight
+from helpers.native_cases import kernels, threads  # noqa: F401
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import library
 from quantkit.kernels.cpu import matmul as cpu_matmul
 
 FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A quantized matrix: codes [N, K], scales and zeros [N, G]."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    bits: int
-    group: int
-
-    @property
-    def dense(self) -> Tensor:
-        return reference.dequantize(self.codes, self.scales, self.zeros, self.group)
-
-
-#: Numbers of rows on both sides of each switch between kernels: one, few, a panel, several panels.
-ROWS = [1, 2, 3, 5, 6, 7, 16, 33, 200]
-
-#: N, K, group: incomplete tiles, groups and words; groups longer than a run; an odd number of groups.
-SHAPES = [(70, 576, 64), (33, 96, 32), (5, 100, 100), (64, 520, -1), (40, 60, 20), (96, 1536, 512), (1, 16, 16)]
-
-
-def _sample(rows: int, columns: int, group: int, bits: int = 4, symmetric: bool = False) -> Weight:
-    generator = torch.Generator().manual_seed(rows + columns + bits)
-    groups = 1 if group == -1 else columns // group
-    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator)
-    scales = (torch.rand(rows, groups, generator=generator) * 0.03 + 0.01).to(BFLOAT16).float()
-    zeros = torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8, generator=generator)
-    zeros[0], zeros[-1] = 0, (1 << bits) - 1
-    return Weight(codes, scales, zeros.fill_(1 << (bits - 1)) if symmetric else zeros, bits, group)
-
-
-def _packed(weight: Weight) -> cpu_matmul.CpuWeight:
-    return cpu_matmul.pack(weight.codes, weight.scales, weight.zeros, weight.bits, weight.group)
 
 
 def _assert_close(found: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> None:
@@ -70,31 +35,24 @@ def _assert_close(found: Tensor, x: Tensor, weight: Weight, bias: Tensor | None 
     assert bool(worst <= 1), f"off by {worst:.2f} times what is allowed"
 
 
-def _rows(rows: int, columns: int, dtype: torch.dtype = FLOAT32) -> Tensor:
-    """Normally distributed, with one channel 30 times larger, as in models."""
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
-    x[:, columns // 3] *= 30
-    return x.to(dtype)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_products(kernels: str, bits: int, shape: tuple[int, int, int]) -> None:  # noqa: F811
-    weight = _sample(*shape, bits)
-    packed = _packed(weight)
+    weight = make_weight(*shape, bits)
+    packed = packed_weight(weight)
     # torch's int4 product is in bfloat16 and has a separate test.
     assert packed.layout == ("tiles" if kernels == "native" else "codes")
     for rows in ROWS:
-        x = _rows(rows, shape[1])
+        x = make_rows(rows, shape[1])
         _assert_close(cpu_matmul.matmul(x, packed), x, weight)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
 def test_types_of_activations_and_bias(kernels: str, dtype: torch.dtype) -> None:  # noqa: F811
-    weight = _sample(70, 128, 64, symmetric=True)
-    x = _rows(3, 128, dtype)
+    weight = make_weight(70, 128, 64, symmetric=True)
+    x = make_rows(3, 128, dtype)
     for bias in (None, torch.randn(70), torch.randn(70).to(FLOAT16)):
-        _assert_close(cpu_matmul.matmul(x, _packed(weight), bias), x, weight, bias)
+        _assert_close(cpu_matmul.matmul(x, packed_weight(weight), bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33])
@@ -103,10 +61,10 @@ def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch, bits: int, rows: i
     """With operands that bfloat16 holds exactly, only torch's result, sum x (q - 8) s, is rounded: by half a unit in
     bfloat16's last place. Twice that is allowed, because another sum is added afterwards."""
     monkeypatch.setattr(library, "load", lambda: None)
-    weight = _sample(64, 256, 64, bits)
-    packed = _packed(weight)
+    weight = make_weight(64, 256, 64, bits)
+    packed = packed_weight(weight)
     assert packed.layout == "int4"
-    x = _rows(rows, 256, BFLOAT16).float()
+    x = make_rows(rows, 256, BFLOAT16).float()
     bound = 2.0**-7 * x.abs() @ (8 * weight.scales.repeat_interleave(64, 1)).T
     assert bool(((cpu_matmul.matmul(x, packed) - x @ weight.dense.T).abs() <= bound).all())
     assert bool(((cpu_matmul.dequantize(packed) - weight.dense).abs() <= 2.0**-7 * 8 * weight.scales.max()).all())
@@ -117,22 +75,15 @@ def test_torch_int4_products(monkeypatch: pytest.MonkeyPatch, bits: int, rows: i
 def test_dense_products_are_sums_of_floats(dtype: torch.dtype, rows: int, columns: int) -> None:
     """Nothing is rounded but sums, and inputs to the type of the weight where the processor multiplies bfloat16."""
     assert library.load() is not None
-    # Some halves are subnormal.
-    weight = (torch.randn(rows, columns) * 10.0 ** torch.randint(-7, 2, (rows, columns))).to(dtype)
-    rounds = dtype == BFLOAT16 and rounds_inputs()
+    weight = make_dense(rows, columns, dtype)
     for count in ROWS:
-        x = _rows(count, columns)
-        used = (x.to(BFLOAT16) if rounds else x).double()
-        # float32 sums: at most K roundings of 2^-24 of the sum of magnitudes; a product of two bfloat16 is rounded, too.
-        bound = 2 * columns * 2.0**-24 * (used.abs() @ weight.double().abs().T)
-        found = cpu_matmul.matmul(x, cpu_matmul.pack_dense(weight)).double()
-        assert bool(((found - used @ weight.double().T).abs() <= bound).all())
+        assert_dense_close(make_rows(count, columns), weight)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
 def test_dense_products_without_a_compiler(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(library, "load", lambda: None)
-    weight, x = torch.randn(50, 101).to(dtype), _rows(3, 101, dtype)
+    weight, x = torch.randn(50, 101).to(dtype), make_rows(3, 101, dtype)
     bias = torch.randn(50)
     found = cpu_matmul.matmul(x, cpu_matmul.pack_dense(weight), bias)
     wanted = x.double() @ weight.double().T + bias
@@ -147,7 +98,7 @@ def test_dense_weights_may_lie_anywhere(tmp_path: Path) -> None:
     numbers = torch.randn(7 * 45).to(BFLOAT16)
     (tmp_path / "weights").write_bytes(b"\0\0" + numbers.view(torch.uint8).numpy().tobytes())
     stored = torch.from_file(str(tmp_path / "weights"), shared=False, size=1 + 7 * 45, dtype=BFLOAT16)[1:].view(7, 45)
-    x = _rows(2, 45)
+    x = make_rows(2, 45)
     assert torch.equal(
         cpu_matmul.matmul(x, cpu_matmul.pack_dense(stored)),
         cpu_matmul.matmul(x, cpu_matmul.pack_dense(numbers.view(7, 45).clone())),
@@ -158,8 +109,10 @@ def test_dense_weights_may_lie_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8, 0])
 def test_a_row_depends_on_nothing_but_itself(bits: int, threads: int) -> None:  # noqa: F811
     """Greedy decoding must give the same text alone and in a batch, on one thread and on many."""
-    weight = _packed(_sample(100, 2560, 64, bits)) if bits else cpu_matmul.pack_dense(torch.randn(100, 2560).to(BFLOAT16))
-    x = _rows(200, 2560)
+    weight = (
+        packed_weight(make_weight(100, 2560, 64, bits)) if bits else cpu_matmul.pack_dense(torch.randn(100, 2560).to(BFLOAT16))
+    )
+    x = make_rows(200, 2560)
     found = [cpu_matmul.matmul(x[:rows], weight) for rows in ROWS]
     torch.set_num_threads(1)
     alone = torch.cat([cpu_matmul.matmul(row[None], weight) for row in x])
@@ -182,29 +135,12 @@ def test_the_largest_sums_fit(zero: int, sign: int) -> None:
         assert bool(((found - wanted).abs() <= 8 * 2.0**-24 * abs(wanted)).all())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_every_processor_computes_the_same(
-    bits: int,
-    shape: tuple[int, int, int],
-    narrow: ctypes.CDLL,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Results are the same with another vector width, and without instructions for products of 16-bit integers."""
-    packed = _packed(_sample(*shape, bits))
-    samples = [_rows(rows, shape[1]) for rows in ROWS]
-    found = [cpu_matmul.matmul(x, packed) for x in samples]
-    monkeypatch.setattr(library, "load", lambda: narrow)
-    for x, wanted in zip(samples, found, strict=True):
-        assert torch.equal(cpu_matmul.matmul(x, packed), wanted)
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_what_is_not_finite_spoils_its_row_and_no_other(bits: int, value: float) -> None:
-    packed = _packed(_sample(70, 520, -1, bits))
+    packed = packed_weight(make_weight(70, 520, -1, bits))
     for rows in ROWS:
-        x = _rows(rows, 520)
+        x = make_rows(rows, 520)
         wanted = cpu_matmul.matmul(x, packed)
         x[rows // 2, 300], wanted[rows // 2] = value, torch.nan
         torch.testing.assert_close(cpu_matmul.matmul(x, packed), wanted, rtol=0, atol=0, equal_nan=True)
@@ -212,18 +148,18 @@ def test_what_is_not_finite_spoils_its_row_and_no_other(bits: int, value: float)
 
 def test_inputs_of_any_size() -> None:
     """Each group of inputs has its own scale; groups of zeros, and of numbers too small for a scale, count as zero."""
-    weight = _sample(70, 256, 64, 4)
-    x = _rows(3, 256).view(3, 4, 64) * torch.tensor([1e-12, 1e-42, 1e30, 0.0])[:, None]
-    _assert_close(cpu_matmul.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
+    weight = make_weight(70, 256, 64, 4)
+    x = make_rows(3, 256).view(3, 4, 64) * torch.tensor([1e-12, 1e-42, 1e30, 0.0])[:, None]
+    _assert_close(cpu_matmul.matmul(x.view(3, 256), packed_weight(weight)), x.view(3, 256), weight)
     x[:, 2] = 0
-    _assert_close(cpu_matmul.matmul(x.view(3, 256), _packed(weight)), x.view(3, 256), weight)
+    _assert_close(cpu_matmul.matmul(x.view(3, 256), packed_weight(weight)), x.view(3, 256), weight)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_weights_come_back_exactly(kernels: str, bits: int, shape: tuple[int, int, int]) -> None:  # noqa: F811
-    weight = _sample(*shape, bits)
-    packed, dense = _packed(weight), weight.dense
+    weight = make_weight(*shape, bits)
+    packed, dense = packed_weight(weight), weight.dense
     assert torch.equal(cpu_matmul.dequantize(packed), dense)
     some = slice(shape[0] // 3, shape[0] - shape[0] // 4)
     assert torch.equal(cpu_matmul.dequantize(packed, some.start, some.stop, BFLOAT16), dense[some].to(BFLOAT16))
@@ -236,7 +172,7 @@ def test_scales_of_any_float(bits: int, shape: tuple[int, int, int], symmetric: 
     """Scales that float16 holds exactly, even subnormals, are stored in it; others are stored in float32. Neither is
     rounded.
     """
-    weight = _sample(*shape, bits, symmetric)
+    weight = make_weight(*shape, bits, symmetric)
     for scales, kept in (
         ((weight.scales * 2.0**-14).half().float(), FLOAT16),
         (weight.scales + 2.0**-20, FLOAT32),
@@ -244,20 +180,20 @@ def test_scales_of_any_float(bits: int, shape: tuple[int, int, int], symmetric: 
         (weight.scales * 2.0**30, FLOAT32),
     ):
         changed = replace(weight, scales=scales)
-        packed = _packed(changed)
+        packed = packed_weight(changed)
         assert packed.scales is not None
         assert packed.scales.dtype == kept
         assert (packed.zeros is None) == bool((weight.zeros == weight.zeros[0, 0]).all())
         assert torch.equal(cpu_matmul.dequantize(packed), changed.dense)
         for rows in (1, 7):
-            x = _rows(rows, shape[1])
+            x = make_rows(rows, shape[1])
             _assert_close(cpu_matmul.matmul(x, packed), x, changed)
 
 
 def test_bytes_that_a_product_reads() -> None:
     # Half a byte per weight; per group, a float16 scale and one byte of zero point, in words of four.
-    assert _packed(_sample(64, 128, 64)).nbytes == 64 * (128 // 2 + 2 * 2 + 4)
-    assert _packed(_sample(64, 128, 64, symmetric=True)).nbytes == 64 * (128 // 2 + 2 * 2)
+    assert packed_weight(make_weight(64, 128, 64)).nbytes == 64 * (128 // 2 + 2 * 2 + 4)
+    assert packed_weight(make_weight(64, 128, 64, symmetric=True)).nbytes == 64 * (128 // 2 + 2 * 2)
     assert cpu_matmul.pack_dense(torch.zeros(3, 5)).nbytes == 60
 
 
@@ -268,7 +204,7 @@ def test_columns_in_another_order(bits: int, activation_bits: int, shape: tuple[
     """Equal to the bit to permuting x beforehand."""
     lib = library.load()
     assert lib is not None
-    packed, x = _packed(_sample(*shape, bits)), _rows(3, shape[1])
+    packed, x = packed_weight(make_weight(*shape, bits)), make_rows(3, shape[1])
     order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(0)).int()
     matrix = ctypes.byref(packed.matrix(None, activation_bits, order))
     prepared, out = torch.empty(3 * lib.quantkit_prepared_floats(matrix)), torch.empty(3, shape[0])

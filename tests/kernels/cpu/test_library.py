@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.kernels.cpu import library
+from quantkit.kernels.cpu.variants import NATIVE
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_compiled_once_and_again_for_another_compiler(monkeypatch: pytest.Monkey
     paths = []
     for version in ("gcc 1", "gcc 1", "clang 2"):
         monkeypatch.setenv("VERSION", version)
-        paths.append(library._built())
+        paths.append(library._built(NATIVE))
     assert paths[0] == paths[1] != paths[2]
     assert (tmp_path / "count").read_text().count("\n") == 2
 

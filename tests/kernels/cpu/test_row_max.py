@@ -1,13 +1,12 @@
 """`row_max` against torch's maximum."""
 
-import ctypes
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from helpers.native_cases import kernels, narrow, other_lanes, threads  # noqa: F401
+from helpers.native_cases import kernels, threads  # noqa: F401
 from quantkit.kernels.cpu.row_max import row_max
 
 #: Widths around one vector, four vectors, one chunk and several chunks.
@@ -43,8 +42,3 @@ def test_values_that_are_no_numbers(kernels: str, width: int, value: float) -> N
         rows[1, place // 2] = math.inf
         _assert_same(rows)
     _assert_same(torch.full((2, width), value))
-
-
-def test_vectors_of_another_width(other_lanes: ctypes.CDLL) -> None:  # noqa: F811
-    for width in WIDTHS:
-        _assert_same(torch.randint(-50, 50, (3, width)).float())

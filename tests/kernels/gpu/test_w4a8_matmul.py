@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.native_cases import kernels, narrow, other_lanes, threads  # noqa: F401
+from helpers.native_cases import kernels, threads  # noqa: F401
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import library
 from quantkit.kernels.cpu import matmul as cpu_matmul
@@ -124,10 +124,3 @@ def test_a_row_depends_on_nothing_but_itself(bits: int, threads: int) -> None:  
     found = w4a8_matmul(x, packed, 8)
     torch.set_num_threads(1)
     assert torch.equal(found, torch.cat([w4a8_matmul(row[None], packed, 8) for row in x]))
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_processor_without_byte_instructions(bits: int, other_lanes: None) -> None:  # noqa: F811
-    parts, x = _sample(70, 576, 64, bits), _rows(5, 576)
-    for activation_bits in (4, 8):
-        _assert_close(w4a8_matmul(x, cpu_matmul.pack(*parts, bits, 64), activation_bits), x, parts, 64, activation_bits)

@@ -7,26 +7,13 @@
 
 #include <math.h>
 
-/* For each lane, the element of the lane that is `step` lanes away (lane xor step). */
-INLINE vf lanes_apart(vf v, vi lane, int step) {
-#ifdef __clang__
-    vf other;
-    for (int i = 0; i < LANES; i++) other[i] = v[i ^ step];
-    return other;
-#else
-    return __builtin_shuffle(v, lane ^ step);
-#endif
-}
-
 /* The steps that combine elements of one vector: those below `block`. */
 INLINE vf hadamard_in_vector(vf v, int64_t block) {
-    vi lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
 #pragma GCC unroll 4
     for (int step = 1; step < LANES; step *= 2) {
         if (step >= block) break;
-        const vf other = lanes_apart(v, lane, step);
-        v = vec_select((lane & step) != 0, other - v, v + other);
+        const vf other = SHUFFLE(v, v, LANE_NUMBERS ^ step);
+        v = vec_select((LANE_NUMBERS & step) != 0, other - v, v + other);
     }
     return v;
 }

@@ -156,9 +156,10 @@ INLINE uint16_t to_half(float value) {
 #ifdef __clang__
 #define SHUFFLE(a, b, order)                                                                                                \
     ({                                                                                                                      \
-        __typeof__(a) out_;                                                                                                 \
-        enum { COUNT = sizeof out_ / sizeof out_[0] };                                                                      \
-        for (int i_ = 0; i_ < COUNT; i_++) out_[i_] = order[i_] < COUNT ? (a)[order[i_]] : (b)[order[i_] - COUNT];          \
+        __typeof__((a) + (b)) out_; /* the type without const */                                                            \
+        enum { COUNT_ = sizeof out_ / sizeof out_[0] };                                                                     \
+        _Pragma("clang loop unroll(full)") for (int i_ = 0; i_ < COUNT_; i_++)                                              \
+            out_[i_] = (order)[i_] < COUNT_ ? (a)[(order)[i_] % COUNT_] : (b)[(order)[i_] % COUNT_];                        \
         out_;                                                                                                               \
     })
 #else
@@ -233,7 +234,8 @@ INLINE vf lane_sums(vf v[LANES]) {
         const vi second = (LANE_NUMBERS & half) == half;
         const vi low = LANE_NUMBERS + (second & (LANES - half)), high = LANE_NUMBERS + half + (second & (LANES - half));
 #pragma GCC unroll 8
-        for (int i = 0; i < half; i++) v[i] = SHUFFLE(v[i], v[i + half], low) + SHUFFLE(v[i], v[i + half], high);
+        for (int i = 0; i < LANES / 2; i++)
+            if (i < half) v[i] = SHUFFLE(v[i], v[i + half], low) + SHUFFLE(v[i], v[i + half], high);
     }
     return v[0];
 }
