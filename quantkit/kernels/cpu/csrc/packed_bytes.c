@@ -9,9 +9,9 @@
 #define BLOCK_ROWS (LANES == 16 ? 6 : 3)
 #define MOST_BLOCK_ROWS 6
 
-/* The codes of columns b * F/4 + j of each word, b = 0..3, F = 32/bits. */
+/* The codes of columns b * F/4 + j of each word, b = 0..3, F = 32/bits, minus CODE_SHIFT. */
 INLINE vu extract_bytes(vu word, int bits, int j) {
-    return bits == 8 ? word : (word >> bits * j) & ((1u << bits) - 1) * 0x01010101u;
+    return bits == 8 ? word ^ CODE_SHIFT(8) * 0x01010101u : (word >> bits * j) & ((1u << bits) - 1) * 0x01010101u;
 }
 
 /* bits, rows and own_zeros are compile-time constants. */

@@ -79,7 +79,7 @@ void prepare_packed(const Matrix *w, const float *x, float *prepared) {
                                  : w->bits == 4 ? quantize_run(8, part, given, length, inverse, words)
                                                 : quantize_run(4, part, given, length, inverse, words);
             *scales++ = largest < INFINITY ? largest / LARGEST_INPUT : NAN;
-            *offsets++ = w->zeros ? -sum : -sum * (uint32_t)w->zero;
+            *offsets++ = w->zeros ? -sum : -sum * ((uint32_t)w->zero - CODE_SHIFT(w->bits));
             words += length / 2;
         }
 }

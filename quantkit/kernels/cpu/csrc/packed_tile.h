@@ -32,7 +32,8 @@ void add_rows(const TileRuns *runs, int64_t m, float *totals);
 INLINE vi first_sums(int own_zeros, const TileRuns *p, int64_t run, int64_t m, int first) {
     const uint32_t offset = (uint32_t)p->x_offsets[m * p->stride + run];
     if (!own_zeros) return (vi)(offset - (vu){0});
-    return (vi)((vu)load_zeros(p->weight, p->zeros + first, p->group + run) * offset);
+    const vu zeros = (vu)load_zeros(p->weight, p->zeros + first, p->group + run);
+    return (vi)((zeros - CODE_SHIFT(p->weight->bits)) * offset);
 }
 
 /* totals [rows, TILE] += scales * x's scales * sums, for `vectors` vectors of one run from lane `first` on; sums [rows, most].

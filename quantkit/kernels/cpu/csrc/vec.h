@@ -10,7 +10,7 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
 
