@@ -48,7 +48,8 @@ def test_every_family_gives_the_logits_of_transformers(tmp_path: Path, family: s
 def test_artifacts_of_every_format_and_width(tmp_path: Path, form: str, bits: int, grid: str) -> None:
     if form == "awq" and bits != 4:
         pytest.skip("the awq format holds 4 bits")
-    folder = tiny.make_model(tmp_path / "model", "qwen2", dtype=torch.bfloat16, shard="60KB")
+    # A head in float16, since the inputs of one in bfloat16 may be rounded.
+    folder = tiny.make_model(tmp_path / "model", "qwen2", dtype=torch.float16, shard="60KB")
     options = ["--method", "rtn", "--bits", str(bits), grid, "--group-size", "16", "--format", form, "-q"]
     done = CliRunner().invoke(app, ["quantize", str(folder), "-o", str(tmp_path / "out"), *options])
     assert done.exit_code == 0, done.output
