@@ -23,9 +23,9 @@ typedef struct {
     const Batch *batch;
     AttentionPlan plan;
     float *hidden;     /* [threads or 1, tokens, hidden_size] */
-    float *prepared;   /* [threads or 1, tokens, widest] */
+    float *prepared;   /* inputs of a matrix; for a single token, [threads, widest] */
     float *row;        /* [threads, widest] */
-    float *projected;  /* [tokens, widest]: output of qkv and of gate_up */
+    float *projected;  /* output of qkv for all tokens, and of gate_up for up to MLP_TOKENS */
     float *delta;      /* [tokens, hidden_size]: output of out and of down */
     float *rope_table; /* [ropes, tokens, rope_width]: cosines, then sines */
     float *partials;   /* of the attention */
@@ -116,8 +116,8 @@ static void quantize_full_pages(const Forward *f, const Layer *l) {
 }
 
 /* For one token: if `add`, hidden += residual * delta, normed with delta_norm unless that is NULL. Then, if there is a next
-   matrix, prepares the hidden state for it, normed with `norm` unless that is NULL. */
-static void add_residual_norm(const Worker *w, int64_t token, int add, const float *delta_norm, const float *norm,
+   matrix, prepares the hidden state for it as row `row`, normed with `norm` unless that is NULL. */
+static void add_residual_norm(const Worker *w, int64_t token, int64_t row, int add, const float *delta_norm, const float *norm,
                               const Matrix *next) {
     const Decoder *model = w->forward->model;
     const int64_t n = model->hidden_size;
@@ -129,7 +129,7 @@ static void add_residual_norm(const Worker *w, int64_t token, int add, const flo
     }
     if (!next) return;
     if (norm) rms_norm(hidden, norm, n, model->epsilon, w->row);
-    prepare(next, norm ? w->row : hidden, w->prepared + token * prepared_floats(next));
+    prepare(next, norm ? w->row : hidden, w->prepared + row * prepared_floats(next));
 }
 
 /* Waits until all threads have processed their tokens. With a single token, each thread has processed it itself. */
@@ -137,10 +137,10 @@ static void token_barrier(const Worker *w) {
     if (!w->single_token) thread_barrier();
 }
 
-/* Multiplies the prepared rows of `count` tokens from `first` on. */
-static void project(const Worker *w, const Matrix *matrix, int64_t first, int64_t count, float *out) {
+/* Multiplies `count` prepared rows. */
+static void project(const Worker *w, const Matrix *matrix, int64_t count, float *out) {
     token_barrier(w);
-    matmul_share(matrix, w->prepared + first * prepared_floats(matrix), count, out);
+    matmul_share(matrix, w->prepared, count, out);
     thread_barrier();
 }
 
@@ -165,7 +165,7 @@ static void attention(const Worker *w, const Layer *l) {
         finish_query(&a, t, w->row);
         prepare(&l->out, w->row, w->prepared + t * prepared_floats(&l->out));
     }
-    project(w, &l->out, 0, f->batch->tokens, f->delta);
+    project(w, &l->out, f->batch->tokens, f->delta);
 }
 
 /* The MLP of tokens first .. first+count-1. */
@@ -173,15 +173,15 @@ static void mlp(const Worker *w, const Layer *l, int64_t first, int64_t count) {
     const Forward *f = w->forward;
     const int64_t inner = f->model->intermediate_size;
     const Range mine = w->single_token ? (Range){0, 1} : thread_range(count);
-    for (int64_t t = first + mine.first; t < first + mine.last; t++)
-        add_residual_norm(w, t, 1, l->post_attention_norm, l->pre_mlp_norm, &l->gate_up);
-    project(w, &l->gate_up, first, count, f->projected);
+    for (int64_t t = mine.first; t < mine.last; t++)
+        add_residual_norm(w, first + t, t, 1, l->post_attention_norm, l->pre_mlp_norm, &l->gate_up);
+    project(w, &l->gate_up, count, f->projected);
     for (int64_t t = mine.first; t < mine.last; t++) {
         activate(f->model->activation, f->projected + t * 2 * inner, inner, w->row);
         hadamard_row(w->row, inner, l->down_hadamard);
-        prepare(&l->down, w->row, w->prepared + (first + t) * prepared_floats(&l->down));
+        prepare(&l->down, w->row, w->prepared + t * prepared_floats(&l->down));
     }
-    project(w, &l->down, first, count, f->delta + first * f->model->hidden_size);
+    project(w, &l->down, count, f->delta + first * f->model->hidden_size);
 }
 
 /* Logits of the rows that the batch asks for. */
@@ -218,37 +218,42 @@ static void forward_body(void *argument) {
     for (int64_t i = 0; i < model->layer_count; i++) {
         const Layer *l = model->layers + i;
         for (int64_t t = w.tokens.first; t < w.tokens.last; t++)
-            add_residual_norm(&w, t, i > 0, delta_norm, l->pre_attention_norm, &l->qkv);
-        project(&w, &l->qkv, 0, tokens, f->projected);
+            add_residual_norm(&w, t, t, i > 0, delta_norm, l->pre_attention_norm, &l->qkv);
+        project(&w, &l->qkv, tokens, f->projected);
         attention(&w, l);
         for (int64_t first = 0; first < tokens; first += MLP_TOKENS) mlp(&w, l, first, min_i64(MLP_TOKENS, tokens - first));
         delta_norm = l->post_mlp_norm;
     }
-    for (int64_t t = w.tokens.first; t < w.tokens.last; t++) add_residual_norm(&w, t, 1, delta_norm, NULL, NULL);
+    for (int64_t t = w.tokens.first; t < w.tokens.last; t++) add_residual_norm(&w, t, 0, 1, delta_norm, NULL, NULL);
     head(&w);
 }
 
-/* Floats of the widest row of any step, prepared or not, rounded up to a cache line. */
-static int64_t widest_row(const Decoder *m) {
-    int64_t widest = max_i64(m->hidden_size, prepared_floats(&m->head));
+/* Floats of the widest rows, prepared or not, that are kept for all tokens, and for the tokens in an MLP; rounded up to a cache
+   line. */
+typedef struct { int64_t token, mlp; } Widths;
+
+static Widths widest_rows(const Decoder *m) {
+    Widths widest = {max_i64(m->hidden_size, prepared_floats(&m->head)), 0};
     for (int64_t i = 0; i < m->layer_count; i++) {
         const Layer *l = m->layers + i;
-        widest = max_i64(widest, max_i64(l->qkv.rows, l->gate_up.rows));
-        widest = max_i64(widest, max_i64(prepared_floats(&l->qkv), prepared_floats(&l->out)));
-        widest = max_i64(widest, max_i64(prepared_floats(&l->gate_up), prepared_floats(&l->down)));
+        widest.token = max_i64(widest.token, max_i64(l->qkv.rows, max_i64(prepared_floats(&l->qkv), prepared_floats(&l->out))));
+        widest.mlp = max_i64(widest.mlp, max_i64(l->gate_up.rows, max_i64(prepared_floats(&l->gate_up), prepared_floats(&l->down))));
     }
-    return round_up(widest, 16);
+    return (Widths){round_up(widest.token, 16), round_up(widest.mlp, 16)};
 }
 
 /* Writes the logits [rows, vocabulary] of a batch. Returns 0, or -1 if memory cannot be allocated. */
 EXPORT int quantkit_decoder_forward(const Decoder *model, const Batch *batch, float *logits, int threads) {
     const AttentionConfig *attention = &model->layers[0].attention;
-    Forward f = {.model = model, .batch = batch, .logits = logits, .widest = widest_row(model)};
+    const Widths widths = widest_rows(model);
+    Forward f = {.model = model, .batch = batch, .logits = logits, .widest = max_i64(widths.token, widths.mlp)};
     f.plan = make_plan(&batch->paged, attention->heads / attention->kv_heads);
     for (int64_t i = 0; i < model->rope_count; i++) f.rope_width = max_i64(f.rope_width, 2 * model->ropes[i].pairs);
     const int64_t copies = batch->tokens == 1 ? threads : 1, tokens = batch->tokens;
-    const int64_t sizes[7] = {copies * tokens * model->hidden_size, copies * tokens * f.widest, threads * f.widest,
-                              tokens * f.widest, tokens * model->hidden_size, model->rope_count * tokens * f.rope_width,
+    const int64_t rows = max_i64(tokens * widths.token, min_i64(tokens, MLP_TOKENS) * widths.mlp);
+    const int64_t sizes[7] = {copies * tokens * model->hidden_size, tokens == 1 ? threads * f.widest : rows,
+                              threads * f.widest, rows, tokens * model->hidden_size,
+                              model->rope_count * tokens * f.rope_width,
                               (int64_t)f.plan.first_slot[tokens] * attention->heads * partial_floats(attention)};
     float **const buffers[7] = {&f.hidden, &f.prepared, &f.row, &f.projected, &f.delta, &f.rope_table, &f.partials};
     int64_t total = 0;

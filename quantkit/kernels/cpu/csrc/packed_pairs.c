@@ -29,6 +29,28 @@ INLINE vh extract_pairs(vu word, int bits, int j) {
     return bits * (j + 1) == 16 ? shifted : shifted & (uint16_t)((1u << bits) - 1);
 }
 
+/* totals [rows, TILE] += scales * x's scales * sums, for `vectors` vectors of one run from lane `first` on.
+   rows and vectors are compile-time constants. Pointers are copied from *p beforehand: as far as the compiler knows, a
+   store to `totals` may change them. */
+INLINE void add_scaled(const TileRuns *p, int64_t run, int rows, int first, int vectors, const vi sums[BLOCK_ROWS][TILE / LANES],
+                       float *totals) {
+    const float *x_scales = p->x_scales + run;
+    const int64_t stride = p->stride;
+    vf scales[TILE / LANES];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++)
+        scales[v] = load_scales(p->weight, p->scales + (p->group + run) * TILE + first + v * LANES);
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++) {
+        const vf x_scale = splat(x_scales[m * stride]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+            float *total = totals + m * TILE + first + v * LANES;
+            store(total, load(total) + scales[v] * x_scale * __builtin_convertvector(sums[m][v], vf));
+        }
+    }
+}
+
 /* Adds the products of the runs to totals [rows, TILE]. bits (0: unpacked), rows and own_zeros are
    compile-time constants. */
 INLINE void add_runs(int bits, int rows, int own_zeros, const TileRuns *p, float *totals) {
@@ -60,7 +82,7 @@ INLINE void add_runs(int bits, int rows, int own_zeros, const TileRuns *p, float
                     }
                 }
             }
-            add_scaled(p, run, rows, part, vectors, TILE / LANES, acc[0], totals);
+            add_scaled(p, run, rows, part, vectors, acc, totals);
         }
 }
 

@@ -36,26 +36,4 @@ INLINE vi first_sums(int own_zeros, const TileRuns *p, int64_t run, int64_t m, i
     return (vi)((zeros - CODE_SHIFT(p->weight->bits)) * offset);
 }
 
-/* totals [rows, TILE] += scales * x's scales * sums, for `vectors` vectors of one run from lane `first` on; sums [rows, most].
-   rows, vectors and most are compile-time constants. Pointers are copied from *p beforehand: as far as the compiler knows, a
-   store to `totals` may change them. */
-INLINE void add_scaled(const TileRuns *p, int64_t run, int rows, int first, int vectors, int most, const vi *sums,
-                       float *totals) {
-    const float *x_scales = p->x_scales + run;
-    const int64_t stride = p->stride;
-    vf scales[TILE / LANES];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; v++)
-        scales[v] = load_scales(p->weight, p->scales + (p->group + run) * TILE + first + v * LANES);
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; m++) {
-        const vf x_scale = splat(x_scales[m * stride]);
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) {
-            float *total = totals + m * TILE + first + v * LANES;
-            store(total, load(total) + scales[v] * x_scale * __builtin_convertvector(sums[m * most + v], vf));
-        }
-    }
-}
-
 #endif
