@@ -1,4 +1,5 @@
 """Time the GPU kernels: the matmul with packed weights at the linear layers of Llama 3 8B and 70B, then paged attention.
+Without a GPU, or with --device cpu, time the CPU's kernels instead and check the choice among them (benchmarks.cpu_kernels).
 
 Terms: us = median time of one call, replayed from a CUDA graph with the L2 cache flushed before each call. GB/s = bytes of
 packed weights, scales, zero points and activations, each counted once, per us. of copy = GB/s, as a fraction of the bandwidth
@@ -8,7 +9,7 @@ timed. Configs are tuned on first use and kept under $QUANTKIT_CACHE. For attent
 
 Goals: at 1 row, 0.75 of copy and 3 times dense; at any number of rows, at least 0.95 times dense.
 
-usage: python -m benchmarks.kernels [--dtype bfloat16] [--bits 4] [--group 128] [--skip-attention] [--json FILE]
+usage: python -m benchmarks.kernels [--device cpu] [--dtype bfloat16] [--bits 4] [--group 128] [--skip-attention] [--json FILE]
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import attention
+from benchmarks import attention, cpu_kernels
 from benchmarks.attention import Row, copy_bandwidth, microseconds
 
 #: Name -> [N, K]. q, k and v are fused into one matrix, and so are gate and up.
@@ -128,12 +129,17 @@ def goals(rows: list[Row]) -> dict[str, str]:
 def main() -> None:
     """Print each row when it is measured, then the goals, then everything as JSON; write the JSON to benchmarks/results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--bits", type=int, choices=[2, 3, 4, 8], default=4)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--skip-attention", action="store_true")
     parser.add_argument("--json", type=Path, help="write the results here; default: benchmarks/results/<device>.json")
-    options = parser.parse_args()
+    options, rest = parser.parse_known_args()
+    if options.device == "cpu":
+        cpu_kernels.main(rest + (["--json", str(options.json)] if options.json else []))
+    if rest:
+        parser.error(f"unknown options: {' '.join(rest)}")
     if not torch.cuda.is_available():
         print("benchmarks.kernels: no CUDA device; run it on a machine with an NVIDIA GPU", file=sys.stderr)
         raise SystemExit(2)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import describe_machine
 from quantkit.checkpoint.locate import locate
 from quantkit.evaluation.run import EvalRequest, run_evaluation
 from quantkit.evaluation.speed import prompt_tokens
@@ -87,7 +88,10 @@ def main() -> None:
     for dtype in KV_DTYPES:
         results[dtype] = measure(folder, dtype, contexts, options.windows)
         print(row(dtype, results[dtype]), flush=True)
-        result = json.dumps({"model": options.model, "threads": torch.get_num_threads(), "results": results}, indent=2)
+        result = json.dumps(
+            {"machine": describe_machine(), "model": options.model, "threads": torch.get_num_threads(), "results": results},
+            indent=2,
+        )
         if options.json:  # Written after every dtype, so that results are kept if a later one is interrupted.
             options.json.write_text(result + "\n")
     print(result)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.machine import describe_machine
 from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.tokenizer import load_tokenizer
@@ -98,7 +99,7 @@ def main() -> None:
         change, rate = measured["ppl"] / full - 1, measured["tokens/s"]
         print(f"{policy} | {budget or ''} | {measured['ppl']:.3f} | {change:+.2%} | {rate:.0f} | {found}", flush=True)
     target = vars(options).pop("json")
-    result = json.dumps({"arguments": vars(options), "rows": rows}, indent=2)
+    result = json.dumps({"machine": describe_machine(), "arguments": vars(options), "rows": rows}, indent=2)
     print(result)
     if target:
         target.write_text(result + "\n")

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from benchmarks.machine import describe_machine
 from benchmarks.quality import run
 from quantkit.checkpoint.demo import demo_folder
 
@@ -107,7 +108,9 @@ def main() -> None:
             make_checkpoint(folder, hidden, wide, blocks)
             rows[name] = measure(folder, options.recipe, options.samples, hidden, wide)
             print(" | ".join([name, *(f"{value:.0f}" for value in rows[name].values())]), flush=True)
-    result = json.dumps({"recipe": options.recipe, "samples": options.samples, "models": rows}, indent=2)
+    result = json.dumps(
+        {"machine": describe_machine(), "recipe": options.recipe, "samples": options.samples, "models": rows}, indent=2
+    )
     print(result)
     if options.json:
         options.json.write_text(result + "\n")

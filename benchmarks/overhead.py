@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.machine import describe_machine
 from benchmarks.memory import MODELS, make_checkpoint
 from benchmarks.quality import run
 from quantkit.evaluation.speed import prompt_tokens
@@ -77,7 +78,7 @@ def main() -> None:
         source.mkdir()
         make_checkpoint(source, hidden, wide, blocks)
         run(["quantize", str(source), "-o", str(out), "--method", "rtn", "--bits", "4"])
-        result = json.dumps(measure(out), indent=2)
+        result = json.dumps({"machine": describe_machine(), **measure(out)}, indent=2)
     print(result)
     if options.json:
         options.json.write_text(result + "\n")

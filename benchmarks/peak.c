@@ -2,45 +2,44 @@
 #include "dot.h"
 #include "threads.h"
 
+/* Independent sums: enough to hide the latency of an instruction. */
 #define CHAINS 12
 
-#define LOOP(TYPE, START, STEP)                                                                                             \
-    TYPE sums[CHAINS];                                                                                                      \
-    for (int i = 0; i < CHAINS; i++) sums[i] = START;                                                                       \
-    for (int64_t n = 0; n < steps; n++) {                                                                                   \
-        _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; i++) {                                                         \
-            STEP;                                                                                                           \
-            __asm__("" : "+" REGISTER(sums[i]));                                                                            \
-        }                                                                                                                   \
-    }                                                                                                                       \
-    volatile TYPE sink;                                                                                                     \
-    for (int i = 0; i < CHAINS; i++) sink = sums[i];                                                                        \
-    (void)sink;
-
-#if defined(__x86_64__) || defined(__i386__)
-#define REGISTER(x) "v"(x)
-#else
-#define REGISTER(x) "m"(x)
-#endif
-
-/* Products per step of each kind: float, byte (0 if there is no such instruction), bfloat16 (likewise). */
+/* Products per step of each kind: float, byte and bfloat16; 0 if there is no such instruction. */
 EXPORT int64_t peak_products(int kind) {
     return kind == 0 ? CHAINS * LANES : kind == 1 ? HAS_BYTE_DOT * CHAINS * LANES * 4 : HAS_BF16_DOT * CHAINS * LANES * 2;
 }
 
-EXPORT void peak_loop(int kind, int64_t steps) {
-    if (kind == 0) {
-        const vf a = splat(1.0f), b = splat(0.5f);
-        LOOP(vf, a, sums[i] += a * b)
-    } else if (kind == 1) {
+static float sum_floats(int kind, int64_t steps, float seed) {
+    vf sums[CHAINS], factor = splat(seed);
+#pragma GCC unroll 16
+    for (int i = 0; i < CHAINS; i++) sums[i] = splat(seed + i);
+    for (int64_t n = 0; n < steps; n++)
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) sums[i] = kind ? bf16_dot(sums[i], (vu)factor, (vu)factor) : sums[i] * factor + factor;
+#pragma GCC unroll 16
+    for (int i = 1; i < CHAINS; i++) sums[0] += sums[i];
+    return lane_sum(sums[0]);
+}
+
+static float sum_bytes(int64_t steps, uint32_t seed) {
 #if HAS_BYTE_DOT
-        const vu a = (vu){0} + 0x01010101u;
-        LOOP(vi, (vi){0}, sums[i] = byte_dot(sums[i], a, (vi)a))
+    vi sums[CHAINS];
+    const vu factor = (vu){0} + seed;
+#pragma GCC unroll 16
+    for (int i = 0; i < CHAINS; i++) sums[i] = (vi){0} + i;
+    for (int64_t n = 0; n < steps; n++)
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) sums[i] = byte_dot(sums[i], factor, (vi)factor);
+#pragma GCC unroll 16
+    for (int i = 1; i < CHAINS; i++) sums[0] += sums[i];
+    return (float)sums[0][0];
+#else
+    return (float)(steps + seed);
 #endif
-    } else {
-#if HAS_BF16_DOT
-        const vu a = (vu){0} + 0x3f803f80u;
-        LOOP(vf, splat(0), sums[i] = bf16_dot(sums[i], a, a))
-#endif
-    }
+}
+
+/* The seed comes from outside, so that nothing can be computed beforehand; the result, so that nothing can be left out. */
+EXPORT float peak_loop(int kind, int64_t steps, uint32_t seed) {
+    return kind == 0 ? sum_floats(0, steps, (float)seed) : kind == 1 ? sum_bytes(steps, seed) : sum_floats(1, steps, (float)seed);
 }

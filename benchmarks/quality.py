@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.machine import describe_machine
 from quantkit.checkpoint.demo import demo_folder
 
 QUANTKIT = [sys.executable, "-c", "from quantkit.cli import main; main()"]
@@ -77,7 +78,7 @@ def main() -> None:
         for name in options.cells.split(","):
             rows.append(cell(name, base, options.text, evaluation, scratch))
             print(" | ".join(str(value) for value in rows[-1].values()), flush=True)
-    result = json.dumps({"cells": rows}, indent=2)
+    result = json.dumps({"machine": describe_machine(), "cells": rows}, indent=2)
     print(result)
     if options.json:
         options.json.write_text(result + "\n")

@@ -19,6 +19,7 @@ from pydoc_data.topics import topics
 
 import httpx
 
+from benchmarks.machine import describe_machine
 from quantkit.bench.child import serving
 
 TEXT = " ".join(topics[name] for name in sorted(topics))
@@ -91,7 +92,7 @@ def main() -> None:
         print("minutes | ended | left | MB | kv use")
         rows = asyncio.run(soak(url, pid, options))
     arguments = {name: value for name, value in vars(options).items() if name != "json"}
-    result = json.dumps({"arguments": arguments, "rows": rows}, indent=2)
+    result = json.dumps({"machine": describe_machine(), "arguments": arguments, "rows": rows}, indent=2)
     print(result)
     if options.json:
         options.json.write_text(result + "\n")

@@ -33,6 +33,7 @@ from random import Random
 
 import torch
 
+from benchmarks.machine import describe_machine
 from quantkit.checkpoint.locate import locate
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.tokenizer import load_tokenizer
@@ -211,7 +212,7 @@ def main() -> None:
         found = measure(opened, text, request, options.repeats)
         measured += found
         print("\n".join(each.row() for each in found), flush=True)
-    result = json.dumps([asdict(each) for each in measured], indent=2)
+    result = json.dumps({"machine": describe_machine(), "texts": [asdict(each) for each in measured]}, indent=2)
     if options.json:
         options.json.write_text(result + "\n")
     print(result)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import describe_machine
 from benchmarks.quality import QUANTKIT
 from quantkit.checkpoint.locate import locate
 from quantkit.evaluation.speed import measure_in_subprocess
@@ -80,7 +81,13 @@ def as_json(results: dict[str, dict[str, Any]], turns: list[dict[str, float]]) -
     """Everything measured so far, and the ratios."""
     bases = [name for name in ("llama.cpp Q4_0", "transformers float32", "transformers bfloat16") if name in results]
     return json.dumps(
-        {"results": results, "ratios": {base: ratios(results, base) for base in bases}, "turns": turns}, indent=2
+        {
+            "machine": describe_machine(),
+            "results": results,
+            "ratios": {base: ratios(results, base) for base in bases},
+            "turns": turns,
+        },
+        indent=2,
     )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from benchmarks.machine import describe_machine
 from benchmarks.quality import QUANTKIT
 
 COLUMNS = ("layer", "ppl", "TTFT ms", "TPOT ms", "tokens/s", "peak MB")
@@ -87,14 +88,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(" | ".join(COLUMNS), flush=True)
-    measured = []
+    measured: list[dict[str, Any]] = []
+    report = {"machine": describe_machine(), "layers": measured}
     with tempfile.TemporaryDirectory() as scratch:
         for row in rows(options, Path(scratch)):
             measured.append(row)
             print(" | ".join(str(value) for value in row.values()), flush=True)
             if options.json:  # written after every row, so that an interrupted run keeps its rows
-                options.json.write_text(json.dumps({"layers": measured}, indent=2) + "\n")
-    print(json.dumps({"layers": measured}, indent=2))
+                options.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
