@@ -47,8 +47,11 @@ INLINE void dense_step(int type, int count, int rows, const char *weight, int64_
             for (int m = 0; m < rows; m++) acc[m][i] = bf16_dot(acc[m][i], words, load_words(x + m * x_stride));
             continue;
         }
-        const vf low = type == F32 ? (vf)words : even_elements(words, type);
-        const vf high = type == F32 ? load((const float *)from + LANES) : odd_elements(words, type);
+        const uint16_t *halves = (const uint16_t *)from;
+        const vf low = type == F32 ? (vf)words : type == BF16 ? even_elements(words, BF16) : load_halves(halves);
+        const vf high = type == F32    ? load((const float *)from + LANES)
+                        : type == BF16 ? odd_elements(words, BF16)
+                                       : load_halves(halves + LANES);
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++) {
             const float *input = (const float *)(x + m * x_stride);
@@ -115,7 +118,7 @@ EXPORT int quantkit_rounds_inputs(void) { return rounds_inputs(BF16); }
 
 void prepare_dense(const Matrix *w, const float *x, float *prepared) {
     if (!rounds_inputs(w->type)) {
-        to_lane_order(w->type == F32 ? F32 : BF16, x, w->columns, 1, prepared);
+        to_lane_order(w->type == BF16 ? BF16 : F32, x, w->columns, 1, prepared);
         return;
     }
     for (int64_t k = 0; k < w->columns; k += STEP, prepared += LANES) {

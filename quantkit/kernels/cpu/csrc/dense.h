@@ -1,4 +1,4 @@
-/* The product with a dense weight, and rows of a dense table. A prepared row is x itself; for 16-bit weights even and odd
+/* The product with a dense weight, and rows of a dense table. A prepared row is x itself; for bfloat16 weights even and odd
    columns are apart (vec.h), or x is rounded to bfloat16 (dense.c). */
 #ifndef QUANTKIT_DENSE_H
 #define QUANTKIT_DENSE_H
