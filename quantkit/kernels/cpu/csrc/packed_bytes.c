@@ -98,7 +98,10 @@ static AddRuns *const ADD_RUNS[3][BLOCK_ROWS + 1] = {
     {0, add_8_1, add_8_2, add_8_3, add_8_4, add_8_5, add_8_6},
 };
 
-int64_t groups_at_once(int64_t m, int64_t padded, int64_t all) { return all; }
+int64_t groups_at_once(int64_t m, int64_t padded, int64_t all) {
+    (void)m, (void)padded;
+    return all;
+}
 
 void add_rows(const TileRuns *p, int64_t m, float *totals) {
     TileRuns block = *p;
