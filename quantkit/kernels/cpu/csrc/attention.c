@@ -62,7 +62,8 @@ typedef void BlockProduct(const float *a, int64_t a_stride, const float *b, int6
         block_product(ROWS, VECTORS, a, a_stride, b, b_stride, count, out, out_stride);                                     \
     }
 #define INSTANCES(VECTORS)                                                                                                  \
-    INSTANCE(1, VECTORS) INSTANCE(2, VECTORS) INSTANCE(3, VECTORS) INSTANCE(4, VECTORS) INSTANCE(5, VECTORS) INSTANCE(6, VECTORS)
+    INSTANCE(1, VECTORS) INSTANCE(2, VECTORS) INSTANCE(3, VECTORS)                                                          \
+    INSTANCE(4, VECTORS) INSTANCE(5, VECTORS) INSTANCE(6, VECTORS)
 INSTANCES(2) INSTANCES(4)
 
 /* By vectors / 4 and rows. */

@@ -61,8 +61,8 @@ INLINE void dense_step(int type, int count, int rows, const char *weight, int64_
     }
 }
 
-/* out [rows, count] = base + `rows` rows of x times `count` rows of the weight. The last columns are copied and padded with zeros,
-   because the next row follows them in memory. type, count and rows are compile-time constants. */
+/* out [rows, count] = base + `rows` rows of x times `count` rows of the weight. The last columns are copied and padded with
+   zeros, because the next row follows them in memory. type, count and rows are compile-time constants. */
 INLINE void dense_block(int type, int count, int rows, const DenseRun *r) {
     const int64_t size = element_size(type), x_size = rounds_inputs(type) ? 2 : 4, whole = r->columns / STEP * STEP;
     vf acc[BLOCK_ROWS][MOST_COUNT];
@@ -103,10 +103,11 @@ typedef void DenseBlock(const DenseRun *run);
 #define DENSE(TYPE, COUNT, ROWS)                                                                                            \
     static NOINLINE void dense_##TYPE##_##COUNT##_##ROWS(const DenseRun *run) { dense_block(TYPE, COUNT, ROWS, run); }
 #define DENSE_TYPE(TYPE)                                                                                                    \
-    DENSE(TYPE, 1, 1) DENSE(TYPE, 1, 2) DENSE(TYPE, 1, 3) DENSE(TYPE, 1, 4) DENSE(TYPE, COUNT_1, 1)                                           \
+    DENSE(TYPE, 1, 1) DENSE(TYPE, 1, 2) DENSE(TYPE, 1, 3) DENSE(TYPE, 1, 4) DENSE(TYPE, COUNT_1, 1)                         \
     DENSE(TYPE, COUNT, 1) DENSE(TYPE, COUNT, 2) DENSE(TYPE, COUNT, 3) DENSE(TYPE, COUNT, 4)
 #define DENSE_TABLE(TYPE)                                                                                                   \
-    {{0, dense_##TYPE##_1_1, dense_##TYPE##_1_2, dense_##TYPE##_1_3, dense_##TYPE##_1_4}, {0, dense_##TYPE##_COUNT_1_1},                        \
+    {{0, dense_##TYPE##_1_1, dense_##TYPE##_1_2, dense_##TYPE##_1_3, dense_##TYPE##_1_4},                                   \
+     {0, dense_##TYPE##_COUNT_1_1},                                                                                         \
      {0, dense_##TYPE##_COUNT_1, dense_##TYPE##_COUNT_2, dense_##TYPE##_COUNT_3, dense_##TYPE##_COUNT_4}}
 DENSE_TYPE(F32) DENSE_TYPE(BF16) DENSE_TYPE(F16)
 

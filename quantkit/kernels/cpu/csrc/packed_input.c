@@ -1,7 +1,8 @@
 /* Quantizes the inputs of packed weights to 16-bit integers, with one scale per run of columns.
 
-   A prepared row: the integers, in words [padded columns / 2]; scales float [runs]; offsets int32 [runs], minus
-   the sum of the integers, multiplied by the zero point if the weight has just one. The largest magnitude of a run becomes LARGEST_INPUT, so rounding changes an input by at most 2^-15.99 of that magnitude.
+   A prepared row: the integers, in words [padded columns / 2]; scales float [runs]; offsets int32 [runs], minus the sum of the
+   integers, multiplied by the zero point if the weight has just one. The largest magnitude of a run becomes LARGEST_INPUT, so
+   rounding changes an input by at most 2^-15.99 of that magnitude.
 
    Words hold the columns whose codes one mask extracts from a word of the weight, with F = 32/bits. For instructions on 16-bit
    integers, columns j and j + F/2 of each F columns are a word. For instructions on bytes, columns b * F/4 + j, b = 0..3, are

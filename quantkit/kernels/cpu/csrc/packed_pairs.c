@@ -29,11 +29,11 @@ INLINE vh extract_pairs(vu word, int bits, int j) {
     return bits * (j + 1) == 16 ? shifted : shifted & (uint16_t)((1u << bits) - 1);
 }
 
-/* totals [rows, TILE] += scales * x's scales * sums, for `vectors` vectors of one run from lane `first` on.
-   rows and vectors are compile-time constants. Pointers are copied from *p beforehand: as far as the compiler knows, a
-   store to `totals` may change them. */
-INLINE void add_scaled(const TileRuns *p, int64_t run, int rows, int first, int vectors, const vi sums[BLOCK_ROWS][TILE / LANES],
-                       float *totals) {
+/* totals [rows, TILE] += scales * x's scales * sums, for `vectors` vectors of one run from lane `first` on. rows and vectors are
+   compile-time constants. Pointers are copied from *p beforehand: as far as the compiler knows, a store to `totals` may change
+   them. */
+INLINE void add_scaled(const TileRuns *p, int64_t run, int rows, int first, int vectors,
+                       const vi sums[BLOCK_ROWS][TILE / LANES], float *totals) {
     const float *x_scales = p->x_scales + run;
     const int64_t stride = p->stride;
     vf scales[TILE / LANES];
@@ -51,8 +51,7 @@ INLINE void add_scaled(const TileRuns *p, int64_t run, int rows, int first, int 
     }
 }
 
-/* Adds the products of the runs to totals [rows, TILE]. bits (0: unpacked), rows and own_zeros are
-   compile-time constants. */
+/* Adds the products of the runs to totals [rows, TILE]. bits (0: unpacked), rows and own_zeros are compile-time constants. */
 INLINE void add_runs(int bits, int rows, int own_zeros, const TileRuns *p, float *totals) {
     const int pairs = bits ? 16 / bits : 1, vectors = rows == 1 ? TILE / LANES : 2;
     const int64_t steps = p->length / (2 * pairs);
