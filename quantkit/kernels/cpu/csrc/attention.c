@@ -122,7 +122,9 @@ static NOINLINE void merge_partial(const AttentionConfig *config, float *total, 
     if (partial[0] == -INFINITY) return;
     const float later = partial[0] - total[0], keep = later > 0 ? expf(-later) : 1.0f, add = later > 0 ? 1.0f : expf(later);
     total[0] = later > 0 ? partial[0] : total[0];
-    for (int64_t d = 1; d < partial_floats(config); d++) total[d] = total[d] * keep + partial[d] * add;
+    total[1] = total[1] * keep + partial[1] * add;
+    for (int64_t d = 2; d < partial_floats(config); d += LANES)
+        store(total + d, load(total + d) * keep + load(partial + d) * add);
 }
 
 static void clear_partial(const AttentionConfig *config, float *partial) {

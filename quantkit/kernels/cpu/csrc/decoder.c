@@ -39,7 +39,14 @@ typedef struct {
     Range tokens;
     float *hidden, *prepared, *row;
     int single_token;
+    int64_t rows;              /* tokens that still have to be computed: all; after the keys of the last layer, those of logits */
+    const int64_t *row_tokens; /* [rows], their numbers; NULL: all */
 } Worker;
+
+static int64_t row_token(const Worker *w, int64_t row) { return w->row_tokens ? w->row_tokens[row] : row; }
+
+/* This thread's part of `count` rows. With a single token, each thread processes it itself. */
+static Range row_range(const Worker *w, int64_t count) { return w->single_token ? (Range){0, count} : thread_range(count); }
 
 static void rms_norm(const float *x, const float *weight, int64_t n, float epsilon, float *out) {
     float part[16] = {0}, sum = 0;
@@ -115,13 +122,13 @@ static void quantize_full_pages(const Forward *f, const Layer *l) {
     }
 }
 
-/* For one token: if `add`, hidden += residual * delta, normed with delta_norm unless that is NULL. Then, if there is a next
-   matrix, prepares the hidden state for it as row `row`, normed with `norm` unless that is NULL. */
-static void add_residual_norm(const Worker *w, int64_t token, int64_t row, int add, const float *delta_norm, const float *norm,
-                              const Matrix *next) {
+/* For the token of one row: if `add`, hidden += residual * delta, normed with delta_norm unless that is NULL. Then, if there is a
+   next matrix, prepares the hidden state for it as its row `next_row`, normed with `norm` unless that is NULL. */
+static void add_residual_norm(const Worker *w, int64_t row, int64_t next_row, int add, const float *delta_norm,
+                              const float *norm, const Matrix *next) {
     const Decoder *model = w->forward->model;
     const int64_t n = model->hidden_size;
-    float *hidden = w->hidden + token * n, *delta = w->forward->delta + token * n;
+    float *hidden = w->hidden + row_token(w, row) * n, *delta = w->forward->delta + row * n;
     if (add) {
         if (delta_norm) rms_norm(delta, delta_norm, n, model->epsilon, w->row);
         else memcpy(w->row, delta, sizeof(float) * n);
@@ -129,7 +136,7 @@ static void add_residual_norm(const Worker *w, int64_t token, int64_t row, int a
     }
     if (!next) return;
     if (norm) rms_norm(hidden, norm, n, model->epsilon, w->row);
-    prepare(next, norm ? w->row : hidden, w->prepared + row * prepared_floats(next));
+    prepare(next, norm ? w->row : hidden, w->prepared + next_row * prepared_floats(next));
 }
 
 /* Waits until all threads have processed their tokens. With a single token, each thread has processed it itself. */
@@ -161,18 +168,18 @@ static void attention(const Worker *w, const Layer *l) {
     }
     attend_share(&a);
     thread_barrier();
-    for (int64_t t = w->tokens.first; t < w->tokens.last; t++) {
-        finish_query(&a, t, w->row);
-        prepare(&l->out, w->row, w->prepared + t * prepared_floats(&l->out));
+    for (Range r = row_range(w, w->rows); r.first < r.last; r.first++) {
+        finish_query(&a, row_token(w, r.first), w->row);
+        prepare(&l->out, w->row, w->prepared + r.first * prepared_floats(&l->out));
     }
-    project(w, &l->out, f->batch->tokens, f->delta);
+    project(w, &l->out, w->rows, f->delta);
 }
 
-/* The MLP of tokens first .. first+count-1. */
+/* The MLP of rows first .. first+count-1. */
 static void mlp(const Worker *w, const Layer *l, int64_t first, int64_t count) {
     const Forward *f = w->forward;
     const int64_t inner = f->model->intermediate_size;
-    const Range mine = w->single_token ? (Range){0, 1} : thread_range(count);
+    const Range mine = row_range(w, count);
     for (int64_t t = mine.first; t < mine.last; t++)
         add_residual_norm(w, first + t, t, 1, l->post_attention_norm, l->pre_mlp_norm, &l->gate_up);
     project(w, &l->gate_up, count, f->projected);
@@ -188,8 +195,8 @@ static void mlp(const Worker *w, const Layer *l, int64_t first, int64_t count) {
 static void head(const Worker *w) {
     const Forward *f = w->forward;
     const Decoder *model = f->model;
-    const Range rows = w->single_token ? (Range){0, f->batch->rows} : thread_range(f->batch->rows);
-    token_barrier(w); /* the last residual of every token has been added */
+    const Range rows = row_range(w, f->batch->rows);
+    token_barrier(w); /* the last residual of every row has been added */
     for (int64_t i = rows.first; i < rows.last; i++) {
         const float *hidden = w->hidden + f->batch->logit_rows[i] * model->hidden_size;
         rms_norm(hidden, model->norm, model->hidden_size, model->epsilon, w->row);
@@ -203,8 +210,8 @@ static void forward_body(void *argument) {
     const Forward *f = argument;
     const Decoder *model = f->model;
     const int64_t tokens = f->batch->tokens, me = omp_get_thread_num();
-    Worker w = {.forward = f, .single_token = tokens == 1, .row = f->row + me * f->widest};
-    w.tokens = w.single_token ? (Range){0, tokens} : thread_range(tokens);
+    Worker w = {.forward = f, .single_token = tokens == 1, .row = f->row + me * f->widest, .rows = tokens};
+    w.tokens = row_range(&w, tokens);
     w.hidden = f->hidden + (w.single_token ? me * model->hidden_size : 0);
     w.prepared = f->prepared + (w.single_token ? me * f->widest : 0);
     for (Range r = thread_range(tokens); r.first < r.last; r.first++) /* read after the next barriers only */
@@ -220,11 +227,16 @@ static void forward_body(void *argument) {
         for (int64_t t = w.tokens.first; t < w.tokens.last; t++)
             add_residual_norm(&w, t, t, i > 0, delta_norm, l->pre_attention_norm, &l->qkv);
         project(&w, &l->qkv, tokens, f->projected);
+        if (i == model->layer_count - 1) {
+            w.rows = f->batch->rows;
+            w.row_tokens = f->batch->logit_rows;
+        }
         attention(&w, l);
-        for (int64_t first = 0; first < tokens; first += MLP_TOKENS) mlp(&w, l, first, min_i64(MLP_TOKENS, tokens - first));
+        for (int64_t first = 0; first < w.rows; first += MLP_TOKENS) mlp(&w, l, first, min_i64(MLP_TOKENS, w.rows - first));
         delta_norm = l->post_mlp_norm;
     }
-    for (int64_t t = w.tokens.first; t < w.tokens.last; t++) add_residual_norm(&w, t, 0, 1, delta_norm, NULL, NULL);
+    for (Range r = row_range(&w, w.rows); r.first < r.last; r.first++)
+        add_residual_norm(&w, r.first, 0, 1, delta_norm, NULL, NULL);
     head(&w);
 }
 

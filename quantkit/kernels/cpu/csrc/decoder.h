@@ -38,7 +38,7 @@ typedef struct {
     const int64_t *token_ids;  /* [tokens] */
     const int64_t *positions;  /* [tokens] */
     const int64_t *slots;      /* [tokens], -1: not written */
-    const int64_t *logit_rows; /* [rows], rows <= tokens */
+    const int64_t *logit_rows; /* [rows], different tokens */
     int64_t tokens, rows;
     const int64_t *measured; /* [measured_count], tokens whose queries are wanted, for the attention mass */
     float *queries;          /* [layers, measured_count, heads * dim], normed and rotated */

@@ -63,24 +63,37 @@ INLINE uint32_t quantize_run(int fields, const float *x, int64_t given, int64_t 
     return lane_sum_integers(sum);
 }
 
-/* A run that holds infinity or NaN gets the scale NaN, so that the row's result is NaN. */
-void prepare_packed(const Matrix *w, const float *x, float *prepared) {
+/* The largest magnitude of each run of a row. They are found before anything is quantized, so that the processor can work on
+   several runs at once: each is a long chain of operations. */
+static void run_maxima(const Matrix *w, const float *x, float *largest) {
+    for (int64_t g = 0; g < groups(w); g++, x += w->group)
+        for (int64_t first = 0; first < padded_group(w); first += RUN)
+            *largest++ = max_abs(x + first, min_i64(RUN, w->group - first));
+}
+
+/* Quantizes a row, run by run; fields = F. A run that holds infinity or NaN gets the scale NaN, so that the row's result is
+   NaN. */
+INLINE void quantize_row(int fields, const Matrix *w, const float *x, const float *largest, uint32_t *words, float *scales,
+                         uint32_t *offsets) {
     const int64_t padded = padded_group(w);
-    uint32_t *words = (uint32_t *)prepared;
-    float gathered[RUN];
-    float *scales = prepared + padded_columns(w) / 2;
-    uint32_t *offsets = (uint32_t *)(scales + runs(w));
-    for (int64_t g = 0; g < groups(w); g++)
-        for (int64_t first = 0; first < padded; first += RUN) {
-            const int64_t given = w->group - first, length = min_i64(RUN, padded - first);
-            const float *part = gather_inputs(w, x, g * w->group + first, min_i64(given, length), gathered);
-            const float largest = max_abs(part, min_i64(given, length));
-            const float inverse = largest > SMALLEST ? LARGEST_INPUT / largest : 0.0f;
-            const uint32_t sum = w->bits == 2   ? quantize_run(16, part, given, length, inverse, words)
-                                 : w->bits == 4 ? quantize_run(8, part, given, length, inverse, words)
-                                                : quantize_run(4, part, given, length, inverse, words);
-            *scales++ = largest < INFINITY ? largest / LARGEST_INPUT : NAN;
+    for (int64_t g = 0; g < groups(w); g++, x += w->group)
+        for (int64_t first = 0; first < padded; first += RUN, largest++) {
+            const int64_t length = min_i64(RUN, padded - first);
+            const float inverse = *largest > SMALLEST ? LARGEST_INPUT / *largest : 0.0f;
+            const uint32_t sum = quantize_run(fields, x + first, w->group - first, length, inverse, words);
+            *scales++ = *largest < INFINITY ? *largest / LARGEST_INPUT : NAN;
             *offsets++ = w->zeros ? -sum : -sum * ((uint32_t)w->zero - CODE_SHIFT(w->bits));
             words += length / 2;
         }
+}
+
+void prepare_packed(const Matrix *w, const float *x, float *prepared) {
+    float gathered[w->column_perm ? w->columns : 1], largest[runs(w)];
+    float *scales = prepared + padded_columns(w) / 2;
+    uint32_t *words = (uint32_t *)prepared, *offsets = (uint32_t *)(scales + runs(w));
+    x = gather_inputs(w, x, 0, w->columns, gathered);
+    run_maxima(w, x, largest);
+    if (w->bits == 2) quantize_row(16, w, x, largest, words, scales, offsets);
+    else if (w->bits == 4) quantize_row(8, w, x, largest, words, scales, offsets);
+    else quantize_row(4, w, x, largest, words, scales, offsets);
 }

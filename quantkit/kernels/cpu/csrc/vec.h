@@ -61,7 +61,7 @@ INLINE vf load_partial(const float *from, int64_t count) {
 }
 INLINE void store_partial(float *to, vf v, int64_t count) {
     if (count >= LANES) store(to, v);
-    else memcpy(to, &v, sizeof(float) * count);
+    else if (count > 0) memcpy(to, &v, sizeof(float) * count);
 }
 INLINE vf splat(float x) { return x - (vf){0}; }
 
@@ -102,32 +102,6 @@ INLINE float from_bf16(uint16_t bits) { return bits_to_float((uint32_t)bits << 1
 INLINE vf even_elements(vu words, int type) { return type == BF16 ? (vf)(words << 16) : half_to_float(words & 0xffffu); }
 INLINE vf odd_elements(vu words, int type) { return type == BF16 ? (vf)(words & 0xffff0000u) : half_to_float(words >> 16); }
 
-/* scale * x [n] in the lane order of a type, padded with zeros to a multiple of 2 * LANES. For F32 the order is unchanged. */
-INLINE void to_lane_order(int type, const float *x, int64_t n, float scale, float *to) {
-    for (int64_t k = 0; k < n; k += 2 * LANES, to += 2 * LANES) {
-        float part[2 * LANES] = {0};
-        if (n - k >= 2 * LANES) memcpy(part, x + k, sizeof part); /* a length that the compiler knows */
-        else memcpy(part, x + k, sizeof(float) * (n - k));
-        for (int i = 0; i < LANES; i++) {
-            to[i] = scale * part[type == F32 ? i : 2 * i];
-            to[LANES + i] = scale * part[type == F32 ? LANES + i : 2 * i + 1];
-        }
-    }
-}
-
-/* The inverse of `to_lane_order`, for n elements. */
-INLINE void from_lane_order(int type, const float *x, int64_t n, float scale, float *to) {
-    for (int64_t k = 0; k < n; k += 2 * LANES, x += 2 * LANES) {
-        float part[2 * LANES];
-        for (int i = 0; i < LANES; i++) {
-            part[type == F32 ? i : 2 * i] = scale * x[i];
-            part[type == F32 ? LANES + i : 2 * i + 1] = scale * x[LANES + i];
-        }
-        if (n - k >= 2 * LANES) memcpy(to + k, part, sizeof part);
-        else memcpy(to + k, part, sizeof(float) * (n - k));
-    }
-}
-
 /* Round to nearest even, as torch does. A half out of range becomes infinity. */
 INLINE uint16_t to_bf16(float value) {
     uint32_t bits = float_to_bits(value);
@@ -165,6 +139,25 @@ INLINE uint16_t to_half(float value) {
 #else
 #define SHUFFLE(a, b, order) __builtin_shuffle(a, b, order)
 #endif
+
+/* scale * x [n] in the lane order of a type, padded with zeros to a multiple of 2 * LANES. For F32 the order is unchanged. */
+INLINE void to_lane_order(int type, const float *x, int64_t n, float scale, float *to) {
+    for (int64_t k = 0; k < n; k += 2 * LANES, to += 2 * LANES) {
+        const vf low = load_partial(x + k, n - k), high = load_partial(x + k + LANES, n - k - LANES);
+        store(to, scale * (type == F32 ? low : SHUFFLE(low, high, 2 * LANE_NUMBERS)));
+        store(to + LANES, scale * (type == F32 ? high : SHUFFLE(low, high, 2 * LANE_NUMBERS + 1)));
+    }
+}
+
+/* The inverse of `to_lane_order`, for n elements. */
+INLINE void from_lane_order(int type, const float *x, int64_t n, float scale, float *to) {
+    const vi first = LANE_NUMBERS / 2 + (LANE_NUMBERS & 1) * LANES;
+    for (int64_t k = 0; k < n; k += 2 * LANES, x += 2 * LANES) {
+        const vf even = load(x), odd = load(x + LANES);
+        store_partial(to + k, scale * (type == F32 ? even : SHUFFLE(even, odd, first)), n - k);
+        store_partial(to + k + LANES, scale * (type == F32 ? odd : SHUFFLE(even, odd, first + LANES / 2)), n - k - LANES);
+    }
+}
 
 /* Combines the lanes of v: each lane of the lower half with its counterpart in the upper half, until one is left. */
 #define REDUCE_LANES(v, combine)                                                                                            \
@@ -254,7 +247,11 @@ INLINE vf vec_exp(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__) && LANES == 16
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+#endif
 }
 
 INLINE vf vec_tanh(vf x) { return 1.0f - 2.0f / (1.0f + vec_exp(2.0f * x)); }
