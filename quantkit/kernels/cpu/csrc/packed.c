@@ -31,9 +31,10 @@ static void tile_totals(TileRuns *p, int64_t m, float *totals) {
 
 /* out = totals + bias, for the first `count` of TILE rows of the weight. */
 static void store_row(const float *totals, const float *bias, int64_t count, float *out) {
-    if (!bias) memcpy(out, totals, sizeof(float) * count);
+    if (count < TILE)
+        for (int64_t n = 0; n < count; n++) out[n] = bias ? totals[n] + bias[n] : totals[n];
     else
-        for (int64_t n = 0; n < count; n++) out[n] = totals[n] + bias[n];
+        for (int n = 0; n < TILE; n += LANES) store(out + n, bias ? load(totals + n) + load(bias + n) : load(totals + n));
 }
 
 void packed_share(const Matrix *w, const float *prepared, int64_t m, float *out) {
