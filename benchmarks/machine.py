@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from quantkit.kernels.cpu import variants
+
 #: Processor flags that kernels are chosen by, as Linux spells them.
 FLAGS = (
     *("avx2", "f16c", "fma", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -15,16 +17,13 @@ FLAGS = (
 
 def flags() -> list[str]:
     """Those of FLAGS that this processor has."""
-    found: set[str] = set()
-    for line in _cpuinfo():
-        if line.startswith(("flags", "Features")):
-            found |= set(line.partition(":")[2].split())
+    found = variants.processor_flags()
     return [flag for flag in FLAGS if flag in found]
 
 
 def describe_machine() -> dict[str, Any]:
     """Name, flags, number of cores and threads, and versions."""
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in variants._cpuinfo("model name")]
     return {
         "name": f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads",
         "flags": " ".join(flags()),
@@ -44,10 +43,3 @@ def kind() -> str:
 def result_file(benchmark: str) -> Path:
     """Where a benchmark keeps its results of this kind of processor."""
     return Path(__file__).parent / "results" / f"{benchmark}-{kind()}.json"
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []

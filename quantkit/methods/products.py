@@ -134,7 +134,7 @@ def fastest_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
     The speed is measured, because no flag tells: some processors have the instructions, but are no faster with them.
     """
-    if dtype != torch.bfloat16 or device.type != "cpu" or not gram.supported():
+    if not _is_native(dtype, device):
         return torch.float32
     whole = [slice(0, _TIMED[1])]
     native, plain = (_seconds(way(whole, whole)) for way in (NativeProducts, TorchProducts))

@@ -55,8 +55,13 @@ VARIANTS = {
 
 def runnable() -> dict[str, Variant]:
     """The variants that run on this processor, by name."""
-    found = {word for line in _cpuinfo("flags", "Features") for word in line.split()}
+    found = processor_flags()
     return {name: v for name, v in VARIANTS.get(platform.machine(), {}).items() if found.issuperset(v.needs)}
+
+
+def processor_flags() -> set[str]:
+    """The flags of this processor, as in /proc/cpuinfo."""
+    return {word for line in _cpuinfo("flags", "Features") for word in line.partition(":")[2].split()}
 
 
 def processor() -> str:

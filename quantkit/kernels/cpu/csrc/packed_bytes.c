@@ -107,9 +107,7 @@ void add_rows(const TileRuns *p, int64_t m, float *totals) {
     TileRuns block = *p;
     for (int64_t row = 0, rows; row < m; row += rows) {
         rows = even_block(m - row, BLOCK_ROWS);
-        block.x = p->x + row * p->stride;
-        block.x_scales = p->x_scales + row * p->stride;
-        block.x_offsets = p->x_offsets + row * p->stride;
+        move_to_row(&block, p, row);
         ADD_RUNS[p->weight->bits / 4][rows](&block, totals + row * TILE);
     }
 }

@@ -27,6 +27,13 @@ int64_t groups_at_once(int64_t m, int64_t padded, int64_t all);
 /* Adds the products of the runs with m <= MOST_ROWS rows of x to totals [m, TILE]. */
 void add_rows(const TileRuns *runs, int64_t m, float *totals);
 
+/* Points `block` to row `row` of the rows of *p. */
+INLINE void move_to_row(TileRuns *block, const TileRuns *p, int64_t row) {
+    block->x = p->x + row * p->stride;
+    block->x_scales = p->x_scales + row * p->stride;
+    block->x_offsets = p->x_offsets + row * p->stride;
+}
+
 /* What the sums of one run start from: minus zero points times x's sum; for LANES lanes from lane `first` on and row m of x.
    Integers wrap around where a sum overflows in between. own_zeros: each group of a row of the weight has its own zero point. */
 INLINE vi first_sums(int own_zeros, const TileRuns *p, int64_t run, int64_t m, int first) {

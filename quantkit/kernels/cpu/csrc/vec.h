@@ -203,33 +203,33 @@ INLINE float max_abs(const float *x, int64_t n) {
     return bits_to_float((uint32_t)REDUCE_LANES(maxima, vec_max_integers));
 }
 
+/* Orders for SHUFFLE(a, b, order), for blocks of 2 * half lanes: the lower halves of a's and b's blocks in turn, and the upper
+   halves. */
+#define LOWER_HALVES(half) (LANE_NUMBERS + (((LANE_NUMBERS & (half)) == (half)) & (LANES - (half))))
+#define UPPER_HALVES(half) (LOWER_HALVES(half) + (half))
+
 /* Transposes LANES vectors of LANES floats: in each step, the upper half of a vector's block is exchanged with the lower half
    of its partner's, for ever smaller blocks. */
 INLINE void transpose_lanes(vf v[LANES]) {
 #pragma GCC unroll 4
-    for (int half = LANES / 2; half; half /= 2) {
-        const vi second = (LANE_NUMBERS & half) == half; /* lanes of the second half of a block */
-        const vi low = LANE_NUMBERS + (second & (LANES - half)), high = LANE_NUMBERS + half + (second & (LANES - half));
+    for (int half = LANES / 2; half; half /= 2)
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++)
             if (!(i & half)) {
                 const vf a = v[i], b = v[i + half];
-                v[i] = SHUFFLE(a, b, low);
-                v[i + half] = SHUFFLE(a, b, high);
+                v[i] = SHUFFLE(a, b, LOWER_HALVES(half));
+                v[i + half] = SHUFFLE(a, b, UPPER_HALVES(half));
             }
-    }
 }
 
 /* Lane i of the result is lane_sum(v[i]), for all vectors at once. */
 INLINE vf lane_sums(vf v[LANES]) {
 #pragma GCC unroll 4
-    for (int half = LANES / 2; half; half /= 2) {
-        const vi second = (LANE_NUMBERS & half) == half;
-        const vi low = LANE_NUMBERS + (second & (LANES - half)), high = LANE_NUMBERS + half + (second & (LANES - half));
+    for (int half = LANES / 2; half; half /= 2)
 #pragma GCC unroll 8
         for (int i = 0; i < LANES / 2; i++)
-            if (i < half) v[i] = SHUFFLE(v[i], v[i + half], low) + SHUFFLE(v[i], v[i + half], high);
-    }
+            if (i < half)
+                v[i] = SHUFFLE(v[i], v[i + half], LOWER_HALVES(half)) + SHUFFLE(v[i], v[i + half], UPPER_HALVES(half));
     return v[0];
 }
 
